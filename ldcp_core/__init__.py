@@ -1,0 +1,70 @@
+"""The domain of LDCP: sites, gates, schedules, exact compact computation, cost, gate files.
+
+Depends on torch, numpy and safetensors alone; ComfyUI's nodes and the training package both stand
+on this one definition, so that what is trained is what runs.
+"""
+
+from .cost import Cost, Latent, Savings, SiteSaving, savings, unet_cost
+from .gatefile import GateFileError, fingerprint, load_gates, save_gates, write_atomically
+from .gates import (
+    ALIGNMENT,
+    PADDINGS,
+    THRESHOLD,
+    ChannelGate,
+    Gates,
+    Padding,
+    aligned_counts,
+    top_channels,
+)
+from .resblock import (
+    BlockGate,
+    CompactResBlock,
+    ConvWeights,
+    ResBlockOps,
+    SoftGate,
+    block_gates,
+    masked_forward,
+)
+from .schedule import ALWAYS, NEVER, Schedule, ScheduleError, StepRange, step_index
+from .sites import DEFAULT_SCOPE, SCOPES, SD15, ResBlock, Site, Topology
+
+__all__ = [
+    "ALIGNMENT",
+    "ALWAYS",
+    "DEFAULT_SCOPE",
+    "NEVER",
+    "PADDINGS",
+    "SCOPES",
+    "SD15",
+    "THRESHOLD",
+    "BlockGate",
+    "ChannelGate",
+    "CompactResBlock",
+    "ConvWeights",
+    "Cost",
+    "GateFileError",
+    "Gates",
+    "Latent",
+    "Padding",
+    "ResBlock",
+    "ResBlockOps",
+    "Savings",
+    "Schedule",
+    "ScheduleError",
+    "Site",
+    "SiteSaving",
+    "SoftGate",
+    "StepRange",
+    "Topology",
+    "aligned_counts",
+    "block_gates",
+    "fingerprint",
+    "load_gates",
+    "masked_forward",
+    "save_gates",
+    "savings",
+    "step_index",
+    "top_channels",
+    "unet_cost",
+    "write_atomically",
+]

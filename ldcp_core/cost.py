@@ -1,0 +1,199 @@
+"""What pruning saves, counted: parameters, bytes and FLOPs in closed form.
+
+These are counts of the architecture, not measurements; a FLOP is one multiplication or addition
+of a convolution, linear layer or attention product, everything else is left out (as
+`torch.utils.flop_counter` does). Shares are of the whole U-Net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .gates import Padding
+from .sites import ResBlock, Topology
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters held and FLOPs of one forward pass."""
+
+    parameters: int
+    flops: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.parameters + other.parameters, self.flops + other.flops)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.parameters - other.parameters, self.flops - other.flops)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.parameters * times, self.flops * times)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The input of one forward pass: latent height and width, and the batch with CFG included."""
+
+    height: int = 64
+    width: int = 64
+    batch: int = 2
+
+    def positions(self, downsample: int) -> int:
+        """Positions of the map at a depth, over the batch; each halving rounds up."""
+        return self.batch * -(-self.height // downsample) * -(-self.width // downsample)
+
+
+ZERO_COST = Cost(0, 0)
+
+
+def conv_pair_cost(
+    block: ResBlock, inner: int, residual: int, padding: Padding, latent: Latent
+) -> Cost:
+    """conv1 and conv2 of a ResBlock with so many kept inner and residual channels.
+
+    conv1 keeps ``inner`` rows; conv2 keeps ``residual`` rows. Its pruned columns stay as nine taps
+    (rule ``zero``) or one tap-sum (``extend``), evaluated once per image instead of per position.
+    Each pruned channel keeps its constant.
+    """
+    channels, positions = block.out_channels, latent.positions(block.downsample)
+    pruned = channels - inner
+    columns = residual * pruned * (9 if padding == "zero" else 1)
+    rows1, rows2 = 9 * block.in_channels * inner, 9 * inner * residual
+    constants = pruned + (channels - residual)
+    return Cost(
+        rows1 + inner + rows2 + residual + columns + constants,
+        2 * (rows1 + rows2) * positions + 2 * columns * latent.batch,
+    )
+
+
+@dataclass(frozen=True)
+class SiteSaving:
+    """What one site gives: kept of so many channels, and the cost that goes away."""
+
+    site: str
+    kept: int
+    channels: int
+    saved: Cost
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What a set of kept counts saves against the whole U-Net."""
+
+    sites: tuple[SiteSaving, ...]
+    unet: Cost
+
+    @property
+    def saved(self) -> Cost:
+        return sum((s.saved for s in self.sites), ZERO_COST)
+
+    @property
+    def kept(self) -> int:
+        return sum(s.kept for s in self.sites)
+
+    @property
+    def channels(self) -> int:
+        return sum(s.channels for s in self.sites)
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of all gated channels."""
+        return 1.0 - self.kept / self.channels if self.channels else 0.0
+
+    @property
+    def parameter_share(self) -> float:
+        """Saved share of the U-Net's parameters (and so of its weight bytes)."""
+        return self.saved.parameters / self.unet.parameters
+
+    @property
+    def flop_share(self) -> float:
+        """Saved share of the U-Net's FLOPs."""
+        return self.saved.flops / self.unet.flops
+
+    def saved_bytes(self, bytes_per_parameter: int) -> int:
+        return self.saved.parameters * bytes_per_parameter
+
+
+def savings(
+    topology: Topology,
+    kept: Mapping[str, int],
+    padding: Padding,
+    latent: Latent | None = None,
+) -> Savings:
+    """Savings per site for ``kept[site]`` channels.
+
+    Where both convolutions of a block are gated their savings overlap: the inner site is counted
+    first, the residual site gets the rest, so that the sites add up to the whole. A fully kept
+    site saves nothing and costs nothing.
+    """
+    latent = latent or Latent()
+    rows: list[SiteSaving] = []
+    for block in topology.res_blocks():
+        inner_name, residual_name = f"{block.name}.conv1", f"{block.name}.conv2"
+        channels = block.out_channels
+        inner, residual = kept.get(inner_name, channels), kept.get(residual_name, channels)
+        dense = conv_pair_cost(block, channels, channels, padding, latent)
+        without_inner = conv_pair_cost(block, inner, channels, padding, latent)
+        without_both = conv_pair_cost(block, inner, residual, padding, latent)
+        if inner_name in kept:
+            rows.append(SiteSaving(inner_name, inner, channels, dense - without_inner))
+        if residual_name in kept:
+            rows.append(SiteSaving(residual_name, residual, channels, without_inner - without_both))
+    return Savings(tuple(rows), unet_cost(topology, latent))
+
+
+def unet_cost(topology: Topology, latent: Latent, context_tokens: int = 77) -> Cost:
+    """The whole U-Net, dense. SD1.5: 859,520,964 parameters, 1.61 TFLOP at the default latent."""
+    w, layers = topology.widths, topology.layers_per_block
+    full, embedding = latent.positions(1), 4 * w[0]
+    time_mlp = _linear(w[0], embedding, latent.batch) + _linear(embedding, embedding, latent.batch)
+    total = time_mlp + _conv(topology.in_channels, w[0], full)
+    total += Cost(2 * w[0], 0) + _conv(w[0], topology.out_channels, full)
+    for block in topology.res_blocks():
+        total += _res_block(block, embedding, latent)
+    for level, (width, attends) in enumerate(zip(w, topology.attention, strict=True)):
+        if attends:
+            transformer = _transformer(
+                width, 2**level, topology.context_width, latent, context_tokens
+            )
+            total += transformer * (2 * layers + 1)
+        if level < len(w) - 1:  # downsampler here, upsampler of the next deeper level
+            total += _conv(width, width, latent.positions(2 ** (level + 1)))
+            total += _conv(w[level + 1], w[level + 1], latent.positions(2**level))
+    deepest = 2 ** (len(w) - 1)
+    return total + _transformer(w[-1], deepest, topology.context_width, latent, context_tokens)
+
+
+def _conv(in_channels: int, out_channels: int, positions: int, taps: int = 9) -> Cost:
+    weights = taps * in_channels * out_channels
+    return Cost(weights + out_channels, 2 * weights * positions)
+
+
+def _linear(inputs: int, outputs: int, rows: int, bias: bool = True) -> Cost:
+    return Cost(inputs * outputs + bias * outputs, 2 * inputs * outputs * rows)
+
+
+def _res_block(block: ResBlock, embedding: int, latent: Latent) -> Cost:
+    i, o = block.in_channels, block.out_channels
+    positions = latent.positions(block.downsample)
+    shortcut = _conv(i, o, positions, taps=1) if i != o else ZERO_COST
+    convs = _conv(i, o, positions) + _conv(o, o, positions)
+    return convs + _linear(embedding, o, latent.batch) + shortcut + Cost(2 * i + 2 * o, 0)
+
+
+def _transformer(c: int, downsample: int, context: int, latent: Latent, tokens: int) -> Cost:
+    """One spatial transformer: projections, self- and cross-attention, GEGLU feed-forward."""
+    n = latent.positions(downsample)
+    per_image = n // latent.batch
+    square, to_context = _linear(c, c, n, bias=False), latent.batch * tokens
+    self_attention = square * 3 + _linear(c, c, n) + Cost(0, 4 * n * per_image * c)
+    cross_attention = (
+        square
+        + _linear(context, c, to_context, bias=False) * 2
+        + _linear(c, c, n)
+        + Cost(0, 4 * n * tokens * c)
+    )
+    feed_forward = _linear(c, 8 * c, n) + _linear(4 * c, c, n)
+    norms = Cost(4 * 2 * c, 0)
+    return _conv(c, c, n, taps=1) * 2 + self_attention + cross_attention + feed_forward + norms

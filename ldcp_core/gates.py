@@ -1,0 +1,156 @@
+"""Scores, gates and keep-sets: which channels stay.
+
+`ChannelGate` is what training optimises, `Gates` is what a gate file holds and every host reads.
+The rule between them is the same everywhere: a channel is kept iff its score exceeds 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .sites import SD15, Topology
+
+Padding = Literal["zero", "extend"]
+PADDINGS: tuple[Padding, ...] = ("zero", "extend")
+THRESHOLD = 0.5
+#: kept counts are multiples of this, so that the convolution backends take their fast paths
+ALIGNMENT = 8
+
+
+class ChannelGate(nn.Module):
+    """One importance score per channel, learned through a straight-through gate.
+
+    ``logits`` is an `nn.Parameter` of shape [C]; the score is its sigmoid. The forward value is
+    the hard 0/1 mask, the gradient that of the score (Bengio et al. 2013, arXiv:1308.3432, §3.1).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits.detach().clone().float())
+
+    @property
+    def score(self) -> Tensor:
+        """Importance in [0, 1], shape [C]."""
+        return torch.sigmoid(self.logits)
+
+    @property
+    def keep(self) -> Tensor:
+        """Which channels are kept, bool of shape [C]."""
+        return self.score.detach() > THRESHOLD
+
+    def forward(self, noise: Tensor | None = None) -> Tensor:
+        """The mask [C] of exact zeros and ones.
+
+        ``noise`` [C] is added to the logits before the threshold (not to the score): with
+        logistic noise a channel near the threshold is tried both ways, so that a kept channel
+        also feels what its removal would cost.
+        """
+        score = self.score
+        hard = (
+            score > THRESHOLD if noise is None else torch.sigmoid(self.logits + noise) > THRESHOLD
+        )
+        return hard.to(score.dtype).detach() + (score - score.detach())
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The scores of all gated sites, how they came about, and what stands in for pruned channels.
+
+    ``scores[site]`` and the optional ``constants[site]`` are float32 tensors [C]; a site without
+    constants uses zero. ``padding`` is the rule the gates were made for. ``info`` is free-form
+    JSON-able provenance: criterion, λ, target sparsity, data, seed, versions.
+    """
+
+    scores: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    padding: Padding = "zero"
+    topology: Topology = SD15
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> int:
+        return sum(score.numel() for score in self.scores.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all gated channels that is pruned as learned, in [0, 1]."""
+        kept = sum(int(keep.sum()) for keep in self.keep_sets().values())
+        return 1.0 - kept / self.channels if self.channels else 0.0
+
+    def constant(self, site: str) -> Tensor:
+        """What replaces a pruned channel of ``site``, float32 [C]."""
+        found = self.constants.get(site)
+        return torch.zeros_like(self.scores[site]) if found is None else found
+
+    def keep_sets(self) -> dict[str, Tensor]:
+        """Kept channels as learned: site -> bool [C], true iff score > 0.5."""
+        return {site: score > THRESHOLD for site, score in self.scores.items()}
+
+    def keep_sets_at(self, sparsity: float, multiple: int = ALIGNMENT) -> dict[str, Tensor]:
+        """Kept channels when the lowest-ranked ``sparsity`` of all channels is pruned instead.
+
+        All sites are ranked together by score, ties broken by site and then by index (the earlier
+        channel stays). Per-site counts are then aligned to ``multiple`` (see `aligned_counts`).
+        0 keeps and 1 prunes everything. Raises ValueError outside [0, 1].
+        """
+        if not 0.0 <= sparsity <= 1.0:
+            raise ValueError(f"sparsity {sparsity:g} is outside 0.0 to 1.0")
+        sites = list(self.scores)
+        scores = torch.cat([self.scores[site] for site in sites])
+        widths = [self.scores[site].numel() for site in sites]
+        total = round((1.0 - sparsity) * scores.numel())
+        kept = torch.zeros(scores.numel(), dtype=torch.bool)
+        kept[torch.sort(scores, descending=True, stable=True).indices[:total]] = True
+        wanted = [int(part.sum()) for part in torch.split(kept, widths)]
+        counts = aligned_counts(wanted, widths, total, multiple)
+        return {
+            site: top_channels(self.scores[site], k) for site, k in zip(sites, counts, strict=True)
+        }
+
+
+def top_channels(score: Tensor, count: int) -> Tensor:
+    """Bool [C] with the ``count`` highest scores set; of equal scores the earlier index wins."""
+    keep = torch.zeros(score.numel(), dtype=torch.bool)
+    keep[torch.sort(score.cpu(), descending=True, stable=True).indices[:count]] = True
+    return keep
+
+
+def aligned_counts(
+    wanted: Sequence[int], widths: Sequence[int], total: int, multiple: int = ALIGNMENT
+) -> list[int]:
+    """Round per-site counts to multiples of ``multiple`` while holding their sum near ``total``.
+
+    A site may also keep all of its channels, or none. Starting from the rounded-down counts, the
+    sites with the largest remainders are rounded up until the sum is as near to ``total`` as it
+    gets: no single step brings it closer.
+
+    >>> aligned_counts([451, 445, 450, 446], [640] * 4, 1792)
+    [448, 448, 448, 448]
+    """
+
+    def step_up(count: int, width: int) -> int:
+        return min(count - count % multiple + multiple, width)
+
+    def step_down(count: int) -> int:
+        return max(count - 1, 0) // multiple * multiple
+
+    counts = [
+        w if w == width else w - w % multiple for w, width in zip(wanted, widths, strict=True)
+    ]
+    while True:
+        gap = total - sum(counts)
+        moves = [
+            (step_up(c, width) if gap > 0 else step_down(c)) - c
+            for c, width in zip(counts, widths, strict=True)
+        ]
+        useful = [i for i, move in enumerate(moves) if move and abs(gap - move) < abs(gap)]
+        if not useful:
+            return counts
+        # the site whose new count strays least from what was wanted for it
+        best = min(useful, key=lambda i: (abs(counts[i] + moves[i] - wanted[i]), i))
+        counts[best] += moves[best]
