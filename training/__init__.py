@@ -1,0 +1,1 @@
+"""Learning which channels matter: `python -m training.fit` and its siblings."""

@@ -1,0 +1,72 @@
+"""Every setting of a fit in one place; the same record travels inside the gate file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ldcp_core import DEFAULT_SCOPE, PADDINGS, SCOPES, Padding
+from training.errors import UserError
+
+Constant = Literal["mean", "zero"]
+Reconstruction = Literal["teacher", "noise"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+#: the original project's two settings: target sparsity and λ
+PRESETS: dict[str, dict[str, float]] = {
+    "quality": {"target_sparsity": 0.1, "sparsity_weight": 0.003},
+    "balanced": {"target_sparsity": 0.3, "sparsity_weight": 0.01},
+}
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What to learn, from what, and how long. Defaults are those of the command line."""
+
+    model: str
+    data: str
+    output: str
+    scope: str = DEFAULT_SCOPE
+    target_sparsity: float | None = 0.3  # None: λ stays fixed and the sparsity is what comes out
+    sparsity_weight: float = 0.01  # the seed's λ; with a target, where its controller starts
+    padding: Padding = "zero"
+    constant: Constant = "mean"
+    reconstruction: Reconstruction = "teacher"  # MSE against the dense output, or the true noise
+    resolution: int | None = None  # pixels; None: the model's own
+    batch_size: int = 2
+    gradient_accumulation: int = 4
+    learning_rate: float = 0.05  # of the logits (Adam)
+    epochs: float | None = None  # no limit by default: max_steps ends the fit
+    max_steps: int = 1000  # optimizer steps
+    precision: Precision = "fp32"
+    device: str = "auto"
+    validation_fraction: float = 0.1
+    validation_samples: int = 64  # held-out images × timesteps of one validation pass
+    calibration_batches: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require(self.scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}")
+        self._require(self.padding in PADDINGS, "padding", f"one of {', '.join(PADDINGS)}")
+        target = self.target_sparsity
+        self._require(target is None or 0 < target < 1, "target_sparsity", "between 0 and 1")
+        self._require(self.sparsity_weight >= 0, "sparsity_weight", "0 or more")
+        self._require(0 <= self.validation_fraction < 1, "validation_fraction", "from 0 up to 1")
+        self._require(self.learning_rate > 0, "learning_rate", "more than 0")
+        self._require(self.epochs is None or self.epochs > 0, "epochs", "more than 0")
+        for name in (
+            "batch_size",
+            "gradient_accumulation",
+            "max_steps",
+            "validation_samples",
+            "calibration_batches",
+        ):
+            self._require(getattr(self, name) >= 1, name, "1 or more")
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} is {getattr(self, name)!r}.", expected, f"change {option}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

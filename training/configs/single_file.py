@@ -1,0 +1,237 @@
+"""Recognise a single checkpoint file from its first bytes and its list of tensors.
+
+Users hand over whatever their model folder holds: SDXL, LoRAs, half a download, a saved web page.
+Loading one of those fails late and obscurely, so the file is identified here first. Of a
+safetensors file only the header is read; a `.ckpt` is mapped into memory without touching its
+weights and never runs pickled code.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.errors import UserError
+
+EXPECTED = (
+    "a full Stable Diffusion 1.5 checkpoint (U-Net, VAE and text encoder in one .safetensors or "
+    ".ckpt file), such as v1-5-pruned-emaonly.safetensors"
+)
+FETCH_AGAIN = "download the file again and compare its size with the one on the download page"
+TAKE_SD15 = "pass an SD1.5 checkpoint; other architectures are not supported"
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+TEXT_ENCODER = "cond_stage_model.transformer."
+
+_PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
+
+# (what it is, next step, fragments one of which occurs in some key); the first match wins.
+_RELATIVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "a LoRA",
+        "pass the checkpoint the LoRA was made for; the LoRA itself can be used in ComfyUI as ever",
+        (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.", "lora_unet_", "lora_te")
+        + (".hada_w", ".lokr_w"),
+    ),
+    (
+        "a ControlNet",
+        "pass the checkpoint it steers",
+        ("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
+    ),
+    ("a Flux model", TAKE_SD15, ("double_blocks.0.img_attn.",)),
+    ("a Stable Diffusion 3 model", TAKE_SD15, ("joint_blocks.0.",)),
+    (
+        "an SDXL checkpoint",
+        TAKE_SD15,
+        ("conditioner.embedders.", "diffusion_model.label_emb.", "add_embedding.linear_1."),
+    ),
+    ("a Stable Diffusion 2 checkpoint", TAKE_SD15, ("cond_stage_model.model.",)),
+    (
+        "a textual inversion embedding",
+        "pass the checkpoint it was made for",
+        ("emb_params", "string_to_param"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names and shapes of the tensors in a file, and its metadata."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_header(path: Path) -> Header:
+    """Return what tensors `path` holds, without reading them.
+
+    Raises:
+        UserError: the file is empty, a web page, a Git LFS pointer, cut off, or no checkpoint.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{path} is empty (0 bytes).", EXPECTED, FETCH_AGAIN)
+    with path.open("rb") as file:
+        start = file.read(512)
+    _refuse_text(path, start)
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors_header(path, size, start)
+    if path.suffix.lower() in _PICKLED:
+        state = read_pickled(path)
+        return Header({key: tuple(value.shape) for key, value in state.items()})
+    kind = "in GGUF format" if start.startswith(b"GGUF") else f"a {path.suffix or 'nameless'} file"
+    raise UserError(f"{path} is {kind}.", EXPECTED, "pass the .safetensors version of the model")
+
+
+def _refuse_text(path: Path, start: bytes) -> None:
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the model: a short text that stands in for it.",
+            EXPECTED,
+            "run `git lfs pull` in that repository, or download the file itself",
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise UserError(
+            f"{path} is a web page that was saved under the model's name.",
+            EXPECTED,
+            "open the page in a browser, log in or accept the licence if it asks, and use its "
+            "download button",
+        )
+
+
+def _read_safetensors_header(path: Path, size: int, start: bytes) -> Header:
+    if start.startswith(b"PK"):
+        raise UserError(
+            f"{path} is a PyTorch checkpoint under a .safetensors name.",
+            EXPECTED,
+            "rename it to end in .ckpt",
+        )
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if len(start) < 9 or start[8:9] != b"{" or length > 100_000_000:
+        raise UserError(f"{path} is not a safetensors file.", EXPECTED, FETCH_AGAIN)
+    if 8 + length > size:
+        raise _cut_off(path, size, f"more than {8 + length:,}")
+    with path.open("rb") as file:
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        entries: dict[str, Any] = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path} has a damaged safetensors header ({error}).", EXPECTED, FETCH_AGAIN
+        ) from error
+    if 8 + length + end > size:
+        raise _cut_off(path, size, f"{8 + length + end:,}")
+    return Header(shapes, metadata)
+
+
+def _cut_off(path: Path, size: int, wanted: str) -> UserError:
+    return UserError(
+        f"{path} is cut off: it holds {size:,} bytes of {wanted}.", EXPECTED, FETCH_AGAIN
+    )
+
+
+def read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a PyTorch checkpoint, mapped lazily where its format allows.
+
+    Raises:
+        UserError: the file is damaged, or can be read only by running the code pickled in it.
+    """
+    start = path.open("rb").read(2)
+    zipped = zipfile.is_zipfile(path)
+    if start == b"PK" and not zipped:
+        raise UserError(
+            f"{path} is cut off: the directory at its end is missing.", EXPECTED, FETCH_AGAIN
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} can't be read as plain weights ({reason}).",
+            EXPECTED + "; pickled code is never run",
+            "use the .safetensors version of the model, or convert it with a tool you trust",
+        ) from error
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        raise UserError(f"{path} is damaged ({error}).", EXPECTED, FETCH_AGAIN) from error
+    while isinstance(state, Mapping) and "state_dict" in state:
+        state = state["state_dict"]
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds a {type(state).__name__}, no model.", EXPECTED, TAKE_SD15)
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def check_single_file(path: Path, header: Header) -> None:
+    """Raise `UserError` unless `header` is that of a complete SD1.5 text-to-image checkpoint."""
+    found, next_step = _recognise(header)
+    if found:
+        raise UserError(f"{path} is {found}.", EXPECTED, next_step)
+
+
+def _recognise(header: Header) -> tuple[str, str]:
+    """Return what the file is and what to do about it; ("", "") for SD1.5 itself."""
+    keys = header.shapes.keys()
+    if header.metadata.get("format", "").startswith("ldcp"):
+        return "an LDCP gate file", "pass the checkpoint the gates are for; gates are the output"
+    for name, next_step, fragments in _RELATIVES:
+        if any(fragment in key for key in keys for fragment in fragments):
+            return name, next_step
+
+    parts = {
+        "the U-Net": f"{UNET}input_blocks.0.0.weight" in keys,
+        "the VAE": f"{VAE}encoder.conv_in.weight" in keys,
+        "the text encoder": any(key.startswith(TEXT_ENCODER) for key in keys),
+    }
+    if not parts["the U-Net"]:
+        return _recognise_part(header, parts)
+    channels = header.shapes[f"{UNET}input_blocks.0.0.weight"][1]
+    if channels != 4:
+        kind = {9: "an inpainting checkpoint", 8: "an InstructPix2Pix checkpoint"}
+        name = kind.get(channels, "a checkpoint")
+        return (
+            f"{name} (its U-Net takes {channels} input channels instead of 4)",
+            "train on the text-to-image checkpoint it was made from",
+        )
+    context = header.shapes.get(
+        f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 0)
+    )[1]
+    if context != 768:
+        names = {1024: "a Stable Diffusion 2 checkpoint", 2048: "an SDXL checkpoint"}
+        return names.get(context, f"no SD1.5 model (text width {context}, not 768)"), TAKE_SD15
+    if "v_pred" in keys:
+        return "a v-prediction model", "pass a checkpoint that predicts noise (epsilon)"
+    missing = [name for name, there in parts.items() if not there]
+    if missing:
+        return (
+            f"an SD1.5 U-Net without {' and '.join(missing)}",
+            "pass the full checkpoint, or a diffusers folder that has all parts",
+        )
+    return "", ""
+
+
+def _recognise_part(header: Header, parts: Mapping[str, bool]) -> tuple[str, str]:
+    keys = header.shapes.keys()
+    if parts["the VAE"] or {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= keys:
+        return "a VAE alone", "pass the full checkpoint; it brings its own VAE"
+    if {"conv_in.weight", "mid_block.resnets.0.conv1.weight"} <= keys:
+        return (
+            "the U-Net of a diffusers folder",
+            "pass the folder that holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/",
+        )
+    if any("text_model.encoder.layers." in key for key in keys):
+        return "a text encoder alone", "pass the full checkpoint"
+    shown = ", ".join(sorted(keys)[:3]) or "none"
+    return f"no model that is known here ({len(keys)} tensor(s), such as {shown})", TAKE_SD15

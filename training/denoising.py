@@ -1,0 +1,147 @@
+"""Images become denoising problems: latents, prompts, noise, timesteps, and the U-Net's answer.
+
+Latents and prompt embeddings are computed once per image and kept in memory: every epoch after the
+first costs neither VAE nor text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldcp_core import SoftGate
+from ldcp_core.gates import Padding
+from training.data import Batch, ImageData
+from training.gating import masked
+from training.models import DiffusionModel, embed_prompts, encode_images
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch: ``noisy`` and ``noise`` [B, 4, h, w], ``timesteps`` [B], ``context`` [B, T, D]."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    context: Tensor
+    noise: Tensor
+
+
+class Encoder:
+    """Latents and prompt embeddings of images, each computed once."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self._model = model
+        self._latents: dict[str, Tensor] = {}
+        self._contexts: dict[str, Tensor] = {}
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Latents [B, 4, h, w] and context [B, T, D], in the U-Net's precision and place."""
+        new = [i for i, id in enumerate(batch.ids) if id not in self._latents]
+        if new:
+            encoded = encode_images(self._model, batch.pixels[new]).cpu()
+            self._latents |= {batch.ids[i]: latent for i, latent in zip(new, encoded, strict=True)}
+        for caption in dict.fromkeys(batch.captions):
+            if caption not in self._contexts:
+                self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()
+        unet = self._model.unet
+        latents = torch.stack([self._latents[id] for id in batch.ids])
+        context = torch.stack([self._contexts[caption] for caption in batch.captions])
+        return latents.to(unet.device, unet.dtype), context.to(unet.device, unet.dtype)
+
+
+class Denoising:
+    """Draws noise and timesteps for images and asks the U-Net about them."""
+
+    def __init__(self, model: DiffusionModel, seed: int) -> None:
+        self.model = model
+        self.encoder = Encoder(model)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._alphas = model.alphas_cumprod.to(torch.float64)
+
+    def problem(self, batch: Batch, generator: torch.Generator | None = None) -> Problem:
+        """Noise the images of a batch at timesteps spread evenly over the schedule.
+
+        Within a batch the timesteps are stratified, one per equal share of the schedule: as
+        uniform as independent draws, with less variance.
+        """
+        generator = generator or self.generator
+        latents, context = self.encoder(batch)
+        count, steps = latents.shape[0], self._alphas.numel()
+        strata = torch.randperm(count, generator=generator)
+        share = (strata + torch.rand(count, generator=generator)) / count
+        timesteps = (share * steps).long().clamp(max=steps - 1)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        alphas = self._alphas[timesteps][:, None, None, None]
+        noisy = alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
+        return Problem(noisy, timesteps.to(latents.device), context, noise)
+
+    def dense(self, problem: Problem) -> Tensor:
+        """The unpruned U-Net's prediction of the noise, without gradient."""
+        with torch.no_grad():
+            return self._predict(problem)
+
+    def gated(self, problem: Problem, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
+        """The prediction under gates, differentiable in their masks."""
+        with masked(self.model.unet, gates, padding):
+            return self._predict(problem)
+
+    def _predict(self, problem: Problem) -> Tensor:
+        result: Tensor = self.model.unet(
+            problem.noisy, problem.timesteps, encoder_hidden_states=problem.context
+        ).sample
+        return result
+
+
+class HeldOut:
+    """Fixed held-out problems and their dense answers: every keep-set meets the same noise."""
+
+    def __init__(
+        self,
+        denoising: Denoising,
+        data: ImageData,
+        indices: Sequence[int],
+        samples: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._denoising = denoising
+        self._problems: list[Problem] = []
+        self._dense: list[Tensor] = []
+        for batch in _at_least(data, indices, batch_size, samples):
+            problem = denoising.problem(batch, generator)
+            self._problems.append(problem)
+            self._dense.append(denoising.dense(problem))
+
+    def deviations(self, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
+        """Mean squared deviation from the dense output of each held-out sample, float32 [N]."""
+        with torch.no_grad():
+            parts = [
+                (self._denoising.gated(problem, gates, padding) - dense).float().square()
+                for problem, dense in zip(self._problems, self._dense, strict=True)
+            ]
+        return torch.cat([part.mean((1, 2, 3)) for part in parts]).cpu()
+
+    def noise_loss(self, gates: dict[str, SoftGate] | None, padding: Padding) -> float:
+        """The usual denoising loss (MSE against the true noise); ``gates=None``: dense."""
+        losses = []
+        with torch.no_grad():
+            for problem, dense in zip(self._problems, self._dense, strict=True):
+                output = dense if gates is None else self._denoising.gated(problem, gates, padding)
+                losses.append((output - problem.noise).float().square().mean((1, 2, 3)))
+        return float(torch.cat(losses).mean())
+
+
+def _at_least(
+    data: ImageData, indices: Sequence[int], batch_size: int, samples: int
+) -> Iterator[Batch]:
+    """Batches in a fixed order, going round until ``samples`` images have come."""
+    seen = 0
+    for batch in data.batches(indices, batch_size, epochs=None):
+        yield batch
+        seen += len(batch.ids)
+        if seen >= samples:
+            return

@@ -1,0 +1,27 @@
+"""The one exception a user is meant to read.
+
+Everything that can go wrong because of what was typed, downloaded or stored is raised as
+`UserError`; the command line prints its text without a traceback. Any other exception is a
+defect in this code and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Says what was found, what was expected, and what to do next.
+
+    >>> print(UserError("photo.png is empty.", "an image", "download it again"))
+    photo.png is empty.
+      Expected: an image
+      Next step: download it again
+    """
+
+    def __init__(self, found: str, expected: str = "", next_step: str = "") -> None:
+        self.found, self.expected, self.next_step = found, expected, next_step
+        lines = [found]
+        if expected:
+            lines.append(f"  Expected: {expected}")
+        if next_step:
+            lines.append(f"  Next step: {next_step}")
+        super().__init__("\n".join(lines))

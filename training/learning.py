@@ -1,0 +1,169 @@
+"""Learning the gates: two losses that compete, and what keeps the competition fair.
+
+The loss is the seed's: MSE reconstruction + λ · mean score (the L1 of the scores). Three things
+make it learnable. The reconstruction is measured in units of the scope's whole effect (its loss
+with every gate closed), so that λ means the same for every model. While learning, logistic noise
+opens and closes channels near the threshold: under a hard straight-through gate alone a kept
+channel never feels what its own removal would cost, since at m = 1 the gradient of a quadratic
+loss holds only its interaction with the pruned ones; tried both ways, the two gradients average to
+the true difference. And a controller moves λ until the sparsity follows its ramp to the target;
+the keep-set itself is never cut to a count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldcp_core import THRESHOLD, ChannelGate, Site, aligned_counts, top_channels
+
+#: every channel starts clearly kept, at this logit
+START_LOGIT = 1.0
+#: logits stay within this, so that a channel can always come back
+LOGIT_BOUND = 3.0
+#: scale of the logistic noise on the logits: while exploring, and at the end
+NOISE, LAST_NOISE = 0.5, 0.1
+#: shares of the run: the target is reached, noise and learning rate begin to fall, noise is least
+RAMP_END, FADE_START, FADE_END = 0.4, 0.5, 0.9
+#: learning rate at the end of the run, as a share of the first
+LAST_LEARNING_RATE = 0.1
+#: gains of the λ controller, per unit of sparsity (the integral over the whole run)
+PROPORTIONAL, INTEGRAL = 80.0, 600.0
+#: how closely a learned sparsity must meet its target
+TARGET_TOLERANCE = 0.01
+
+
+class GateLearner(nn.Module):
+    """One `ChannelGate` per site, with the masks of the current step."""
+
+    def __init__(self, sites: Sequence[Site], seed: int) -> None:
+        super().__init__()
+        self.sites = [site.name for site in sites]
+        self.gates = nn.ModuleList(
+            ChannelGate(torch.full((site.channels,), START_LOGIT)) for site in sites
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def masks(self, noise_scale: float) -> dict[str, Tensor]:
+        """Site name -> mask [C]; exact (the file's rule) when ``noise_scale`` is 0."""
+        return {
+            site: gate(self._noise(gate, noise_scale))
+            for site, gate in zip(self.sites, self.gates, strict=True)
+        }
+
+    def mean_score(self) -> Tensor:
+        """The L1 penalty: mean of all scores, a scalar with gradient."""
+        return torch.cat([gate.score for gate in self.gates]).mean()
+
+    def scores(self) -> dict[str, Tensor]:
+        """Site name -> score [C] as it stands, detached, on the CPU."""
+        pairs = zip(self.sites, self.gates, strict=True)
+        return {site: gate.score.detach().float().cpu() for site, gate in pairs}
+
+    def keep_sets(self) -> dict[str, Tensor]:
+        return {site: score > THRESHOLD for site, score in self.scores().items()}
+
+    def sparsity(self) -> float:
+        """Pruned share of all channels under the file's rule."""
+        keep = torch.cat(list(self.keep_sets().values()))
+        return 1.0 - float(keep.float().mean())
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        for gate in self.gates:
+            gate.logits.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+
+    def _noise(self, gate: ChannelGate, scale: float) -> Tensor | None:
+        if scale == 0:
+            return None
+        uniform = torch.rand(gate.logits.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
+        return (scale * torch.logit(uniform)).to(gate.logits.device)
+
+
+@dataclass
+class SparsityController:
+    """Moves λ so that the sparsity follows a ramp to the target.
+
+    A PI controller on asinh(λ / λ₀): far from zero it scales λ by factors, near zero it can pass
+    through to a negative λ, which is what an equality constraint needs when channels that should
+    come back do not pay for themselves. Without a target λ stays what it is.
+    """
+
+    weight: float
+    target: float | None
+    steps: int
+
+    def __post_init__(self) -> None:
+        self._unit = max(self.weight, 1e-6)
+        self._start = math.asinh(self.weight / self._unit)
+        self._sum = 0.0
+
+    def wanted(self, step: int) -> float | None:
+        """The sparsity wanted at ``step``, rising to the target over the first part of the run."""
+        if self.target is None:
+            return None
+        return self.target * min(1.0, (step + 1) / (RAMP_END * self.steps))
+
+    def update(self, step: int, sparsity: float) -> None:
+        wanted = self.wanted(step)
+        if wanted is None:
+            return
+        error = wanted - sparsity
+        self._sum += error / self.steps
+        position = self._start + PROPORTIONAL * error + INTEGRAL * self._sum
+        self.weight = self._unit * math.sinh(min(max(position, -15.0), 15.0))
+
+
+def noise_scale(step: int, steps: int) -> float:
+    """Scale of the logistic noise on the logits: `NOISE`, then falling to `LAST_NOISE`."""
+    left = min(max((FADE_END - step / steps) / (FADE_END - FADE_START), 0.0), 1.0)
+    return LAST_NOISE + (NOISE - LAST_NOISE) * left
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """1 while the noise explores, then a cosine down to `LAST_LEARNING_RATE`."""
+    progress = min(max((step / steps - FADE_START) / (1.0 - FADE_START), 0.0), 1.0)
+    fall = 0.5 * (1 - math.cos(math.pi * progress))
+    return 1.0 - (1.0 - LAST_LEARNING_RATE) * fall
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Scores whose keep-sets are aligned, and how many channels had to change sides for it."""
+
+    scores: dict[str, Tensor]
+    moved: int
+
+
+def aligned_scores(scores: dict[str, Tensor], target: float | None) -> Alignment:
+    """Move the channels nearest to the threshold across it until every kept count is aligned.
+
+    Counts are balanced over the sites so that the target holds. When learning itself ended further
+    than `TARGET_TOLERANCE` from the target, the learned sparsity is kept instead: alignment does
+    not stand in for learning. The order of the scores within a site does not change.
+    """
+    wanted = [int((score > THRESHOLD).sum()) for score in scores.values()]
+    widths = [score.numel() for score in scores.values()]
+    total = sum(wanted)
+    if target is not None and abs(1 - total / sum(widths) - target) <= TARGET_TOLERANCE:
+        total = round((1 - target) * sum(widths))
+    aligned: dict[str, Tensor] = {}
+    moved = 0
+    for (site, score), count in zip(
+        scores.items(), aligned_counts(wanted, widths, total), strict=True
+    ):
+        keep = top_channels(score, count)
+        changed = keep != (score > THRESHOLD)
+        moved += int(changed.sum())
+        aligned[site] = _with_keep_set(score, keep)
+    return Alignment(aligned, moved)
+
+
+def _with_keep_set(score: Tensor, keep: Tensor) -> Tensor:
+    """The nearest scores for which ``score > 0.5`` is ``keep``, in the same order."""
+    above = torch.nextafter(torch.tensor(THRESHOLD), torch.tensor(1.0))
+    return torch.where(keep, score.clamp(min=above.item()), score.clamp(max=THRESHOLD))

@@ -1,0 +1,141 @@
+"""What a fit shows at the end: the course of the losses, the scores per site, and a table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldcp_core import THRESHOLD, Gates, Latent, savings, write_atomically
+
+MIB = 2**20
+
+
+@dataclass
+class History:
+    """One entry per optimizer step: scaled reconstruction loss, mean score, λ, sparsity."""
+
+    target: float | None
+    reconstruction: list[float] = field(default_factory=list)
+    l1: list[float] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)
+    sparsity: list[float] = field(default_factory=list)
+    changed: int = 0  # channels whose state differs from the start
+    heldout_deviation: float | None = None
+
+    def add(self, reconstruction: float, l1: float, weight: float, sparsity: float) -> None:
+        self.reconstruction.append(reconstruction)
+        self.l1.append(l1)
+        self.weight.append(weight)
+        self.sparsity.append(sparsity)
+
+    def to_json(self, points: int = 20) -> dict[str, Any]:
+        """A summary of at most ``points`` entries, and the end."""
+        stride = max(1, len(self.sparsity) // points)
+        rows = zip(self.reconstruction, self.l1, self.weight, self.sparsity, strict=True)
+        shown = [
+            {"step": step, "reconstruction": mse, "l1": l1, "weight": weight, "sparsity": sparsity}
+            for step, (mse, l1, weight, sparsity) in enumerate(rows)
+            if step % stride == 0 or step == len(self.sparsity) - 1
+        ]
+        return {"course": shown, "heldout_deviation": self.heldout_deviation}
+
+
+def summary(gates: Gates) -> str:
+    """A table of what is pruned and what that saves by the cost model, at 512x512 with CFG."""
+    kept = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
+    latent = Latent()
+    found = savings(gates.topology, kept, gates.padding, latent)
+    head = f"{'site':<32} {'kept':>11} {'pruned':>7} {'parameters':>12} {'MFLOP':>9}"
+    lines = [head, "-" * len(head)]
+    for row in found.sites:
+        lines.append(
+            f"{row.site:<32} {row.kept:>5}/{row.channels:<5} {1 - row.kept / row.channels:>7.1%} "
+            f"{-row.saved.parameters:>12,} {-row.saved.flops / 1e6:>9,.0f}"
+        )
+    saved = found.saved
+    lines.append("-" * len(head))
+    lines.append(
+        f"{'total':<32} {found.kept:>5}/{found.channels:<5} {found.sparsity:>7.1%} "
+        f"{-saved.parameters:>12,} {-saved.flops / 1e6:>9,.0f}"
+    )
+    lines.append(
+        f"{'share of the whole U-Net':<52} {-found.parameter_share:>12.2%} "
+        f"{-found.flop_share:>9.2%}"
+    )
+    lines.append(
+        f"counted, rule {gates.padding!r}: {found.saved_bytes(2) / MIB:.2f} MiB of weights in "
+        f"half precision, FLOPs at a {latent.height}x{latent.width} latent, batch {latent.batch}"
+    )
+    return "\n".join(lines)
+
+
+def plot_curves(history: History, path: Path) -> None:
+    """Loss, λ and sparsity over the steps, as a PNG."""
+    plt = _pyplot()
+    figure, (losses, shares) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    steps = range(len(history.sparsity))
+    losses.plot(steps, history.reconstruction, lw=0.5, color="tab:blue", alpha=0.5)
+    losses.plot(
+        steps, _smoothed(history.reconstruction), color="tab:blue", label="reconstruction (scaled)"
+    )
+    losses.plot(steps, history.weight, color="tab:red", lw=1, label="λ")
+    losses.set_yscale("symlog", linthresh=1e-5)
+    losses.set_ylabel("loss, λ")
+    losses.legend()
+    shares.plot(steps, history.sparsity, label="sparsity (score ≤ 0.5)")
+    shares.plot(steps, history.l1, color="tab:green", lw=1, label="mean score (L1)")
+    if history.target is not None:
+        shares.axhline(history.target, color="gray", ls="--", lw=1, label="target sparsity")
+    shares.set_ylim(0, 1)
+    shares.set_xlabel("step")
+    shares.legend()
+    _save(figure, path)
+
+
+def plot_scores(gates: Gates, path: Path) -> None:
+    """The sorted scores of every site with the threshold, as a PNG."""
+    plt = _pyplot()
+    columns = min(4, len(gates.scores))
+    rows = -(-len(gates.scores) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3 * columns, 2.6 * rows), sharey=True, squeeze=False
+    )
+    for axis, (site, score) in zip(axes.flat, gates.scores.items(), strict=False):
+        ordered = sorted(score.tolist(), reverse=True)
+        colors = ["tab:blue" if value > THRESHOLD else "tab:orange" for value in ordered]
+        axis.bar(range(len(ordered)), ordered, color=colors, width=1.0)
+        axis.axhline(THRESHOLD, color="gray", ls="--", lw=1)
+        kept = sum(value > THRESHOLD for value in ordered)
+        axis.set_title(f"{site}\n{kept} of {len(ordered)} kept", fontsize=8)
+    for axis in list(axes.flat)[len(gates.scores) :]:
+        axis.remove()
+    axes[0][0].set_ylabel("score")
+    _save(figure, path)
+
+
+def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """Exponential moving average, starting at the first value."""
+    result: list[float] = []
+    for value in values:
+        result.append(weight * result[-1] + (1 - weight) * value if result else value)
+    return result
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window, also on machines that have a screen
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=120)
+    _pyplot().close(figure)
+    write_atomically(path, buffer.getvalue())
