@@ -125,9 +125,12 @@ def savings(
 
     Where both convolutions of a block are gated their savings overlap: the inner site is counted
     first, the residual site gets the rest, so that the sites add up to the whole. A fully kept
-    site saves nothing and costs nothing.
+    site saves nothing and costs nothing. Raises ValueError for a site the topology does not have.
     """
     latent = latent or Latent()
+    unknown = set(kept) - {site.name for site in topology.all_sites()}
+    if unknown:
+        raise ValueError(f"no such sites: {', '.join(sorted(unknown))}")
     rows: list[SiteSaving] = []
     for block in topology.res_blocks():
         inner_name, residual_name = f"{block.name}.conv1", f"{block.name}.conv2"

@@ -1,9 +1,10 @@
 """Reading and writing gate files: one .safetensors that says everything about its gates.
 
 Tensors: ``<site>.score`` float32 [C] in [0, 1] and, optionally, ``<site>.constant`` float32 [C].
-Metadata: ``format``, ``version``, and ``gates``, a JSON object with the U-Net's topology, the
-padding rule, free-form provenance and a checksum over the tensors. A reader accepts a file whole
-or not at all; every refusal names the file, what was found, what was expected and what to do.
+Metadata: ``format``, ``version``, ``gates`` (a JSON object with the U-Net's topology, the padding
+rule and free-form provenance) and ``checksum`` over that JSON and the tensors. A reader accepts a
+file whole or not at all; every refusal names the file, what was found, what was expected and what
+to do.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def save_gates(gates: Gates, path: str | Path) -> None:
         "topology": gates.topology.to_json(),
         "padding": gates.padding,
         "info": dict(gates.info),
-        "checksum": _checksum(tensors),
     }
     _validated(tensors, description, path)
     metadata = {"format": FORMAT, "version": str(VERSION), "gates": json.dumps(description)}
-    write_atomically(path, serialize(tensors, metadata))
+    metadata["checksum"] = _checksum(metadata["gates"], tensors)
+    write_atomically(path, _serialized(tensors, metadata))
 
 
 def load_gates(path: str | Path) -> Gates:
@@ -65,6 +66,10 @@ def load_gates(path: str | Path) -> Gates:
     FileNotFoundError when there is no such file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise GateFileError(
+            f"{path}: this is a folder; choose a gate file (.safetensors) inside it"
+        )
     if path.stat().st_size > MAX_BYTES:
         raise GateFileError(
             f"{path}: {path.stat().st_size:,} bytes is too large for a gate file (at most "
@@ -74,13 +79,17 @@ def load_gates(path: str | Path) -> Gates:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             description = _description(metadata, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            # cloned: the originals are a view of the file, and would change when it is overwritten
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no dict
     except SafetensorError as error:
         raise GateFileError(
             f"{path}: not a readable .safetensors file ({error}); it may be truncated or a web "
             "page saved under this name, download or copy it again"
         ) from error
-    return _validated(tensors, description, path)
+    gates = _validated(tensors, description, path)
+    if metadata.get("checksum") != _checksum(metadata["gates"], tensors):
+        raise _damaged(path, "its checksum does not match its contents")
+    return gates
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -114,8 +123,17 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The .safetensors bytes, with the metadata in its own order (the library shuffles it)."""
+    data = serialize(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({**json.loads(data[8:end]), "__metadata__": metadata}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def _checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(description.encode() + b"\0")
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name].numpy())
         digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode() + array.tobytes())
@@ -127,7 +145,7 @@ def _description(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise GateFileError(
             f"{path}: this is not a gate file (format {found!r}, expected {FORMAT!r}); gate files "
-            "are made by training.fit, and belong into models/ldcp_gates"
+            "are made by training.fit, and belong in models/ldcp_gates"
         )
     if metadata.get("version") != str(VERSION):
         raise GateFileError(
@@ -136,7 +154,7 @@ def _description(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         )
     try:
         description = json.loads(metadata.get("gates", ""))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         raise _damaged(path, f"its description is not valid JSON ({error})") from error
     if not isinstance(description, dict):
         raise _damaged(path, f"its description is {type(description).__name__}, not an object")
@@ -171,8 +189,6 @@ def _validated(tensors: Mapping[str, Tensor], description: dict[str, Any], path:
     orphans = sorted(set(constants) - set(scores))
     if orphans:
         raise _damaged(path, f"constants without scores for {', '.join(orphans)}")
-    if description.get("checksum") != _checksum(tensors):
-        raise _damaged(path, "its checksum does not match its tensors")
     ordered = [site for site in widths if site in scores]
     return Gates(
         {site: scores[site] for site in ordered},

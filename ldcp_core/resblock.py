@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gates import Padding
+from .sites import SiteKind
 
 
 class ResBlockOps(Protocol):
@@ -115,7 +116,7 @@ class BlockGate:
     residual: Tensor | None = None
     residual_constant: Tensor | None = None
 
-    def soft(self, kind: str) -> SoftGate | None:
+    def soft(self, kind: SiteKind) -> SoftGate | None:
         """The gate of one kind as a mask for `masked_forward`."""
         keep = self.inner if kind == "inner" else self.residual
         constant = self.inner_constant if kind == "inner" else self.residual_constant
@@ -127,9 +128,10 @@ class BlockGate:
 class CompactResBlock:
     """The kept rows and columns of one ResBlock, selected once, and its forward pass.
 
-    Built from the weights as they would run now; holds copies only, so the host may move the full
-    weights away afterwards. When ``folds`` is false (a host that pads circularly, say), conv2 runs
-    on all inner channels and only rows are removed.
+    Built from the weights as they would run now. Of a convolution that loses rows or columns it
+    holds copies only, so the host may move the full weights away afterwards; a convolution that
+    loses nothing is held as given. When ``folds`` is false (a host that pads circularly, say),
+    conv2 runs on all inner channels and only rows are removed.
     """
 
     def __init__(
@@ -152,7 +154,8 @@ class CompactResBlock:
             self.conv2 = rows
         else:
             self.conv2 = ConvWeights(
-                rows.weight.index_select(1, self.inner.kept).contiguous(), rows.bias
+                rows.weight.index_select(1, self.inner.kept).contiguous(),
+                None if rows.bias is None else rows.bias.clone(),
             )
             self.columns = _fold_columns(
                 rows.weight.index_select(1, self.inner.pruned), gate.padding
@@ -172,8 +175,8 @@ class CompactResBlock:
         if self.conv2.weight.shape[0] == 0:  # no residual channel is kept: only constants are left
             return ops.skip(x) + self._scatter(x.new_empty(x.shape[0], 0, *x.shape[2:]))
         if self.inner is None:
-            h = _conv(ops.conv1, ops.norm1(x), self.conv1)
-            y = _conv(ops.conv2, ops.norm2(h + emb[:, :, None, None]), self.conv2)
+            h = ops.conv1(ops.norm1(x), self.conv1.weight, self.conv1.bias)
+            y = ops.conv2(ops.norm2(h + emb[:, :, None, None]), self.conv2.weight, self.conv2.bias)
         elif self.folds:
             y = self._folded(ops, x, emb, self.inner)
         else:
@@ -186,9 +189,9 @@ class CompactResBlock:
         h = split.merge(kept, planes.expand(kept.shape[0], -1, *kept.shape[2:]))
         a = ops.norm2(h + emb[:, :, None, None])
         if self.padding == "zero":
-            return _conv(ops.conv2, a, self.conv2)
+            return ops.conv2(a, self.conv2.weight, self.conv2.bias)
         kept_only = a.index_fill(1, split.pruned, 0)
-        y = _conv(ops.conv2, kept_only, self.conv2)
+        y = ops.conv2(kept_only, self.conv2.weight, self.conv2.bias)
         constants = a.index_select(1, split.pruned)[:, :, 0, 0]
         tap_sums = self.conv2.weight.index_select(1, split.pruned).sum((2, 3))
         return y + F.linear(constants, tap_sums)[:, :, None, None]
@@ -198,18 +201,17 @@ class CompactResBlock:
         constants = split.constant.to(h) + emb.index_select(1, split.pruned)
         a, a_constant = self._norm2(ops, h, constants, split)
         assert self.columns is not None
-        spread = _spread(
-            F.linear(a_constant, self.columns), self.conv2.weight.shape[0], h.shape[2:]
-        )
+        taps = F.linear(a_constant, self.columns)
+        spread = taps[:, :, None, None] if self.padding == "extend" else _spread(taps, h.shape[2:])
         if a.shape[1] == 0:
             bias = 0 if self.conv2.bias is None else self.conv2.bias[:, None, None]
             return (spread + bias).expand(-1, -1, *h.shape[2:])
-        return _conv(ops.conv2, a, self.conv2).add_(spread)
+        return ops.conv2(a, self.conv2.weight, self.conv2.bias).add_(spread)
 
     def _conv1_rows(self, ops: ResBlockOps, x: Tensor) -> Tensor:
         if self.conv1.weight.shape[0] == 0:
             return x.new_empty(x.shape[0], 0, *x.shape[2:])
-        return _conv(ops.conv1, ops.norm1(x), self.conv1)
+        return ops.conv1(ops.norm1(x), self.conv1.weight, self.conv1.bias)
 
     def _norm2(
         self, ops: ResBlockOps, h: Tensor, constants: Tensor, split: _Split
@@ -221,7 +223,10 @@ class CompactResBlock:
         1979, the parallel formula, for equal counts). A constant has variance zero. In float32.
         """
         batch = h.shape[0]
-        variance, mean = torch.var_mean(h.float(), dim=(2, 3), correction=0)
+        if h.shape[1] == 0:
+            variance = mean = constants.new_empty((batch, 0), dtype=torch.float32)
+        else:
+            variance, mean = torch.var_mean(h.float(), dim=(2, 3), correction=0)
         means = split.merge(mean, constants.float())
         variances = split.merge(variance, torch.zeros_like(constants, dtype=torch.float32))
         grouped = means.view(batch, ops.groups, -1)
@@ -280,11 +285,6 @@ class _Split:
         return torch.cat([kept, pruned], 1).index_select(1, self.order)
 
 
-def _conv(conv: object, x: Tensor, weights: ConvWeights) -> Tensor:
-    result: Tensor = conv(x, weights.weight, weights.bias)  # type: ignore[operator]  # host's conv
-    return result
-
-
 def _rows(conv: ConvWeights, kept: Tensor) -> ConvWeights:
     bias = None if conv.bias is None else conv.bias.index_select(0, kept)
     return ConvWeights(conv.weight.index_select(0, kept), bias)
@@ -297,17 +297,13 @@ def _fold_columns(weight: Tensor, padding: Padding) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
 
 
-def _spread(taps: Tensor, channels: int, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """What constant planes leave behind conv2: [B, 9·O] per tap to [B, O, H, W].
+def _spread(taps: Tensor, size: torch.Size) -> Tensor:
+    """What constant planes leave behind a zero-padded conv2: [B, 9·O] per tap to [B, O, H, W].
 
-    At position (y, x) only the taps count that do not fall on the zero padding. Tap-sums
-    ([B, O], rule ``extend``) are the same everywhere and come back as [B, O, 1, 1].
+    At position (y, x) only the taps count that do not fall on the padding.
     """
-    batch = taps.shape[0]
-    if taps.shape[1] == channels:
-        return taps[:, :, None, None]
     rows, columns = (_taps_inside(n, taps) for n in size)
-    return rows @ taps.view(batch, channels, 3, 3) @ columns.T
+    return rows @ taps.view(taps.shape[0], -1, 3, 3) @ columns.T
 
 
 def _taps_inside(size: int, like: Tensor) -> Tensor:

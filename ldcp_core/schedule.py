@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-_RANGE = re.compile(r"^(\d+)\s*(?:(-)\s*(\d*))?$")
+_RANGE = re.compile(r"^([0-9]{1,9})\s*(?:(-)\s*([0-9]{0,9}))?$")
 
 
 class ScheduleError(ValueError):
@@ -138,7 +138,7 @@ def _parse_range(part: str) -> StepRange:
 def step_index(sigma: float, sigmas: Sequence[float]) -> int:
     """The 0-based step of ``sigmas`` (length steps + 1) that an evaluation at ``sigma`` belongs to.
 
-    For a descending schedule: the number of later entries v > 0 with v·(1 + 1e-4) >= sigma, at
+    For a descending schedule: the number of later entries v with v·(1 + 1e-4) >= sigma, at
     most the last step; mirrored for an ascending one. The first evaluation of every step of every
     schedule-based sampler is counted right; a corrector that lands on the next sigma (heun,
     dpm_2_ancestral) counts as the next step. A sigma that is not in the schedule never raises.
@@ -150,5 +150,5 @@ def step_index(sigma: float, sigmas: Sequence[float]) -> int:
     if len(sigmas) > 1 and sigmas[0] < sigmas[-1]:
         reached = sum(1 for v in sigmas[1:] if v <= sigma * (1 + 1e-4))
     else:
-        reached = sum(1 for v in sigmas[1:] if v > 0 and v * (1 + 1e-4) >= sigma)
+        reached = sum(1 for v in sigmas[1:] if v * (1 + 1e-4) >= sigma)
     return min(reached, steps - 1)

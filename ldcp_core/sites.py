@@ -69,9 +69,21 @@ class Topology:
                 f"an SD1.5 U-Net has four levels, found widths {self.widths} and attention "
                 f"{self.attention}"
             )
-        numbers = (*self.widths, self.layers_per_block, self.context_width)
+        if not all(isinstance(a, bool) for a in self.attention):
+            raise ValueError(f"attention must be four booleans, found {self.attention}")
+        numbers = (
+            *self.widths,
+            self.layers_per_block,
+            self.context_width,
+            self.in_channels,
+            self.out_channels,
+        )
         if not all(isinstance(n, int) and 0 < n <= 65536 for n in numbers):
             raise ValueError(f"widths and depths must be positive integers, found {numbers}")
+        if self.layers_per_block > 8:
+            raise ValueError(
+                f"a U-Net with {self.layers_per_block} layers per block is not SD1.5's"
+            )
 
     @classmethod
     def from_json(cls, value: Any) -> Topology:
@@ -79,7 +91,7 @@ class Topology:
         try:
             return cls(
                 widths=tuple(value["widths"]),
-                attention=tuple(bool(a) for a in value["attention"]),
+                attention=tuple(value["attention"]),
                 layers_per_block=value["layers_per_block"],
                 context_width=value["context_width"],
                 in_channels=value["in_channels"],

@@ -1,0 +1,540 @@
+"""Gate files: what is written is read back bit for bit, and nothing else is ever accepted."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import Tensor
+
+from ldcp_core import (
+    PADDINGS,
+    SD15,
+    GateFileError,
+    Gates,
+    Topology,
+    fingerprint,
+    load_gates,
+    save_gates,
+    write_atomically,
+)
+from ldcp_core.gatefile import FINGERPRINT_SAMPLES, FORMAT, MAX_BYTES
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden" / "gates_v1.safetensors"
+TINY = Topology(widths=(8, 8, 16, 16), context_width=8)
+SITE, OTHER = "mid_block.resnets.0.conv1", "mid_block.resnets.1.conv2"
+
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+
+
+def small_gates(seed: int = 0) -> Gates:
+    g = torch.Generator().manual_seed(seed)
+    return Gates(
+        {SITE: torch.rand(16, generator=g), OTHER: torch.rand(16, generator=g)},
+        {SITE: torch.randn(16, generator=g)},
+        "extend",
+        TINY,
+        {"criterion": "learned", "loss": [0.5, 0.25], "seed": seed},
+    )
+
+
+def same(a: Gates, b: Gates) -> bool:
+    """Equal to the last bit and of one order, site by site."""
+
+    def bits(tensors: Any) -> list[tuple[str, bytes]]:
+        return sorted((name, t.numpy().tobytes()) for name, t in tensors.items())
+
+    return (
+        bits(a.scores) == bits(b.scores)
+        and bits(a.constants) == bits(b.constants)
+        and (a.padding, a.topology, dict(a.info)) == (b.padding, b.topology, dict(b.info))
+    )
+
+
+# --- round trip -----------------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@st.composite
+def any_gates(draw: st.DrawFn) -> Gates:
+    sites = draw(st.lists(st.sampled_from(TINY.all_sites()), min_size=1, max_size=4, unique=True))
+    value = st.floats(0, 1, width=32)
+    finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+    scores, constants = {}, {}
+    for site in sites:
+        # a few drawn values in every order, so that signs of zero and denormals come along
+        few = draw(st.lists(value, min_size=1, max_size=4))
+        scores[site.name] = torch.tensor((few * site.channels)[: site.channels])
+        if draw(st.booleans()):
+            few = draw(st.lists(finite, min_size=1, max_size=4))
+            constants[site.name] = torch.tensor((few * site.channels)[: site.channels])
+    info = draw(st.dictionaries(st.text(max_size=6), json_values, max_size=3))
+    return Gates(scores, constants, draw(st.sampled_from(PADDINGS)), TINY, info)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gates")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(gates=any_gates())
+def test_what_is_saved_is_loaded_bit_for_bit(gates: Gates, folder: Path) -> None:
+    path = folder / "round.safetensors"
+    save_gates(gates, path)
+    loaded = load_gates(path)
+    assert same(loaded, gates)
+    order = [site.name for site in TINY.all_sites()]
+    assert list(loaded.scores) == sorted(gates.scores, key=order.index)
+
+
+def test_the_same_gates_give_the_same_bytes(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_gates(small_gates(), one)
+    save_gates(load_gates(one), two)
+    assert one.read_bytes() == two.read_bytes()
+    save_gates(small_gates(1), two)
+    assert one.read_bytes() != two.read_bytes()
+
+
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    path = str(tmp_path / "gates.safetensors")
+    save_gates(small_gates(), path)
+    assert same(load_gates(path), small_gates())
+
+
+def test_parameters_and_views_can_be_saved(tmp_path: Path) -> None:
+    score = torch.nn.Parameter(torch.linspace(0, 1, 32))[::2]
+    save_gates(Gates({SITE: score}, topology=TINY), tmp_path / "g.safetensors")
+    assert torch.equal(load_gates(tmp_path / "g.safetensors").scores[SITE], score.detach())
+
+
+def test_loaded_gates_do_not_change_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "gates.safetensors"
+    save_gates(small_gates(), path)
+    loaded = load_gates(path)
+    with path.open("r+b") as file:  # in place: the same inode that was read
+        file.write(b"\xff" * path.stat().st_size)
+    assert same(loaded, small_gates())
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [
+        Gates({SITE: torch.rand(15)}, topology=TINY),
+        Gates({SITE: torch.rand(16).double()}, topology=TINY),
+        Gates({SITE: torch.full((16,), 1.5)}, topology=TINY),
+        Gates({SITE: torch.full((16,), torch.nan)}, topology=TINY),
+        Gates({"mid_block.resnets.7.conv1": torch.rand(16)}, topology=TINY),
+        Gates({}, topology=TINY),
+        Gates({SITE: torch.rand(16)}, {OTHER: torch.rand(16)}, topology=TINY),
+        Gates({SITE: torch.rand(16)}, padding="reflect", topology=TINY),  # type: ignore[arg-type]
+    ],
+)
+def test_gates_that_would_not_be_read_back_are_not_written(gates: Gates, tmp_path: Path) -> None:
+    path = tmp_path / "gates.safetensors"
+    save_gates(small_gates(), path)
+    with pytest.raises(GateFileError):
+        save_gates(gates, path)
+    assert same(load_gates(path), small_gates())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- the golden file ------------------------------------------------------------------------------
+
+
+def test_the_golden_file_of_version_1_keeps_loading() -> None:
+    """Never regenerate it: a change that breaks this test needs a new version.."""
+    gates = load_gates(GOLDEN)
+    assert gates.topology == TINY and gates.padding == "zero"
+    assert dict(gates.info) == {"criterion": "golden", "note": "größer als ½", "steps": 3}
+    assert list(gates.scores) == [SITE, OTHER]
+    # k/15 for k = 0..15 is kept from 8/15 on; then 0.5 itself and its two neighbours in float32
+    assert torch.equal(gates.scores[SITE], torch.arange(16) / 15)
+    keep = gates.keep_sets()
+    assert keep[SITE].nonzero()[:, 0].tolist() == list(range(8, 16))
+    assert keep[OTHER].tolist() == [False, True, False] + [True] * 13
+    assert gates.scores[OTHER][:3].tolist() == [0.5, 0.5 + 2**-24, 0.5 - 2**-25]
+    assert list(gates.constants) == [OTHER]
+    assert gates.constants[OTHER].tolist() == [c / 8 for c in range(-8, 8)]
+
+
+# --- atomic writing -------------------------------------------------------------------------------
+
+SAVE_FOREVER = """
+import os, random, signal, sys, time
+import torch
+from ldcp_core import SD15, Gates, load_gates, save_gates
+
+torch.set_num_threads(1)
+path = sys.argv[1]
+sites = SD15.all_sites()
+versions = [Gates({s.name: torch.full((s.channels,), v) for s in sites}) for v in (0.25, 0.75)]
+save_gates(versions[0], path)
+seen = set()
+random.seed(0)
+for attempt in range(15):
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            for gates in reversed(versions):
+                save_gates(gates, path)
+    time.sleep(random.uniform(0.005, 0.1))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    values = {v for score in load_gates(path).scores.values() for v in score.tolist()}
+    assert len(values) == 1, values
+    seen |= values
+print(sorted(seen))
+"""
+
+
+@posix
+def test_a_writer_that_is_killed_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "gates.safetensors"
+    result = subprocess.run(
+        [sys.executable, "-c", SAVE_FOREVER, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[0.25, 0.75]"  # both versions were met
+    leftovers = [p.name for p in tmp_path.iterdir() if p != path]
+    assert not any(name.endswith(".safetensors") for name in leftovers)  # no dropdown shows them
+
+
+@pytest.mark.parametrize("failing", ["replace", "fsync", "chmod"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failing_disk_leaves_the_old_file_and_no_litter(
+    failing: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gates.safetensors"
+    save_gates(small_gates(), path)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(type(error)):
+        save_gates(small_gates(1), path)
+    monkeypatch.undo()
+    assert same(load_gates(path), small_gates())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_data_is_on_the_disk_before_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def spy(*args: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+            calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, spy)
+    write_atomically(tmp_path / "x", b"content")
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_missing_folder_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        save_gates(small_gates(), tmp_path / "nowhere" / "gates.safetensors")
+
+
+@posix
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_permissions_follow_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    path = tmp_path / "gates.safetensors"
+    before = os.umask(umask)
+    try:
+        save_gates(small_gates(), path)
+        assert os.umask(umask) == umask  # and it is left as it was
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def crafted(
+    scores: dict[str, Tensor] | None = None,
+    description: Any = None,
+    **metadata: str | None,
+) -> bytes:
+    """A gate file by hand; the defaults are a good one but for its checksum."""
+    tensors = {f"{SITE}.score": torch.linspace(0, 1, 16)} if scores is None else scores
+    if description is None:
+        description = {"topology": TINY.to_json(), "padding": "zero", "info": {}}
+    text = description if isinstance(description, str) else json.dumps(description)
+    found = {"format": FORMAT, "version": "1", "gates": text, "checksum": "0" * 64, **metadata}
+    return save(tensors, {k: v for k, v in found.items() if v is not None})
+
+
+def described(**changes: Any) -> bytes:
+    description = {"topology": TINY.to_json(), "padding": "zero", "info": {}, **changes}
+    return crafted(description={k: v for k, v in description.items() if v is not None})
+
+
+def saved() -> bytes:
+    return GOLDEN.read_bytes()
+
+
+def swapped_bit(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+S, ORPHAN = f"{SITE}.score", f"{OTHER}.constant"
+NESTED = "[" * 100_000 + "]" * 100_000
+REFUSALS: dict[str, tuple[Callable[[], bytes], str, str]] = {
+    # name: content, what was found, what to do or what was expected
+    "text": (lambda: b"these are my gates", "not a readable .safetensors", "download or copy"),
+    "html": (
+        lambda: b"<!DOCTYPE html><html><body>Not found</body></html>",
+        "not a readable .safetensors",
+        "web page saved under this name",
+    ),
+    "empty": (lambda: b"", "not a readable .safetensors", "download or copy"),
+    "truncated header": (lambda: saved()[:100], "not a readable .safetensors", "truncated"),
+    "truncated tensors": (lambda: saved()[:-1], "not a readable .safetensors", "truncated"),
+    "appended": (lambda: saved() + b"\0", "not a readable .safetensors", "copy it again"),
+    "pickle": (lambda: pickle.dumps({SITE: [1.0]}), "not a readable .safetensors", "copy it again"),
+    "no metadata": (lambda: save({S: torch.rand(16)}), "format None", repr(FORMAT)),
+    "a model": (lambda: crafted(format="pt"), "format 'pt'", "made by training.fit"),
+    "another version": (lambda: crafted(version="2"), "version '2'", "update the node pack"),
+    "no version": (lambda: crafted(version=None), "version None", "reads version 1"),
+    "no description": (lambda: crafted(gates=None), "not valid JSON", "train the gates again"),
+    "bad JSON": (lambda: crafted(description="{"), "not valid JSON", "train the gates again"),
+    "nested JSON": (lambda: crafted(description=NESTED), "not valid JSON", "copy the file again"),
+    "huge number": (lambda: crafted(description="9" * 5000), "not valid JSON", "copy the file"),
+    "a list": (lambda: crafted(description=[]), "list, not an object", "copy the file again"),
+    "no topology": (lambda: described(topology=None), "None", "train the gates again"),
+    "bad topology": (
+        lambda: described(topology={**TINY.to_json(), "widths": [8, 8]}),
+        "widths (8, 8)",
+        "four levels",
+    ),
+    "no input width": (
+        lambda: described(topology={**TINY.to_json(), "in_channels": "4"}),
+        "'4'",
+        "positive integers",
+    ),
+    "padding": (lambda: described(padding="wrap"), "padding rule 'wrap'", "one of zero, extend"),
+    "padding list": (lambda: described(padding=["zero"]), "['zero']", "one of zero, extend"),
+    "no padding": (lambda: described(padding=None), "padding rule None", "one of zero, extend"),
+    "no info": (lambda: described(info=None), "'info' object is missing", "copy the file again"),
+    "unknown site": (
+        lambda: crafted({"mid_block.resnets.2.conv1.score": torch.rand(16)}),
+        "'mid_block.resnets.2.conv1.score'",
+        "such as 'mid_block.resnets.0.conv1.score'",
+    ),
+    "unknown part": (
+        lambda: crafted({f"{SITE}.weight": torch.rand(16)}),
+        f"'{SITE}.weight'",
+        "update the node pack",
+    ),
+    "no dot": (lambda: crafted({"score": torch.rand(16)}), "'score'", "update the node pack"),
+    "width": (lambda: crafted({S: torch.rand(1280)}), "torch.float32 [1280]", "torch.float32 [16]"),
+    "two axes": (lambda: crafted({S: torch.rand(1, 16)}), "float32 [1, 16]", "float32 [16]"),
+    "dtype": (
+        lambda: crafted({S: torch.rand(16).half()}),
+        "torch.float16 [16]",
+        "torch.float32 [16]",
+    ),
+    "NaN": (lambda: crafted({S: torch.full((16,), torch.nan)}), f"{S!r} holds NaN", "train"),
+    "infinite": (
+        lambda: crafted({S: torch.rand(16), f"{OTHER}.score": torch.full((16,), torch.inf)}),
+        "NaN or infinite",
+        "train",
+    ),
+    "too large": (lambda: crafted({S: torch.full((16,), 1.25)}), "1.25", "scores in [0, 1]"),
+    "negative": (lambda: crafted({S: torch.full((16,), -0.5)}), "-0.5", "scores in [0, 1]"),
+    "orphan": (
+        lambda: crafted({S: torch.rand(16), ORPHAN: torch.rand(16)}),
+        f"constants without scores for {OTHER}",
+        "copy the file again",
+    ),
+    "no scores": (lambda: crafted({}), "holds no scores", "train the gates again"),
+    "checksum": (crafted, "checksum does not match", "copy the file again"),
+    "no checksum": (lambda: crafted(checksum=None), "checksum does not match", "copy the file"),
+    "a changed score": (lambda: swapped_bit(saved(), -66), "checksum", "copy the file again"),
+    "a changed note": (
+        lambda: saved().replace(b"golden", b"golfer"),
+        "checksum does not match",
+        "copy the file again",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refusal_names_the_file_what_was_found_and_what_to_do(case: str, tmp_path: Path) -> None:
+    content, found, remedy = REFUSALS[case]
+    path = tmp_path / "gates.safetensors"
+    path.write_bytes(content())
+    with pytest.raises(GateFileError) as error:
+        load_gates(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert found in message and remedy in message
+    assert len(message) < 1000
+
+
+def test_the_hand_made_file_is_good_but_for_its_checksum(tmp_path: Path) -> None:
+    """So that each refusal above is for its own reason."""
+    path = tmp_path / "gates.safetensors"
+    path.write_bytes(crafted())
+    with pytest.raises(GateFileError, match="checksum"):
+        load_gates(path)
+
+
+def test_a_file_of_a_models_size_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    os.truncate(path, MAX_BYTES + 1)
+    with pytest.raises(GateFileError, match="67,108,865 bytes is too large.*choose a file made by"):
+        load_gates(path)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GateFileError, match="this is a folder; choose a gate file") as error:
+        load_gates(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_missing_file_is_file_not_found(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
+        load_gates(tmp_path / "nowhere.safetensors")
+
+
+def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path(tmp_path / "boom").touch, ())
+
+    path = tmp_path / "gates.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(GateFileError):
+        load_gates(path)
+    torch.save({"scores": torch.rand(16)}, path)
+    with pytest.raises(GateFileError):
+        load_gates(path)
+    assert not (tmp_path / "boom").exists()
+
+
+# --- fuzz -----------------------------------------------------------------------------------------
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    kind = rng.choice(["bit", "bit", "header", "header", "cut", "insert", "word", "length"])
+    out = bytearray(data)
+    if kind == "bit":
+        out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+    elif kind == "header":  # another printable character, so that the JSON often stays JSON
+        out[rng.randrange(8, header)] = rng.choice(b'0123456789"{}[],:.-aeFI_ ')
+    elif kind == "cut":
+        del out[rng.randrange(len(out)) :]
+    elif kind == "insert":
+        at = rng.randrange(len(out))
+        out[at:at] = rng.randbytes(rng.randrange(1, 5))
+    elif kind == "word":
+        words = [b"F32", b"score", b"constant", b"zero", b"conv1", b"resnets", b"16", b"true", b"8"]
+        new = [
+            b"F64",
+            b"I32",
+            b"BF16",
+            b"F16",
+            b"null",
+            b"extend",
+            b"conv2",
+            b"false",
+            b"1e400",
+            b"",
+        ]
+        body = bytes(out[8:header]).replace(rng.choice(words), rng.choice(new), rng.randint(1, 3))
+        out = bytearray(struct.pack("<Q", len(body)) + body + out[header:])
+    else:
+        out[:8] = struct.pack("<Q", rng.choice([0, 1, header, 2**40, 2**63, rng.randrange(2**12)]))
+    return bytes(out)
+
+
+def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
+    data, original = GOLDEN.read_bytes(), load_gates(GOLDEN)
+    path, rng, refused = tmp_path / "gates.safetensors", random.Random(0), 0
+    for _ in range(2000):
+        path.write_bytes(mutated(data, rng))
+        try:
+            loaded = load_gates(path)
+        except GateFileError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert same(loaded, original)
+    assert refused > 1500
+
+
+# --- the fingerprint ------------------------------------------------------------------------------
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(24, 24, 3, 3, generator=g) for name in (SITE, OTHER)}
+
+
+def test_a_model_and_its_half_precision_copy_have_one_fingerprint() -> None:
+    model = weights()
+    half = {name: w.half() for name, w in model.items()}
+    again = {name: w.half().float() for name, w in model.items()}
+    backwards = dict(reversed(model.items()))
+    last = {name: w.to(memory_format=torch.channels_last) for name, w in model.items()}
+    assert len({fingerprint(m) for m in (model, half, again, backwards, last)}) == 1
+
+
+def test_another_model_has_another_fingerprint() -> None:
+    model = weights()
+    tuned = {name: w * 1.01 for name, w in model.items()}
+    swapped = {SITE: model[OTHER], OTHER: model[SITE]}
+    fewer = {SITE: model[SITE]}
+    found = {fingerprint(m) for m in (model, weights(1), tuned, swapped, fewer, {})}
+    assert len(found) == 6
+    assert all(len(f) == 32 and int(f, 16) >= 0 for f in found)
+
+
+def test_large_weights_are_sampled_over_their_whole_length() -> None:
+    one = torch.zeros(10 * FINGERPRINT_SAMPLES)
+    other = one.clone()
+    other[-10] = 1.0  # the last sample
+    assert fingerprint({SITE: one}) != fingerprint({SITE: other})
+
+
+def test_the_topology_of_a_full_model_fits_the_size_limit(tmp_path: Path) -> None:
+    full = {site.name: torch.rand(site.channels) for site in SD15.all_sites()}
+    path = tmp_path / "gates.safetensors"
+    save_gates(Gates(full, {name: t - 0.5 for name, t in full.items()}), path)
+    assert path.stat().st_size * 10 < MAX_BYTES
+    assert same(load_gates(path), Gates(full, {name: t - 0.5 for name, t in full.items()}))

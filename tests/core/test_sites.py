@@ -1,0 +1,119 @@
+"""The sites of the U-Net against diffusers' own model, built on the meta device."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from ldcp_core import DEFAULT_SCOPE, SD15, ResBlock, Topology
+
+SMALL = Topology(widths=(32, 64, 96, 160), context_width=48)
+NO_ATTENTION = Topology(widths=(32, 32, 64, 64), attention=(False,) * 4, layers_per_block=1)
+
+
+def diffusers_unet(topology: Topology) -> UNet2DConditionModel:
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in topology.attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(topology.attention)]
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            in_channels=topology.in_channels,
+            out_channels=topology.out_channels,
+            block_out_channels=topology.widths,
+            layers_per_block=topology.layers_per_block,
+            cross_attention_dim=topology.context_width,
+            down_block_types=down,
+            up_block_types=up,
+            attention_head_dim=8,
+        )
+
+
+def test_sd15_has_22_res_blocks_and_44_sites() -> None:
+    assert len(SD15.res_blocks()) == 22
+    assert len(SD15.all_sites()) == 44
+    assert len({site.name for site in SD15.all_sites()}) == 44
+
+
+@pytest.mark.parametrize("topology", [SD15, SMALL, NO_ATTENTION])
+def test_names_and_widths_are_those_of_diffusers(topology: Topology) -> None:
+    modules = dict(diffusers_unet(topology).named_modules())
+    theirs = {
+        name: (module.conv1.in_channels, module.conv1.out_channels)
+        for name, module in modules.items()
+        if type(module).__name__ == "ResnetBlock2D"
+    }
+    ours = {b.name: (b.in_channels, b.out_channels) for b in topology.res_blocks()}
+    assert ours == theirs
+    for site in topology.all_sites():
+        assert modules[site.name].out_channels == site.channels
+        assert modules[site.name].kernel_size == (3, 3)
+
+
+def test_blocks_come_in_the_order_in_which_they_run() -> None:
+    names = [block.name for block in SD15.res_blocks()]
+    rooms = [name.partition("_")[0] for name in names]
+    assert rooms == ["down"] * 8 + ["mid"] * 2 + ["up"] * 12
+    for room in ("down", "up"):
+        part = [name for name in names if name.startswith(room)]
+        assert part == sorted(part)
+
+
+def test_depths_follow_the_levels() -> None:
+    depth = {block.name: block.downsample for block in SD15.res_blocks()}
+    assert [depth[f"down_blocks.{level}.resnets.1"] for level in range(4)] == [1, 2, 4, 8]
+    assert [depth[f"up_blocks.{level}.resnets.2"] for level in range(4)] == [8, 4, 2, 1]
+    assert depth["mid_block.resnets.0"] == 8
+
+
+def test_the_first_up_block_takes_its_skip_connection_by_concatenation() -> None:
+    # SD1.5: 1280 from the mid block and 1280 from the last down block
+    assert SD15.res_blocks()[10] == ResBlock("up_blocks.0.resnets.0", 2560, 1280, 8)
+
+
+def test_the_mid_scope_is_exactly_the_four_convolutions_of_the_mid_block() -> None:
+    assert DEFAULT_SCOPE == "mid"
+    assert [site.name for site in SD15.sites()] == [
+        "mid_block.resnets.0.conv1",
+        "mid_block.resnets.0.conv2",
+        "mid_block.resnets.1.conv1",
+        "mid_block.resnets.1.conv2",
+    ]
+    assert [site.kind for site in SD15.sites("mid")] == ["inner", "residual"] * 2
+    assert {site.channels for site in SD15.sites("mid")} == {1280}
+
+
+def test_an_unknown_scope_names_itself_and_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'sides'.*known are.*mid"):
+        SD15.sites("sides")
+
+
+@pytest.mark.parametrize("topology", [SD15, SMALL, NO_ATTENTION])
+def test_a_topology_survives_json(topology: Topology) -> None:
+    assert Topology.from_json(json.loads(json.dumps(topology.to_json()))) == topology
+
+
+@pytest.mark.parametrize("key", SD15.to_json())
+@pytest.mark.parametrize("value", [None, "8", -1, 0, 1.5, 10**6, [], ["a"] * 4, "four", {}])
+def test_a_topology_with_a_wrong_value_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ValueError):
+        Topology.from_json({**SD15.to_json(), key: value})
+
+
+@pytest.mark.parametrize("key", SD15.to_json())
+def test_a_topology_with_a_missing_key_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="not the description of an SD1.5 U-Net"):
+        Topology.from_json({k: v for k, v in SD15.to_json().items() if k != key})
+
+
+@pytest.mark.parametrize("value", [None, [], "topology", 3, True, [1, 2]])
+def test_anything_else_is_no_topology(value: object) -> None:
+    with pytest.raises(ValueError, match="not the description of an SD1.5 U-Net"):
+        Topology.from_json(value)
+
+
+@pytest.mark.parametrize("widths", [(8,), (8, 8, 8), (8,) * 5])
+def test_a_u_net_with_another_number_of_levels_is_refused(widths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="four levels"):
+        Topology(widths=widths)
