@@ -28,11 +28,11 @@ LOGIT_BOUND = 3.0
 #: scale of the logistic noise on the logits: while exploring, and at the end
 NOISE, LAST_NOISE = 0.5, 0.1
 #: shares of the run: the target is reached, noise and learning rate begin to fall, noise is least
-RAMP_END, FADE_START, FADE_END = 0.4, 0.5, 0.9
+RAMP_END, FADE_START, FADE_END = 0.4, 0.45, 0.75
 #: learning rate at the end of the run, as a share of the first
-LAST_LEARNING_RATE = 0.1
+LAST_LEARNING_RATE = 0.2
 #: gains of the λ controller, per unit of sparsity (the integral over the whole run)
-PROPORTIONAL, INTEGRAL = 80.0, 600.0
+PROPORTIONAL, INTEGRAL = 40.0, 300.0
 #: how closely a learned sparsity must meet its target
 TARGET_TOLERANCE = 0.01
 

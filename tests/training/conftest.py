@@ -1,0 +1,60 @@
+"""A random SD1.5-shaped pipeline and a few images, small enough to learn on in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from training.models import DiffusionModel, _clip_tokenizer, load_model
+
+WIDTHS = (16, 16, 32, 32)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with SD1.5's topology, random weights, 32-pixel images."""
+    root = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=WIDTHS,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    ).save_pretrained(root / "unet")
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, sample_size=32).save_pretrained(
+        root / "vae"
+    )
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    CLIPTextModel(text).save_pretrained(root / "text_encoder")
+    _clip_tokenizer().save_pretrained(root / "tokenizer")
+    DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    ).save_pretrained(root / "scheduler")
+    return root
+
+
+@pytest.fixture(scope="session")
+def model(pipeline: Path) -> DiffusionModel:
+    return load_model(str(pipeline))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty images of smooth noise in FFHQ's layout."""
+    root = tmp_path_factory.mktemp("ffhq")
+    folder = root / "images1024x1024" / "00000"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(20):
+        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{i:05d}.png")
+    return root

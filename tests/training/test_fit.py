@@ -1,0 +1,171 @@
+"""The whole fit on a small random model: what it writes, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldcp_core import load_gates
+from training.errors import UserError
+from training.fit import fit, main, parse_arguments
+
+QUICK = ["--batch-size", "4", "--gradient-accumulation", "1", "--max-steps", "60"]
+
+
+def arguments(pipeline: Path, images: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--model", str(pipeline), "--data", str(images), "--output", str(output), *QUICK, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_a_fit_meets_its_target_and_says_what_it_did(
+    pipeline: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "gates.safetensors"
+    assert main(arguments(pipeline, images, output, "--target-sparsity", "0.5")) == 0
+    gates = load_gates(output)
+    assert gates.sparsity == pytest.approx(0.5, abs=0.01)
+    counts = [int(keep.sum()) for keep in gates.keep_sets().values()]
+    assert all(count % 8 == 0 for count in counts)
+    assert gates.info["criterion"] == "learned"
+    assert gates.info["config"]["target_sparsity"] == 0.5
+    assert set(gates.constants) == set(gates.scores)
+    for suffix in (".curves.png", ".scores.png"):
+        assert output.with_suffix(suffix).read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "mid_block.resnets.1.conv2" in said and "share of the whole U-Net" in said
+    assert "64 of 128 channels changed state through learning" in said or "changed state" in said
+
+
+def test_the_same_seed_gives_the_same_file(pipeline: Path, images: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    scores = []
+    for file in files:
+        result = fit(
+            parse_arguments(arguments(pipeline, images, file, "--max-steps", "5", "--seed", "3"))
+        )
+        scores.append(torch.cat(list(result.gates.scores.values())))
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--padding", "extend"],
+        ["--constant", "zero"],
+        ["--reconstruction", "noise"],
+        ["--precision", "bf16"],
+        ["--gradient-accumulation", "2"],
+        ["--epochs", "1"],
+        ["--target-sparsity", "none"],
+        ["--preset", "quality"],
+        ["--validation-fraction", "0"],
+        ["--resolution", "64"],
+    ],
+)
+def test_every_option_runs(pipeline: Path, images: Path, tmp_path: Path, more: list[str]) -> None:
+    output = tmp_path / "gates.safetensors"
+    assert main(arguments(pipeline, images, output, "--max-steps", "3", *more)) == 0
+    gates = load_gates(output)
+    if "--padding" in more:
+        assert gates.padding == "extend"
+    if "zero" in more:
+        assert not gates.constants
+
+
+def test_a_target_that_is_not_met_is_said_and_not_faked(
+    pipeline: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "gates.safetensors"
+    main(arguments(pipeline, images, output, "--max-steps", "3"))
+    assert load_gates(output).sparsity == 0
+    assert "not within one point of the target 30.0%" in capsys.readouterr().out
+
+
+def test_presets_are_those_of_the_original_and_typed_values_win() -> None:
+    base = ["--model", "m", "--data", "d", "--output", "o.safetensors"]
+    quality = parse_arguments([*base, "--preset", "quality"])
+    assert (quality.target_sparsity, quality.sparsity_weight) == (0.1, 0.003)
+    balanced = parse_arguments([*base, "--preset", "balanced", "--sparsity-weight", "0.5"])
+    assert (balanced.target_sparsity, balanced.sparsity_weight) == (0.3, 0.5)
+    assert parse_arguments([*base, "--target-sparsity", "none"]).target_sparsity is None
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--target-sparsity", "1.5"], "--target-sparsity is 1.5"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--resolution", "33"], "a multiple of 8"),
+        (["--output", "gates.pt"], "ending in .safetensors"),
+        (["--model", "/no/such/model.safetensors"], "no file or folder"),
+        (["--device", "nonsense"], "--device nonsense"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_in_words(
+    pipeline: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    expected: str,
+) -> None:
+    assert main([*arguments(pipeline, images, tmp_path / "gates.safetensors"), *more]) == 1
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_no_images_is_an_error_before_the_model_loads(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    config = parse_arguments(
+        arguments(tmp_path / "no-model", tmp_path / "empty", tmp_path / "g.safetensors")
+    )
+    with pytest.raises(UserError, match="holds no images"):
+        fit(config)
+
+
+def test_a_broken_image_is_skipped_and_named(
+    pipeline: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, file in enumerate(sorted(images.rglob("*.png"))[:8]):
+        (data / f"{i}.png").write_bytes(file.read_bytes())
+    (data / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    output = tmp_path / "gates.safetensors"
+    assert main(arguments(pipeline, data, output, "--max-steps", "3")) == 0
+    assert "1 of 9 images could not be read and were skipped" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL on Windows")
+def test_killed_at_any_time_the_old_gate_file_stays_whole(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "gates.safetensors"
+    main(arguments(pipeline, images, output, "--max-steps", "3", "--seed", "1"))
+    before = output.read_bytes()
+    command = [sys.executable, "-m", "training.fit"]
+    command += arguments(pipeline, images, output, "--max-steps", "100000")
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    deadline = time.monotonic() + 120
+    while b"learning gates" not in process.stderr.read1(65536):  # type: ignore[attr-defined]
+        assert process.poll() is None and time.monotonic() < deadline
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert output.read_bytes() == before
+    assert load_gates(output).info["seed"] == 1

@@ -1,0 +1,102 @@
+"""Gates on a diffusers U-Net: the same channels, the same numbers, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldcp_core import PADDINGS, SoftGate
+from training.gating import ChannelMeans, compacted, hard_gates, masked, topology_of
+from training.models import DiffusionModel
+
+TOLERANCE = 1e-5
+
+
+def keep_sets(model: DiffusionModel, share: float, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sites = topology_of(model.unet).sites()
+    return {s.name: torch.rand(s.channels, generator=generator) >= share for s in sites}
+
+
+def evaluate(model: DiffusionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 32, 40, generator=generator)
+    context = torch.randn(2, 7, 16, generator=generator)
+    return model.unet(latents, torch.tensor([10, 900]), encoder_hidden_states=context).sample
+
+
+def constants(model: DiffusionModel) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    sites = topology_of(model.unet).sites()
+    return {s.name: torch.randn(s.channels, generator=generator) for s in sites}
+
+
+def test_the_site_map_names_every_resblock_of_diffusers_with_its_widths(
+    model: DiffusionModel,
+) -> None:
+    blocks = topology_of(model.unet).res_blocks()
+    found = {
+        name: (module.in_channels, module.out_channels)
+        for name, module in model.unet.named_modules()
+        if type(module).__name__ == "ResnetBlock2D"
+    }
+    assert {b.name: (b.in_channels, b.out_channels) for b in blocks} == found
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@torch.no_grad()
+def test_compact_equals_masked_in_the_whole_unet_and_differs_from_dense(
+    model: DiffusionModel, padding: str
+) -> None:
+    keep, mu = keep_sets(model, 0.5), constants(model)
+    dense = evaluate(model)
+    with masked(model.unet, hard_gates(keep, mu), padding):
+        reference = evaluate(model)
+    with compacted(model.unet, keep, mu, padding):
+        compact = evaluate(model)
+    assert (compact - reference).abs().max() < TOLERANCE
+    assert (reference - dense).abs().max() > 100 * TOLERANCE
+
+
+@torch.no_grad()
+def test_all_gates_open_is_bit_identical_to_dense(model: DiffusionModel) -> None:
+    keep = keep_sets(model, 0.0)
+    dense = evaluate(model)
+    with masked(model.unet, hard_gates(keep, {}), "zero"):
+        assert torch.equal(evaluate(model), dense)
+    with compacted(model.unet, keep, {}, "zero"):
+        assert torch.equal(evaluate(model), dense)
+
+
+@torch.no_grad()
+def test_nothing_is_left_on_the_modules_also_after_an_error(model: DiffusionModel) -> None:
+    before = evaluate(model)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        with masked(model.unet, hard_gates(keep_sets(model, 0.5), {}), "zero"):
+            raise RuntimeError("in the middle")
+    assert not any("forward" in vars(module) for module in model.unet.modules())
+    assert torch.equal(evaluate(model), before)
+
+
+@torch.no_grad()
+def test_constants_are_the_mean_outputs_of_the_gated_convolutions(model: DiffusionModel) -> None:
+    sites = topology_of(model.unet).sites()
+    seen: list[torch.Tensor] = []
+    conv = model.unet.get_submodule(sites[1].name)
+    hook = conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with ChannelMeans(model.unet, sites) as means:
+        evaluate(model)
+    hook.remove()
+    assert torch.allclose(means.constants()[sites[1].name], seen[0].mean((0, 2, 3)), atol=1e-6)
+    assert not any(module._forward_hooks for module in model.unet.modules())
+
+
+def test_the_gradient_reaches_every_mask_and_no_weight(model: DiffusionModel) -> None:
+    with torch.no_grad():
+        dense = evaluate(model)
+    masks = {k: v.float().requires_grad_() for k, v in keep_sets(model, 0.5).items()}
+    gates = {k: SoftGate(m, torch.zeros(m.numel())) for k, m in masks.items()}
+    with masked(model.unet, gates, "zero"):
+        (evaluate(model) - dense).square().mean().backward()
+    assert all(m.grad is not None and m.grad.abs().sum() > 0 for m in masks.values())
+    assert all(p.grad is None for p in model.unet.parameters())

@@ -1,0 +1,142 @@
+"""Learning on problems whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ldcp_core import THRESHOLD, Topology
+from training.learning import (
+    LAST_LEARNING_RATE,
+    LAST_NOISE,
+    NOISE,
+    GateLearner,
+    SparsityController,
+    aligned_scores,
+    learning_rate_factor,
+    noise_scale,
+)
+
+SITES = Topology(widths=(16, 32, 96, 160)).sites("mid")
+CHANNELS = 4 * 160
+
+
+def learn(target: float, steps: int, effects: torch.Tensor, seed: int = 0) -> GateLearner:
+    """Gates for the loss |Σ pruned effects|², scaled to 1 when everything is pruned."""
+    learner = GateLearner(SITES, seed)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=0.05, betas=(0.9, 0.99))
+    controller = SparsityController(0.01, target, steps)
+    whole = effects.sum(0).square().sum()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * learning_rate_factor(step, steps)
+        mask = torch.cat(list(learner.masks(noise_scale(step, steps)).values()))
+        loss = ((1 - mask) @ effects).square().sum() / whole
+        (loss + controller.weight * learner.mean_score()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        learner.clamp_()
+        controller.update(step, learner.sparsity())
+    return learner
+
+
+def error(keep: torch.Tensor, effects: torch.Tensor) -> float:
+    return float(effects[~keep].sum(0).square().sum())
+
+
+@pytest.mark.parametrize("target", [0.1, 0.3, 0.5])
+def test_learning_meets_the_target_and_beats_ranking_by_each_channels_own_effect(
+    target: float,
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    size = torch.exp(torch.randn(CHANNELS, 1, generator=generator))
+    effects = torch.randn(CHANNELS, 80, generator=generator) * size
+    learner = learn(target, 400, effects)
+    assert learner.sparsity() == pytest.approx(target, abs=0.01)
+
+    keep = torch.cat(list(learner.keep_sets().values()))
+    ranked = torch.zeros(CHANNELS, dtype=torch.bool)
+    ranked[effects.square().sum(1).argsort(descending=True)[: int(keep.sum())]] = True
+    # ranking by own effect is blind to how errors cancel; learning sees their sum
+    assert error(keep, effects) < 0.9 * error(ranked, effects)
+
+
+def test_channels_without_effect_go_first() -> None:
+    effects = torch.ones(CHANNELS, 1)
+    useless = torch.arange(CHANNELS) % 4 == 0
+    effects[useless] = 0.0
+    effects[1::2] *= -1
+    effects += (
+        0.1
+        * torch.randn(CHANNELS, 1, generator=torch.Generator().manual_seed(0))
+        * (~useless[:, None])
+    )
+    spread = torch.eye(CHANNELS) * effects  # no two channels can cancel
+    learner = learn(0.25, 300, spread)
+    keep = torch.cat(list(learner.keep_sets().values()))
+    assert (~keep[useless]).float().mean() > 0.95
+
+
+def test_without_a_target_lambda_stays_fixed() -> None:
+    controller = SparsityController(0.01, None, 10)
+    for step in range(10):
+        controller.update(step, 0.9)
+    assert controller.weight == 0.01
+
+
+def test_the_controller_presses_when_too_little_is_pruned_and_pulls_when_too_much() -> None:
+    controller = SparsityController(0.01, 0.3, 100)
+    controller.update(99, 0.2)
+    assert controller.weight > 0.01
+    for step in range(100):
+        controller.update(step, 0.6)
+    assert controller.weight < 0
+
+
+def test_the_masks_of_a_learner_are_the_files_rule_when_there_is_no_noise() -> None:
+    learner = GateLearner(SITES, 0)
+    with torch.no_grad():
+        learner.gates[0].logits[:5] = torch.tensor([-1.0, 0.0, 1e-3, 2.0, -3.0])
+    mask = learner.masks(0.0)[SITES[0].name]
+    assert mask[:5].tolist() == [0, 0, 1, 1, 0]  # sigmoid(0) = 0.5 is pruned
+    assert torch.equal(mask.bool(), learner.keep_sets()[SITES[0].name])
+
+
+def test_the_course_of_noise_and_learning_rate() -> None:
+    assert (noise_scale(0, 100), noise_scale(99, 100)) == (NOISE, LAST_NOISE)
+    assert learning_rate_factor(0, 100) == 1.0
+    assert math.isclose(learning_rate_factor(100, 100), LAST_LEARNING_RATE)
+
+
+class TestAlignment:
+    def scores(self, kept: list[int]) -> dict[str, torch.Tensor]:
+        """Sites of 160 channels of which so many are kept; distances from 0.5 are all distinct."""
+        found = {}
+        for site, count in zip(SITES, kept, strict=True):
+            order = torch.arange(160) - count + 0.5  # negative: kept
+            found[site.name] = torch.sigmoid(-order / 40)
+        return found
+
+    def test_counts_become_multiples_of_8_with_the_target_held(self) -> None:
+        scores = self.scores([113, 110, 115, 109])  # 447 of 640 kept: 30.2% pruned
+        result = aligned_scores(scores, 0.3)
+        counts = [int((s > THRESHOLD).sum()) for s in result.scores.values()]
+        assert all(count % 8 == 0 for count in counts)
+        assert sum(counts) == 448  # 70% of 640
+        # from 113, 110, 115, 109: down to 112 (1), up to 112 (2), 112 (3), 112 (3)
+        assert counts == [112, 112, 112, 112]
+        assert result.moved == 9
+
+    def test_the_order_within_a_site_stays(self) -> None:
+        scores = self.scores([113, 110, 115, 109])
+        for site, aligned in aligned_scores(scores, 0.3).scores.items():
+            assert (aligned[:-1] >= aligned[1:]).all()
+            assert (scores[site] - aligned).abs().max() < 0.05
+
+    def test_alignment_does_not_stand_in_for_learning(self) -> None:
+        scores = self.scores([150, 150, 150, 150])  # 6% pruned, target 30%
+        result = aligned_scores(scores, 0.3)
+        kept = sum(int((s > THRESHOLD).sum()) for s in result.scores.values())
+        assert abs(kept - 600) <= 8
