@@ -1,0 +1,12 @@
+"""What ComfyUI gets from this pack. Node ids are part of users' workflows and never change."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply_node import LDCPApplyDynamicPruning
+from .load_node import LDCPLoadGates
+from .schedule_node import LDCPStepSchedule
+
+
+class LDCPExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LDCPLoadGates, LDCPApplyDynamicPruning, LDCPStepSchedule]

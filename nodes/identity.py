@@ -1,0 +1,45 @@
+"""Whether a model has the base weights that the gates were trained on.
+
+Gates often work on fine-tunes and merges, so a difference is worth a warning, never a refusal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ldcp_core import Gates, fingerprint
+from .sites import conv_path, model_topology, unet
+
+#: dtypes that round to the same float16 samples as the weights the gates were trained on
+COMPARABLE = (torch.float32, torch.float16)
+
+
+def differs_from_training(model: Any, gates: Gates) -> bool:
+    """True when the gated convolutions are known to differ from those of the training.
+
+    False also where it cannot be told: no fingerprint in the file, or weights in another dtype.
+    """
+    expected = gates.info.get("fingerprint")
+    weights = base_weights(model, gates)
+    if expected is None or not all(
+        weight.dtype in COMPARABLE and not weight.is_meta for weight in weights.values()
+    ):
+        return False
+    return fingerprint(weights) != expected
+
+
+def base_weights(model: Any, gates: Gates) -> dict[str, Tensor]:
+    """Site -> convolution weight of a ModelPatcher without the LoRA that may be merged into it."""
+    layers = model_topology(model.model).layers_per_block
+    found = {}
+    for site in gates.scores:
+        path = conv_path(site, layers)
+        original = model.backup.get(f"diffusion_model.{path}.weight")
+        if original is None:
+            found[site] = unet(model.model).get_submodule(path).weight
+        else:
+            found[site] = original.weight
+    return found

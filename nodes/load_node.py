@@ -1,0 +1,92 @@
+"""Loading a gate file from ``models/ldcp_gates``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..ldcp_core import load_gates
+from .io_types import CATEGORY, GatesType
+
+FOLDER = "ldcp_gates"
+EXTENSIONS = {".safetensors"}
+
+
+def register_folder() -> None:
+    """Make ``models/ldcp_gates`` known to ComfyUI; folders from extra_model_paths.yaml stay."""
+    default = os.path.join(folder_paths.models_dir, FOLDER)
+    folder_paths.add_model_folder_path(FOLDER, default)
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)
+    with contextlib.suppress(OSError):  # read-only models folder: the user may add another one
+        os.makedirs(default, exist_ok=True)
+
+
+register_folder()
+
+
+def gates_path(name: str) -> str:
+    """The full path of a gate file in the dropdown.
+
+    Raises FileNotFoundError, naming the folders that were searched, when it is gone.
+    """
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None or not os.path.isfile(path):
+        folders = ", ".join(folder_paths.get_folder_paths(FOLDER))
+        known = ", ".join(folder_paths.get_filename_list(FOLDER)) or "none"
+        raise FileNotFoundError(
+            f"LDCP: no gate file {name!r} in {folders} (found there: {known}); put a gate file "
+            "made by training.fit into this folder, refresh the page and choose it"
+        )
+    return path
+
+
+class LDCPLoadGates(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LDCPLoadGates",
+            display_name="Load Pruning Gates",
+            category=CATEGORY,
+            description="Loads learned channel-pruning gates for a Stable Diffusion 1.5 model.",
+            inputs=[
+                io.Combo.Input(
+                    "gates_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A gate file in ComfyUI's models/ldcp_gates folder, as training.fit "
+                    "writes it. It says which channels were learned to be dispensable.",
+                )
+            ],
+            outputs=[
+                GatesType.Output(
+                    display_name="gates",
+                    tooltip="Which channels to prune, for Apply Dynamic Pruning.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, gates_name: str | None) -> bool | str:
+        if gates_name is None:  # connected to another node, not known yet
+            return True
+        try:
+            gates_path(gates_name)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, gates_name: str | None) -> str:
+        """Path, time and size, so that a file trained again is read again."""
+        path = None if gates_name is None else folder_paths.get_full_path(FOLDER, gates_name)
+        if path is None:
+            return ""
+        status = os.stat(path)
+        return f"{path}:{status.st_mtime_ns}:{status.st_size}"
+
+    @classmethod
+    def execute(cls, gates_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_gates(gates_path(gates_name)))

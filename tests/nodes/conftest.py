@@ -1,0 +1,233 @@
+"""A small SD1.5 inside a real ComfyUI, and the masked reference to compare with.
+
+ComfyUI's checkpoint loaders recognise only the true SD1.5 shapes, so most tests build a narrow
+U-Net of the same topology from ComfyUI's own classes. The reference does not use the code under
+test: forward hooks on the dense model replace the pruned channels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SITES = tuple(f"mid_block.resnets.{r}.{c}" for r in (0, 1) for c in ("conv1", "conv2"))
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui_path, report_note):
+    """ComfyUI's modules, on the CPU, with the pack loaded by ComfyUI's own loader."""
+    sys.path.insert(0, str(comfyui_path))
+    try:
+        from comfy.cli_args import args
+
+        args.cpu = True
+        import comfy.hooks
+        import comfy.model_base
+        import comfy.model_patcher
+        import comfy.sample
+        import comfy.supported_models
+        import folder_paths
+
+        import nodes
+    except ImportError as error:
+        sys.path.remove(str(comfyui_path))
+        message = f"NODE TESTS SKIPPED: {comfyui_path} does not import here: {error}"
+        report_note.append(message)
+        pytest.skip(message)
+    assert asyncio.run(nodes.load_custom_node(str(REPOSITORY)))
+    pack = str(REPOSITORY).replace(".", "_x_")  # the name that ComfyUI gives it
+    parts = ("sites", "blocks", "patch", "identity", "load_node", "schedule_node", "apply_node")
+    return SimpleNamespace(
+        root=comfy,
+        nodes=nodes,
+        folder_paths=folder_paths,
+        core=sys.modules[f"{pack}.ldcp_core"],
+        **{name: importlib.import_module(f"{pack}.nodes.{name}") for name in parts},
+    )
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """As ComfyUI samples. One thread: on small models more of them cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def small_model(comfy):
+    """Make a ModelPatcher of an SD1.5 U-Net with widths 32, 64, 128, 128 and random weights."""
+
+    def make(seed=0, dtype=torch.float32, manual_cast=None, **changes):
+        config = dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=[2, 2, 2, 2],
+            channel_mult=[1, 2, 4, 4],
+            num_heads=8,
+            num_head_channels=-1,
+            use_spatial_transformer=True,
+            transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+            transformer_depth_middle=1,
+            transformer_depth_output=[1] * 9 + [0] * 3,
+            context_dim=64,
+            use_linear_in_transformer=False,
+            legacy=False,
+            adm_in_channels=None,
+            use_temporal_attention=False,
+        )
+        model_config = comfy.root.supported_models.SD15({**config, **changes})
+        model_config.set_inference_dtype(dtype, manual_cast)
+        model = comfy.root.model_base.BaseModel(model_config, device=torch.device("cpu")).eval()
+        randomise_(model.diffusion_model, seed)
+        cpu = torch.device("cpu")
+        return comfy.root.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(small_model):
+    """One small model for every test that leaves it as it was."""
+    return small_model()
+
+
+def randomise_(module, seed):
+    """Random weights whose layers all matter: norms near one, the rest scaled by fan-in."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            noise = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
+        else:
+            noise *= parameter[0].numel() ** -0.5
+        parameter.data.copy_(noise)
+
+
+@pytest.fixture(scope="session")
+def make_gates(comfy):
+    """Random gates: about half of the channels of the named sites pruned to random constants."""
+
+    def make(sites=SITES, padding="zero", seed=1, constants=1.0, topology=None, info=()):
+        topology = topology or comfy.core.Topology((32, 64, 128, 128), context_width=64)
+        widths = {site.name: site.channels for site in topology.all_sites()}
+        generator = torch.Generator().manual_seed(seed)
+        scores = {s: torch.rand(widths[s], generator=generator) for s in sites}
+        mu = {s: constants * torch.randn(widths[s], generator=generator) for s in sites}
+        return comfy.core.Gates(scores, mu, padding, topology, dict(info))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def masked(comfy):
+    """Context manager: the model computes everything, then pruned channels become constants."""
+
+    @contextlib.contextmanager
+    def run(model, gates, keep_sets=None):
+        unet = model.model.diffusion_model
+        handles = []
+        for site, keep in (keep_sets or gates.keep_sets()).items():
+            conv = unet.get_submodule(comfy.sites.conv_path(site))
+            handles.append(conv.register_forward_hook(replacer(keep, gates.constant(site))))
+            if site.endswith("conv1") and gates.padding == "extend":
+                conv2 = unet.get_submodule(comfy.sites.conv_path(site[:-1] + "2"))
+                # before a residual gate replaces its rows
+                handles.append(conv2.register_forward_hook(extended(keep), prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
+def replacer(keep, constant):
+    def hook(conv, inputs, output):
+        return torch.where(keep[:, None, None], output, constant.to(output)[:, None, None])
+
+    return hook
+
+
+def extended(keep):
+    """conv2 as if the pruned channels went on past the border, by its own forward alone."""
+
+    def hook(conv, inputs, output):
+        a, mask = inputs[0], keep[:, None, None].to(inputs[0])
+
+        def run(x):
+            return type(conv).forward(conv, x)
+
+        planes = run(F.pad(a * (1 - mask), (1, 1, 1, 1), mode="replicate"))[..., 1:-1, 1:-1]
+        return run(a * mask) + planes - run(torch.zeros_like(a))
+
+    return hook
+
+
+@pytest.fixture(scope="session")
+def conditioning():
+    def make(seed=5, width=64):
+        generator = torch.Generator().manual_seed(seed)
+        return [[torch.randn(1, 77, width, generator=generator), {}]]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample(comfy, conditioning):
+    """Sample a latent; ``evaluated`` gets (x, t, conditions, output, steps reported) per call."""
+
+    def run(model, steps=3, size=(32, 32), sampler="euler", cfg=1.0, evaluated=None, **options):
+        model, width = model.clone(), model.model.model_config.unet_config["context_dim"]
+        done = []
+
+        def record(apply_model, call):
+            output = apply_model(call["input"], call["timestep"], **call["c"])
+            evaluated.append((call["input"], call["timestep"], call["c"], output, len(done)))
+            return output
+
+        if evaluated is not None:
+            model.set_model_unet_function_wrapper(record)
+        generator = torch.Generator().manual_seed(9)
+        return comfy.root.sample.sample(
+            model,
+            torch.randn(1, 4, *size, generator=generator),
+            steps,
+            cfg,
+            sampler,
+            options.pop("scheduler", "normal"),
+            options.pop("positive", conditioning(5, width)),
+            conditioning(6, width),
+            torch.zeros(1, 4, *size),
+            callback=lambda *_: done.append(1),
+            disable_pbar=True,
+            seed=3,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def unpatched():
+    """The same evaluation of the same model without any wrapper."""
+
+    def call(model, x, t, conditions):
+        options = {**conditions["transformer_options"], "wrappers": {}}
+        return model.model.apply_model(x, t, **{**conditions, "transformer_options": options})
+
+    return call

@@ -1,0 +1,163 @@
+"""Compare a gate file with cheap ways of choosing as many channels: random and by L1 magnitude.
+
+    python -m training.compare gates.safetensors --demo
+
+All keep-sets prune equally many channels under the same rule with the same constants, and meet the
+same held-out images, noise and timesteps; the figure is the mean squared deviation of the U-Net's
+output from the dense model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ldcp_core import Gates, load_gates, top_channels
+from training.data import open_dataset
+from training.denoising import Denoising, HeldOut
+from training.errors import UserError
+from training.fit import DEMO_SETTINGS
+from training.gating import hard_gates
+from training.models import DiffusionModel, load_model
+
+log = logging.getLogger("training.compare")
+
+
+def l1_importance(model: DiffusionModel, sites: Sequence[str]) -> dict[str, Tensor]:
+    """L1 norm of the weights a channel owns, each in units of its layer's mean (Li et al. 2017).
+
+    Inner channel c owns row c of conv1 and column c of conv2: ‖W1[c]‖₁ + ‖W2[:, c]‖₁. Residual
+    channel c owns row c of conv2: ‖W2[c]‖₁.
+    """
+
+    def relative(norms: Tensor) -> Tensor:
+        return norms / norms.mean()
+
+    found = {}
+    for site in sites:
+        block, conv = site.rsplit(".", 1)
+        weight = model.unet.get_submodule(site).weight.detach().float().cpu()
+        found[site] = relative(weight.abs().sum((1, 2, 3)))
+        if conv == "conv1":
+            after = model.unet.get_submodule(f"{block}.conv2").weight.detach().float().cpu()
+            found[site] = found[site] + relative(after.abs().sum((0, 2, 3)))
+    return found
+
+
+def ranked_together(importance: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+    """The ``kept`` most important channels of all sites, as keep-sets."""
+    keep = top_channels(torch.cat(list(importance.values())), kept)
+    widths = [values.numel() for values in importance.values()]
+    return dict(zip(importance, keep.split(widths), strict=True))
+
+
+def ranked_per_site(
+    importance: Mapping[str, Tensor], keep_sets: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """As many of the most important channels at each site as ``keep_sets`` keeps there."""
+    return {
+        site: top_channels(values, int(keep_sets[site].sum()))
+        for site, values in importance.items()
+    }
+
+
+def candidates(model: DiffusionModel, gates: Gates, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Keep-sets that keep as many channels as ``gates`` does, by name of the way they were chosen.
+
+    "per site" keeps what the learned gates keep at each site, so that only the choice within a
+    site differs; "together" ranks the channels of all sites in one list.
+    """
+    learned = gates.keep_sets()
+    kept = sum(int(keep.sum()) for keep in learned.values())
+    generator = torch.Generator().manual_seed(seed)
+    chance = {site: torch.rand(keep.numel(), generator=generator) for site, keep in learned.items()}
+    weights = l1_importance(model, list(learned))
+    return {
+        "learned": learned,
+        "random, together": ranked_together(chance, kept),
+        "random, per site": ranked_per_site(chance, learned),
+        "L1 magnitude, together": ranked_together(weights, kept),
+        "L1 magnitude, per site": ranked_per_site(weights, learned),
+    }
+
+
+def compare(
+    gates: Gates, model: DiffusionModel, data: str, seeds: Sequence[int], samples: int
+) -> dict[str, list[float]]:
+    """Held-out deviation from dense per way of choosing and seed of the noise (and of chance)."""
+    config = gates.info.get("config", {})
+    images = open_dataset(data, resolution=config.get("resolution") or model.resolution)
+    fraction = config.get("validation_fraction", 0.1)
+    _, held_out = images.split(fraction, config.get("seed", 0))
+    if not held_out:
+        raise UserError(
+            "These gates were trained on all images: none is held out to compare on.",
+            "gates made with --validation-fraction above 0",
+            "train again with a validation fraction",
+        )
+    denoising = Denoising(model, 0)
+    constants = {site: gates.constant(site) for site in gates.scores}
+    found: dict[str, list[float]] = {}
+    for seed in seeds:
+        heldout = HeldOut(denoising, images, held_out, samples, 8, seed + 1000)
+        for name, keep_sets in candidates(model, gates, seed).items():
+            deviations = heldout.deviations(hard_gates(keep_sets, constants), gates.padding)
+            found.setdefault(name, []).append(deviations.mean().item())
+    return found
+
+
+def table(found: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> str:
+    """Markdown: one row per way of choosing, one column per seed, mean and ratio to learned."""
+    lines = [
+        f"| chosen by | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | × learned |",
+        f"|---|{'---|' * (len(seeds) + 2)}",
+    ]
+    reference = math.fsum(found["learned"]) / len(seeds)
+    for name, values in found.items():
+        mean = math.fsum(values) / len(values)
+        shown = " | ".join(f"{value:.3e}" for value in values)
+        lines.append(f"| {name} | {shown} | {mean:.3e} | {mean / reference:.2f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.compare", description=__doc__)
+    parser.add_argument("gates", nargs="+", help="gate files made by training.fit")
+    parser.add_argument("--model", help="the model the gates were trained on")
+    parser.add_argument("--data", help="the images the gates were trained on")
+    parser.add_argument("--demo", action="store_true", help="the embedded demo model and faces")
+    parser.add_argument("--samples", type=int, default=96, help="held-out samples per seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    source = arguments.model or (DEMO_SETTINGS["model"] if arguments.demo else None)
+    data = arguments.data or (DEMO_SETTINGS["data"] if arguments.demo else None)
+    if source is None or data is None:
+        parser.error("--model and --data are missing; or use --demo")
+    try:
+        model = load_model(source)
+        for path in arguments.gates:
+            gates = load_gates(path)
+            print(
+                f"\n{path}: {gates.sparsity:.1%} of {gates.channels} channels pruned, "
+                f"rule {gates.padding!r}\n"
+            )
+            print(
+                table(
+                    compare(gates, model, data, arguments.seeds, arguments.samples), arguments.seeds
+                )
+            )
+    except (UserError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
