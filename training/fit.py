@@ -52,10 +52,9 @@ DEMO_SETTINGS: dict[str, Any] = {
     "model": str(DEMO / "pipeline"),
     "data": str(DEMO / "images"),
     "output": "gates.safetensors",
-    "batch_size": 8,
+    "batch_size": 4,
     "gradient_accumulation": 1,
-    "max_steps": 400,
-    "learning_rate": 0.05,
+    "max_steps": 200,
 }
 
 
@@ -86,8 +85,7 @@ def fit(config: FitConfig) -> FitResult:
     stream = data.batches(train, config.batch_size, seed=config.seed, epochs=None)
 
     log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
-    constants = _constants(config, denoising, sites, stream)
-    effect = _whole_effect(config, denoising, sites, constants, stream)
+    constants, effect = _calibrate(config, denoising, sites, stream)
     log.info(
         "%d channels at %d sites; pruning all of them moves the output by %.3g (MSE)",
         sum(site.channels for site in sites),
@@ -178,42 +176,36 @@ def _learn(
     return history
 
 
-def _constants(
+def _calibrate(
     config: FitConfig, denoising: Denoising, sites: list[Site], stream: Iterator[Batch]
-) -> dict[str, Tensor]:
-    """What stands in for pruned channels: their mean over the data, or zero."""
-    if config.constant == "zero":
-        return {site.name: torch.zeros(site.channels) for site in sites}
+) -> tuple[dict[str, Tensor], float]:
+    """What stands in for pruned channels, and the deviation from dense with every gate closed.
+
+    The first is the channels' mean over the data, or zero; the second is the unit of the
+    reconstruction loss.
+    """
+    problems = [denoising.problem(next(stream)) for _ in range(config.calibration_batches)]
     with ChannelMeans(denoising.model.unet, sites) as means:
-        for _ in range(config.calibration_batches):
-            denoising.dense(denoising.problem(next(stream)))
-    return means.constants()
+        dense = [denoising.dense(problem) for problem in problems]
+    constants = means.constants()
+    if config.constant == "zero":
+        constants = {site: torch.zeros_like(mean) for site, mean in constants.items()}
 
-
-def _whole_effect(
-    config: FitConfig,
-    denoising: Denoising,
-    sites: list[Site],
-    constants: dict[str, Tensor],
-    stream: Iterator[Batch],
-) -> float:
-    """Deviation from dense with every gate closed: the unit of the reconstruction loss."""
     closed = {site.name: torch.zeros(site.channels, dtype=torch.bool) for site in sites}
-    total = 0.0
-    for _ in range(config.calibration_batches):
-        problem = denoising.problem(next(stream))
-        gates = hard_gates(closed, constants)
-        with torch.no_grad():
-            output = denoising.gated(problem, gates, config.padding)
-        total += deviation(output, denoising.dense(problem)).item()
-    effect = total / config.calibration_batches
+    gates = hard_gates(closed, constants)
+    with torch.no_grad():
+        deviations = [
+            deviation(denoising.gated(problem, gates, config.padding), target).item()
+            for problem, target in zip(problems, dense, strict=True)
+        ]
+    effect = math.fsum(deviations) / len(deviations)
     if not effect > 0 or not math.isfinite(effect):
         raise UserError(
             f"Pruning all of scope {config.scope!r} moves the model's output by {effect}.",
             "a scope that does something",
             "check that the model's weights are intact",
         )
-    return effect
+    return constants, effect
 
 
 def _validate(

@@ -1,0 +1,183 @@
+"""Build the demo pipeline from nothing: draw, train the autoencoder, train the denoiser, export.
+
+    python -m training.demo.build --output training/demo/pipeline --work /tmp/demo
+
+The work folder keeps every stage, so an interrupted build continues where it stopped. With
+`--images` the sample images are written too. Threads are limited to `--threads` for the denoiser.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .autoencoder import (
+    add_colour_channel_,
+    colour_targets,
+    encode_all,
+    standardise_,
+    train_autoencoder,
+    weakest_channel,
+)
+from .check import FIRST_SEED, MID, effect, losses, noisy_probe
+from .denoiser import Recipe, State, new_scheduler, train_denoiser
+from .faces import draw_face
+from .text import new_text_encoder, tokenize, write_tokenizer
+
+log = logging.getLogger("training.demo")
+
+TRAIN_COUNT = 8_000
+MONITOR_COUNT = 64
+SAMPLE_COUNT, SAMPLE_SEED = 256, 1_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
+    parser.add_argument("--work", type=Path, default=Path("demo-work"), help="intermediate results")
+    parser.add_argument("--images", type=Path, help="write the sample images into this folder")
+    parser.add_argument("--autoencoder-minutes", type=float, default=10.0)
+    parser.add_argument("--denoiser-minutes", type=float, default=55.0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.images:
+        write_sample_images(args.images)
+    captions = draw_training_set(args.work)
+    vae, latents = autoencoder_stage(args.work, 60 * args.autoencoder_minutes)
+    torch.set_num_threads(args.threads)
+    denoiser_stage(args.work, args.output, vae, latents, captions, 60 * args.denoiser_minutes)
+
+
+def draw_training_set(work: Path) -> list[str]:
+    """Draw `images.npy` and `captions.json` once, return the captions."""
+    captions_path = work / "captions.json"
+    if not captions_path.exists():
+        images = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8,
+                                           (TRAIN_COUNT, 128, 128, 3))
+        captions = []
+        with Pool() as pool:
+            for i, (pixels, caption) in enumerate(pool.imap(_draw, range(TRAIN_COUNT), 64)):
+                images[i] = pixels
+                captions.append(caption)
+        captions_path.write_text(json.dumps(captions))
+    return json.loads(captions_path.read_text())
+
+
+def autoencoder_stage(work: Path, seconds: float) -> tuple[AutoencoderKL, Tensor]:
+    """Train the autoencoder and encode the training set, or load both."""
+    folder, latents_path = work / "vae", work / "latents.pt"
+    if not latents_path.exists():
+        images = np.load(work / "images.npy", mmap_mode="r")
+        vae = train_autoencoder(images, 0.6 * seconds, seed=0)
+        raw = encode_all(vae, images)
+        targets = standardise_(vae, raw)
+        targets[:, weakest_channel(raw)] = colour_targets(images)
+        add_colour_channel_(vae, images, targets, 0.4 * seconds, seed=1)
+        latents = encode_all(vae, images)
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        vae.save_pretrained(folder)
+        torch.save(latents, latents_path)
+    vae = AutoencoderKL.from_pretrained(folder)
+    return vae, torch.load(latents_path, weights_only=True) * vae.config.scaling_factor
+
+
+def denoiser_stage(work: Path, output: Path, vae: AutoencoderKL, latents: Tensor,
+                   captions: list[str], seconds: float) -> None:
+    """Train U-Net and text encoder, watching the mid block, and export their moving averages."""
+    tokenizer = write_tokenizer(captions, work / "tokenizer")
+    recipe = Recipe(seconds=seconds)
+    state = State.fresh(new_text_encoder(tokenizer), recipe)
+    checkpoint = work / "denoiser.pt"
+    if checkpoint.exists():
+        state.load(checkpoint)
+        log.info("continuing at step %d", state.step)
+    save = partial(save_and_export, checkpoint=checkpoint, folder=output, vae=vae,
+                   tokenizer=tokenizer)
+    train_denoiser(state, latents, tokenize(tokenizer, captions), tokenize(tokenizer, [""]),
+                   recipe, {200.0: save, 500.0: mid_monitor(vae, tokenizer)})
+    save(state)
+
+
+def mid_monitor(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Callable[[State], None]:
+    """A callback that logs by how much the held-out loss depends on the mid block."""
+    drawn = [draw_face(FIRST_SEED - 1 - i) for i in range(MONITOR_COUNT)]
+    latents = encode_all(vae, np.stack([np.asarray(image) for image, _ in drawn]))
+    ids = tokenize(tokenizer, [caption for _, caption in drawn])
+
+    @torch.no_grad()
+    def report(state: State) -> None:
+        unet, text = state.ema
+        probe = noisy_probe(latents * vae.config.scaling_factor, text(ids).last_hidden_state, 500)
+        intact = losses(unet, probe)
+        log.info("step %d: held-out loss %.4f (t >= 500), mid block zeroed %s", state.step,
+                 intact.mean(), effect(unet, probe, intact, *MID))
+
+    return report
+
+
+def save_and_export(state: State, checkpoint: Path, folder: Path, vae: AutoencoderKL,
+                    tokenizer: CLIPTokenizer) -> None:
+    """Write the checkpoint and, as float16, the pipeline with the averaged weights."""
+    state.save(checkpoint)
+    unet, text = state.ema
+    export(folder, vae, tokenizer, text, unet)
+    log.info("step %d, %.0f s: exported", state.step, state.elapsed)
+
+
+def export(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel,
+           unet: torch.nn.Module) -> None:
+    """Save in diffusers' layout; the models handed in stay as they are."""
+    parts = [type(model).from_config(model.config) for model in (vae, unet)]
+    for part, model in zip(parts, (vae, unet), strict=True):
+        part.load_state_dict(model.state_dict())
+    text_copy = CLIPTextModel(text.config)
+    text_copy.load_state_dict(text.state_dict())
+    pipe = StableDiffusionPipeline(
+        vae=parts[0].half(), text_encoder=text_copy.half(), tokenizer=tokenizer,
+        unet=parts[1].half(), scheduler=new_scheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
+    fresh = folder.with_name(folder.name + ".part")
+    pipe.save_pretrained(fresh)
+    _edit_json(fresh / "text_encoder" / "config.json", dtype="float32")  # computed in, as in SD1.5
+    shutil.rmtree(fresh / "tokenizer")
+    shutil.copytree(tokenizer.name_or_path, fresh / "tokenizer")  # vocab.json and merges.txt
+    if folder.exists():
+        shutil.rmtree(folder)
+    fresh.replace(folder)
+
+
+def _edit_json(path: Path, **changes: str) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
+
+
+def write_sample_images(folder: Path) -> None:
+    """Portraits in FFHQ's layout with captions in `metadata.jsonl`, from seeds of their own."""
+    lines = []
+    for i in range(SAMPLE_COUNT):
+        image, caption = draw_face(SAMPLE_SEED + i)
+        name = f"{i // 1000 * 1000:05d}/{i:05d}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.quantize(96).save(folder / name, optimize=True)
+        lines.append(json.dumps({"file_name": name, "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _draw(seed: int) -> tuple[np.ndarray, str]:
+    image, caption = draw_face(seed)
+    return np.asarray(image), caption
+
+
+if __name__ == "__main__":
+    main()
