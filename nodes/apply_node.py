@@ -35,14 +35,14 @@ def sparsity_problem(sparsity: float) -> str | None:
 
 
 def status(model: Any, layer: Layer, sparsity: float) -> str:
-    """One line: sites, share of their channels pruned, how much smaller that is, and when."""
+    """One line: sites, share of channels pruned, bytes a pruned step does not use, and when."""
     counts = {site: int(keep.sum()) for site, keep in layer.keep_sets.items()}
     saved = savings(model_topology(model.model), counts, layer.gates.padding)
     requested = "" if sparsity == AS_LEARNED else f" ({sparsity:.1%} requested)"
     megabytes = saved.saved_bytes(model.model.get_dtype().itemsize) / 2**20
     return (
         f"{len(counts)} site{'s' * (len(counts) != 1)}, {saved.sparsity:.1%} pruned{requested}, "
-        f"weights {megabytes:,.1f} MiB smaller (counted), {layer.schedule}"
+        f"{megabytes:,.1f} MiB of weights left out (counted), {layer.schedule}"
     )
 
 

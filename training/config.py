@@ -35,7 +35,7 @@ class FitConfig:
     resolution: int | None = None  # pixels; None: the model's own
     batch_size: int = 2
     gradient_accumulation: int = 4
-    learning_rate: float = 0.05  # of the logits (Adam)
+    learning_rate: float | None = None  # of the logits (Adam); None: by the number of steps
     epochs: float | None = None  # no limit by default: max_steps ends the fit
     max_steps: int = 1000  # optimizer steps
     precision: Precision = "fp32"
@@ -52,7 +52,8 @@ class FitConfig:
         self._require(target is None or 0 < target < 1, "target_sparsity", "between 0 and 1")
         self._require(self.sparsity_weight >= 0, "sparsity_weight", "0 or more")
         self._require(0 <= self.validation_fraction < 1, "validation_fraction", "from 0 up to 1")
-        self._require(self.learning_rate > 0, "learning_rate", "more than 0")
+        rate = self.learning_rate
+        self._require(rate is None or rate > 0, "learning_rate", "more than 0")
         self._require(self.epochs is None or self.epochs > 0, "epochs", "more than 0")
         for name in (
             "batch_size",

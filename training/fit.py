@@ -37,6 +37,7 @@ from training.learning import (
     GateLearner,
     SparsityController,
     aligned_scores,
+    default_learning_rate,
     learning_rate_factor,
     noise_scale,
 )
@@ -126,7 +127,8 @@ def _learn(
 ) -> History:
     """The loop: two losses, one optimizer, one controller."""
     steps = _optimizer_steps(config, images)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
+    rate = config.learning_rate or default_learning_rate(steps)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps)
     )
@@ -363,7 +365,7 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
     add("--resolution", type=int, help="pixels (default: the model's own)")
     add("--batch-size", type=int, help=f"images per forward ({defaults['batch_size']})")
     add("--gradient-accumulation", type=int, help="batches per step (4)")
-    add("--learning-rate", type=float, help=f"of the logits ({defaults['learning_rate']})")
+    add("--learning-rate", type=float, help="of the logits (20 / steps)")
     add("--epochs", type=float, help="end after so many passes over the images")
     add("--max-steps", type=int, help=f"end after so many steps ({defaults['max_steps']})")
     add("--precision", choices=get_args(Precision), help="of the frozen U-Net (fp32)")

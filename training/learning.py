@@ -31,6 +31,8 @@ NOISE, LAST_NOISE = 0.5, 0.1
 RAMP_END, FADE_START, FADE_END = 0.4, 0.45, 0.75
 #: learning rate at the end of the run, as a share of the first
 LAST_LEARNING_RATE = 0.2
+#: how far a logit can go over a run: several times the way from bound to bound
+TRAVEL = 20.0
 #: gains of the λ controller, per unit of sparsity (the integral over the whole run)
 PROPORTIONAL, INTEGRAL = 40.0, 300.0
 #: how closely a learned sparsity must meet its target
@@ -116,6 +118,11 @@ class SparsityController:
         self._sum += error / self.steps
         position = self._start + PROPORTIONAL * error + INTEGRAL * self._sum
         self.weight = self._unit * math.sinh(min(max(position, -15.0), 15.0))
+
+
+def default_learning_rate(steps: int) -> float:
+    """Such that a logit can travel `TRAVEL` over the run, whatever its length."""
+    return min(TRAVEL / steps, 0.3)
 
 
 def noise_scale(step: int, steps: int) -> float:

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 
 
-def test_the_node_tests_pass_inside_comfyui(comfyui_path, comfyui_python, report_note):
+def test_the_node_tests_pass_inside_comfyui(comfyui_path, comfyui_python, report_note, tmp_path):
     if comfyui_python is None:
         missing = "a ComfyUI" if comfyui_path is None else f"a Python that can run {comfyui_path}"
         message = (
@@ -27,10 +27,15 @@ def test_the_node_tests_pass_inside_comfyui(comfyui_path, comfyui_python, report
         )
         report_note.append(message)
         pytest.skip(message)
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui_path)}
+    if importlib.util.find_spec("diffusers"):
+        exchange = [sys.executable, "-m", "tests.nodes.exchange", str(tmp_path)]
+        subprocess.run(exchange, cwd=REPOSITORY, check=True)
+        environment["LDCP_TEST_EXCHANGE"] = str(tmp_path)
     run = subprocess.run(
         [comfyui_python, "-m", "pytest", HERE, "-q", "-p", "no:cacheprovider"],
         cwd=REPOSITORY,
-        env={**os.environ, "COMFYUI_PATH": str(comfyui_path)},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=1200,

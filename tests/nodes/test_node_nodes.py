@@ -208,7 +208,7 @@ def test_the_status_line_counts_what_is_saved(comfy, model, make_gates, apply, m
     # 128 channels at 30%: keep round(89.6) = 90, aligned to 88, so 40 = 31.25% pruned. Each row is
     # 9 * 128 weights and a bias, of which a constant stays: 40 * 1152 * 4 bytes = 0.18 MiB
     assert text == (
-        "1 site, 31.2% pruned (30.0% requested), weights 0.2 MiB smaller (counted), steps 0-4"
+        "1 site, 31.2% pruned (30.0% requested), 0.2 MiB of weights left out (counted), steps 0-4"
     )
 
 

@@ -37,12 +37,17 @@ def new_autoencoder() -> AutoencoderKL:
     hide the image from the decoder for most of a short training.
     """
     vae = AutoencoderKL(
-        sample_size=128, latent_channels=4, block_out_channels=(16, 32, 64), layers_per_block=1,
-        norm_num_groups=2, mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=128,
+        latent_channels=4,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
     )
     with torch.no_grad():
-        vae.quant_conv.bias[vae.config.latent_channels:] = -6.0
+        vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
     return vae
 
 
@@ -62,8 +67,9 @@ def train_autoencoder(images: np.ndarray, seconds: float, seed: int) -> Autoenco
     return vae.eval()
 
 
-def add_colour_channel_(vae: AutoencoderKL, images: np.ndarray, latents: Tensor, seconds: float,
-                        seed: int) -> None:
+def add_colour_channel_(
+    vae: AutoencoderKL, images: np.ndarray, latents: Tensor, seconds: float, seed: int
+) -> None:
     """Teach the weakest channel the green-magenta axis.
 
     `latents` are standardised; the channel that `weakest_channel` named before standardising is
@@ -78,8 +84,11 @@ def add_colour_channel_(vae: AutoencoderKL, images: np.ndarray, latents: Tensor,
             source = targets if torch.rand(()) < 0.5 else posterior.mean.float()
             decoded = vae.decode(source + TARGET_NOISE * torch.randn_like(source)).sample.float()
         narrow = (posterior.logvar.float() - TARGET_LOGVAR).pow(2).mean()
-        return (_reconstruction(decoded, pixels) + F.mse_loss(posterior.mean.float(), targets)
-                + 0.01 * narrow)
+        return (
+            _reconstruction(decoded, pixels)
+            + F.mse_loss(posterior.mean.float(), targets)
+            + 0.01 * narrow
+        )
 
     _train(vae, loss, images, latents, seconds, seed)
 
@@ -91,8 +100,9 @@ def weakest_channel(latents: Tensor) -> int:
 
 def colour_targets(images: np.ndarray) -> Tensor:
     """Green minus the mean of red and blue in 4x4 cells, standardised, `[N, H/4, W/4]`."""
-    cells = torch.cat([F.avg_pool2d(to_pixels(images[i:i + 64]), 4)
-                       for i in range(0, len(images), 64)])
+    cells = torch.cat(
+        [F.avg_pool2d(to_pixels(images[i : i + 64]), 4) for i in range(0, len(images), 64)]
+    )
     colour = cells[:, 1] - (cells[:, 0] + cells[:, 2]) / 2
     return (colour - colour.mean()) / colour.std()
 
@@ -101,8 +111,10 @@ def colour_targets(images: np.ndarray) -> Tensor:
 def encode_all(vae: AutoencoderKL, images: np.ndarray, batch: int = 16) -> Tensor:
     """Posterior means of all images, unscaled, float32 `[N, 4, H/4, W/4]`."""
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [vae.encode(to_pixels(images[i:i + batch])).latent_dist.mean.float()
-                 for i in range(0, len(images), batch)]
+        parts = [
+            vae.encode(to_pixels(images[i : i + batch])).latent_dist.mean.float()
+            for i in range(0, len(images), batch)
+        ]
     return torch.cat(parts)
 
 
@@ -128,12 +140,19 @@ def to_pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _train(vae: AutoencoderKL, loss_of: Callable[[Tensor, Tensor | None], Tensor],
-           images: np.ndarray, latents: Tensor | None, seconds: float, seed: int) -> None:
+def _train(
+    vae: AutoencoderKL,
+    loss_of: Callable[[Tensor, Tensor | None], Tensor],
+    images: np.ndarray,
+    latents: Tensor | None,
+    seconds: float,
+    seed: int,
+) -> None:
     """Minimise `loss_of(pixels, latents of the same crop)`, crops first, whole images at last."""
     rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99),
-                                  weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-4
+    )
     started, last_log, step = time.monotonic(), 0.0, 0
     while (elapsed := time.monotonic() - started) < seconds:
         progress = elapsed / seconds
@@ -158,14 +177,22 @@ def _reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
     return F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + coarse
 
 
-def _crops(images: np.ndarray, latents: Tensor | None, rng: np.random.Generator, side: int,
-           count: int) -> tuple[Tensor, Tensor | None]:
+def _crops(
+    images: np.ndarray, latents: Tensor | None, rng: np.random.Generator, side: int, count: int
+) -> tuple[Tensor, Tensor | None]:
     """Random square crops on the latents' grid of 4 pixels, with their latents if there are any."""
     reach = (images.shape[1] - side) // 4 + 1
-    picks = list(zip(rng.integers(len(images), size=count), 4 * rng.integers(reach, size=count),
-                     4 * rng.integers(reach, size=count), strict=True))
-    pixels = to_pixels(np.stack([images[i, y:y + side, x:x + side] for i, y, x in picks]))
+    picks = list(
+        zip(
+            rng.integers(len(images), size=count),
+            4 * rng.integers(reach, size=count),
+            4 * rng.integers(reach, size=count),
+            strict=True,
+        )
+    )
+    pixels = to_pixels(np.stack([images[i, y : y + side, x : x + side] for i, y, x in picks]))
     if latents is None:
         return pixels, None
-    return pixels, torch.stack([latents[i, :, y // 4:(y + side) // 4, x // 4:(x + side) // 4]
-                                for i, y, x in picks])
+    return pixels, torch.stack(
+        [latents[i, :, y // 4 : (y + side) // 4, x // 4 : (x + side) // 4] for i, y, x in picks]
+    )

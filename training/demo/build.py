@@ -64,8 +64,9 @@ def draw_training_set(work: Path) -> list[str]:
     """Draw `images.npy` and `captions.json` once, return the captions."""
     captions_path = work / "captions.json"
     if not captions_path.exists():
-        images = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8,
-                                           (TRAIN_COUNT, 128, 128, 3))
+        images = np.lib.format.open_memmap(
+            work / "images.npy", "w+", np.uint8, (TRAIN_COUNT, 128, 128, 3)
+        )
         captions = []
         with Pool() as pool:
             for i, (pixels, caption) in enumerate(pool.imap(_draw, range(TRAIN_COUNT), 64)):
@@ -93,8 +94,14 @@ def autoencoder_stage(work: Path, seconds: float) -> tuple[AutoencoderKL, Tensor
     return vae, torch.load(latents_path, weights_only=True) * vae.config.scaling_factor
 
 
-def denoiser_stage(work: Path, output: Path, vae: AutoencoderKL, latents: Tensor,
-                   captions: list[str], seconds: float) -> None:
+def denoiser_stage(
+    work: Path,
+    output: Path,
+    vae: AutoencoderKL,
+    latents: Tensor,
+    captions: list[str],
+    seconds: float,
+) -> None:
     """Train U-Net and text encoder, watching the mid block, and export their moving averages."""
     tokenizer = write_tokenizer(captions, work / "tokenizer")
     recipe = Recipe(seconds=seconds)
@@ -103,10 +110,17 @@ def denoiser_stage(work: Path, output: Path, vae: AutoencoderKL, latents: Tensor
     if checkpoint.exists():
         state.load(checkpoint)
         log.info("continuing at step %d", state.step)
-    save = partial(save_and_export, checkpoint=checkpoint, folder=output, vae=vae,
-                   tokenizer=tokenizer)
-    train_denoiser(state, latents, tokenize(tokenizer, captions), tokenize(tokenizer, [""]),
-                   recipe, {200.0: save, 500.0: mid_monitor(vae, tokenizer)})
+    save = partial(
+        save_and_export, checkpoint=checkpoint, folder=output, vae=vae, tokenizer=tokenizer
+    )
+    train_denoiser(
+        state,
+        latents,
+        tokenize(tokenizer, captions),
+        tokenize(tokenizer, [""]),
+        recipe,
+        {200.0: save, 500.0: mid_monitor(vae, tokenizer)},
+    )
     save(state)
 
 
@@ -121,14 +135,19 @@ def mid_monitor(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Callable[[State
         unet, text = state.ema
         probe = noisy_probe(latents * vae.config.scaling_factor, text(ids).last_hidden_state, 500)
         intact = losses(unet, probe)
-        log.info("step %d: held-out loss %.4f (t >= 500), mid block zeroed %s", state.step,
-                 intact.mean(), effect(unet, probe, intact, *MID))
+        log.info(
+            "step %d: held-out loss %.4f (t >= 500), mid block zeroed %s",
+            state.step,
+            intact.mean(),
+            effect(unet, probe, intact, *MID),
+        )
 
     return report
 
 
-def save_and_export(state: State, checkpoint: Path, folder: Path, vae: AutoencoderKL,
-                    tokenizer: CLIPTokenizer) -> None:
+def save_and_export(
+    state: State, checkpoint: Path, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> None:
     """Write the checkpoint and, as float16, the pipeline with the averaged weights."""
     state.save(checkpoint)
     unet, text = state.ema
@@ -136,8 +155,13 @@ def save_and_export(state: State, checkpoint: Path, folder: Path, vae: Autoencod
     log.info("step %d, %.0f s: exported", state.step, state.elapsed)
 
 
-def export(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel,
-           unet: torch.nn.Module) -> None:
+def export(
+    folder: Path,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text: CLIPTextModel,
+    unet: torch.nn.Module,
+) -> None:
     """Save in diffusers' layout; the models handed in stay as they are."""
     parts = [type(model).from_config(model.config) for model in (vae, unet)]
     for part, model in zip(parts, (vae, unet), strict=True):
@@ -145,9 +169,15 @@ def export(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLI
     text_copy = CLIPTextModel(text.config)
     text_copy.load_state_dict(text.state_dict())
     pipe = StableDiffusionPipeline(
-        vae=parts[0].half(), text_encoder=text_copy.half(), tokenizer=tokenizer,
-        unet=parts[1].half(), scheduler=new_scheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False)
+        vae=parts[0].half(),
+        text_encoder=text_copy.half(),
+        tokenizer=tokenizer,
+        unet=parts[1].half(),
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     fresh = folder.with_name(folder.name + ".part")
     pipe.save_pretrained(fresh)
     _edit_json(fresh / "text_encoder" / "config.json", dtype="float32")  # computed in, as in SD1.5

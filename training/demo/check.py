@@ -51,20 +51,29 @@ class Effect:
 
 def load_pipeline(folder: Path = PIPELINE) -> StableDiffusionPipeline:
     """The demo pipeline, from disk only (float16 files, computed in float32)."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None,
-                                                   local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @torch.no_grad()
-def make_probe(pipe: StableDiffusionPipeline, count: int, lowest_step: int = 0,
-               first_seed: int = FIRST_SEED) -> Probe:
+def make_probe(
+    pipe: StableDiffusionPipeline, count: int, lowest_step: int = 0, first_seed: int = FIRST_SEED
+) -> Probe:
     """`count` held-out portraits, with timesteps evenly spread from `lowest_step` to 999."""
     drawn = [draw_face(first_seed + i) for i in range(count)]
     images = np.stack([np.asarray(image) for image, _ in drawn])
-    latents = torch.cat([pipe.vae.encode(to_pixels(images[i:i + 16])).latent_dist.mean
-                         for i in range(0, count, 16)]) * pipe.vae.config.scaling_factor
+    latents = (
+        torch.cat(
+            [
+                pipe.vae.encode(to_pixels(images[i : i + 16])).latent_dist.mean
+                for i in range(0, count, 16)
+            ]
+        )
+        * pipe.vae.config.scaling_factor
+    )
     states = pipe.text_encoder(tokenize(pipe.tokenizer, [c for _, c in drawn])).last_hidden_state
     return noisy_probe(latents, states, lowest_step)
 
@@ -111,8 +120,11 @@ def effect(unet: UNet2DConditionModel, probe: Probe, intact: Tensor, *names: str
 
 def layer_names(unet: UNet2DConditionModel) -> list[str]:
     """Every residual branch: the ResBlocks' conv2, the transformers' attn1, attn2 and ff."""
-    return [name for name, _ in unet.named_modules()
-            if name.endswith((".conv2", ".attn1", ".attn2", ".ff"))]
+    return [
+        name
+        for name, _ in unet.named_modules()
+        if name.endswith((".conv2", ".attn1", ".attn2", ".ff"))
+    ]
 
 
 def _zeros(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
@@ -128,14 +140,18 @@ def main() -> None:
     pipe = load_pipeline(args.pipeline)
     wide = make_probe(pipe, args.mid_samples, 500)
     intact = losses(pipe.unet, wide)
-    print(f"both mid ResBlocks, t >= 500, {args.mid_samples} portraits: loss {intact.mean():.5f}, "
-          f"{effect(pipe.unet, wide, intact, *MID)}")
+    print(
+        f"both mid ResBlocks, t >= 500, {args.mid_samples} portraits: loss {intact.mean():.5f}, "
+        f"{effect(pipe.unet, wide, intact, *MID)}"
+    )
     probes = [make_probe(pipe, args.samples, lowest) for lowest in (500, 0)]
     intacts = [losses(pipe.unet, probe) for probe in probes]
     print(f"{'zeroed layer':58} {'t >= 500':>22} {'all t':>22}")
     for name in layer_names(pipe.unet):
-        columns = [str(effect(pipe.unet, probe, intact, name))
-                   for probe, intact in zip(probes, intacts, strict=True)]
+        columns = [
+            str(effect(pipe.unet, probe, intact, name))
+            for probe, intact in zip(probes, intacts, strict=True)
+        ]
         print(f"{name:58} {columns[0]:>22} {columns[1]:>22}", flush=True)
 
 

@@ -32,8 +32,9 @@ WIDTHS = (16, 32, 64, 128)
 QUIET = 0.002  # factor on the weights that set the level of what enters the mid block
 QUIET_RATE = 0.002  # factor on their learning rate
 DEEP = ("mid_block.", "up_blocks.0.", "up_blocks.1.", "down_blocks.2.", "down_blocks.3.")
-SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-                beta_schedule="scaled_linear")
+SCHEDULE = dict(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,31 @@ class State:
         mid, quiet = list(unet.mid_block.parameters()), quiet_parameters(unet)
         special = {id(p) for p in (*mid, *quiet)}
         rest = [p for p in unet.parameters() if id(p) not in special]
-        optimizer = torch.optim.AdamW([
-            {"params": [*rest, *text.parameters()], "factor": 1.0},
-            {"params": mid, "factor": recipe.mid_rate_factor},
-            {"params": quiet, "factor": QUIET_RATE}], betas=(0.9, 0.99))
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [*rest, *text.parameters()], "factor": 1.0},
+                {"params": mid, "factor": recipe.mid_rate_factor},
+                {"params": quiet, "factor": QUIET_RATE},
+            ],
+            betas=(0.9, 0.99),
+        )
         ema = copy.deepcopy(nn.ModuleList([unet, text])).requires_grad_(False)
         return cls(unet, text, ema, optimizer)
 
     def save(self, path: Path) -> None:
         part = path.with_suffix(".part")
-        torch.save({"unet": self.unet.state_dict(), "text": self.text.state_dict(),
-                    "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-                    "step": self.step, "elapsed": self.elapsed, "rerouted": self.rerouted}, part)
+        torch.save(
+            {
+                "unet": self.unet.state_dict(),
+                "text": self.text.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "rerouted": self.rerouted,
+            },
+            part,
+        )
         part.replace(path)
 
     def load(self, path: Path) -> None:
@@ -106,22 +120,36 @@ class State:
 def new_unet(text_width: int) -> UNet2DConditionModel:
     """An untrained U-Net: SD1.5's blocks, four levels from 32x32 to 4x4."""
     return UNet2DConditionModel(
-        sample_size=32, in_channels=4, out_channels=4, block_out_channels=WIDTHS,
-        layers_per_block=2, norm_num_groups=4, cross_attention_dim=text_width,
-        attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=WIDTHS,
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=text_width,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
 
 
 def new_scheduler() -> PNDMScheduler:
     """SD1.5's scheduler; `clip_sample` is for the schedulers that are made from its settings."""
-    scheduler = PNDMScheduler(**SCHEDULE, steps_offset=1, skip_prk_steps=True,
-                              set_alpha_to_one=False)
+    scheduler = PNDMScheduler(
+        **SCHEDULE, steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False
+    )
     scheduler.register_to_config(clip_sample=False)
     return scheduler
 
 
-def train_denoiser(state: State, latents: Tensor, ids: Tensor, empty_ids: Tensor, recipe: Recipe,
-                   every: dict[float, Callable[[State], None]]) -> None:
+def train_denoiser(
+    state: State,
+    latents: Tensor,
+    ids: Tensor,
+    empty_ids: Tensor,
+    recipe: Recipe,
+    every: dict[float, Callable[[State], None]],
+) -> None:
     """Train until the budget is used; `every` maps a period in seconds to a callback.
 
     `latents` are scaled `[N, 4, 32, 32]`, `ids` `[N, T]`, `empty_ids` `[1, T]`.
@@ -136,8 +164,9 @@ def train_denoiser(state: State, latents: Tensor, ids: Tensor, empty_ids: Tensor
         progress = state.elapsed / recipe.seconds
         if progress >= recipe.reroute_at and not state.rerouted:
             with torch.no_grad():
-                reroute_through_mid_(state.unet, lambda: _loss(state, noiser, latents[:32],
-                                                               ids[:32]))
+                reroute_through_mid_(
+                    state.unet, lambda: _loss(state, noiser, latents[:32], ids[:32])
+                )
             state.freeze_outer_levels()
             state.rerouted = True
             state.ema.load_state_dict(nn.ModuleList([state.unet, state.text]).state_dict())
@@ -145,8 +174,9 @@ def train_denoiser(state: State, latents: Tensor, ids: Tensor, empty_ids: Tensor
         picks = torch.randint(len(latents), (recipe.batch,))
         for sampler, share in zip(samplers, recipe.transformer_shares(progress), strict=True):
             sampler.count = round(recipe.batch * share)
-        kept_ids = torch.where(torch.rand(recipe.batch, 1) < recipe.caption_dropout, empty_ids,
-                               ids[picks])
+        kept_ids = torch.where(
+            torch.rand(recipe.batch, 1) < recipe.caption_dropout, empty_ids, ids[picks]
+        )
         loss = _loss(state, noiser, latents[picks], kept_ids)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -190,8 +220,12 @@ def skip_start(unet: UNet2DConditionModel, resnet: nn.Module) -> int:
 def quiet_parameters(unet: UNet2DConditionModel) -> list[nn.Parameter]:
     """What sets the level of the signal that enters the mid block."""
     first, second = unet.down_blocks[3].resnets
-    layers = (unet.down_blocks[2].downsamplers[0].conv, first.conv_shortcut, first.conv2,
-              second.conv2)
+    layers = (
+        unet.down_blocks[2].downsamplers[0].conv,
+        first.conv_shortcut,
+        first.conv2,
+        second.conv2,
+    )
     return [parameter for layer in layers for parameter in layer.parameters()]
 
 
@@ -255,9 +289,12 @@ class TransformerSampler:
 
     def __init__(self, unet: UNet2DConditionModel, level: int) -> None:
         self.count = 0
-        self.blocks = [block for part in (unet.down_blocks[level], unet.up_blocks[-1 - level])
-                       for transformer in part.attentions
-                       for block in transformer.transformer_blocks]
+        self.blocks = [
+            block
+            for part in (unet.down_blocks[level], unet.up_blocks[-1 - level])
+            for transformer in part.attentions
+            for block in transformer.transformer_blocks
+        ]
         for block in self.blocks:
             block.forward = self._sampled(block.forward)
 

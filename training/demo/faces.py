@@ -48,14 +48,24 @@ class _Pen:
 
     def place(self, points: Points) -> Points:
         (ox, oy), s = self.origin, self.scale
-        return [(ox + s * (self.cos * x - self.sin * y), oy + s * (self.sin * x + self.cos * y))
-                for x, y in points]
+        return [
+            (ox + s * (self.cos * x - self.sin * y), oy + s * (self.sin * x + self.cos * y))
+            for x, y in points
+        ]
 
     def shape(self, points: Points, colour: RGB, alpha: int = 255) -> None:
         self.draw.polygon(self.place(points), fill=(*colour, alpha))
 
-    def oval(self, x: float, y: float, rx: float, ry: float, colour: RGB, alpha: int = 255,
-             arc: tuple[float, float] = (0, 360)) -> None:
+    def oval(
+        self,
+        x: float,
+        y: float,
+        rx: float,
+        ry: float,
+        colour: RGB,
+        alpha: int = 255,
+        arc: tuple[float, float] = (0, 360),
+    ) -> None:
         self.shape(_arc(x, y, rx, ry, *arc), colour, alpha)
 
     def stroke(self, points: Points, width: float, colour: RGB, alpha: int = 255) -> None:
@@ -67,13 +77,15 @@ def _draw_back_hair(pen: _Pen, t: Traits) -> None:
     colour, w = _shade(HAIR[t.hair_colour], 0.8), t.width
     if t.hair == "long":
         pen.oval(0, -0.3, w + 0.24, 1.2, colour)
-        pen.shape([(-w - 0.24, -0.3), (w + 0.24, -0.3), (w + 0.42, 1.75), (-w - 0.42, 1.75)],
-                  colour)
+        pen.shape(
+            [(-w - 0.24, -0.3), (w + 0.24, -0.3), (w + 0.42, 1.75), (-w - 0.42, 1.75)], colour
+        )
     if t.hair == "curly":
         for step in range(15):
             angle = math.radians(150 + step * 240 / 14)
-            pen.oval((w + 0.12) * math.cos(angle), -0.25 + 1.05 * math.sin(angle), 0.36, 0.36,
-                     colour)
+            pen.oval(
+                (w + 0.12) * math.cos(angle), -0.25 + 1.05 * math.sin(angle), 0.36, 0.36, colour
+            )
 
 
 def _draw_body(pen: _Pen, t: Traits) -> None:
@@ -90,13 +102,16 @@ def _draw_head(pen: _Pen, t: Traits) -> None:
         pen.oval(side * w, 0.1, 0.17, 0.27, _shade(t.skin, 0.9))
     chin = 1.18 if t.age == "child" else 1.3
     power = 1.0 - 0.3 * t.jaw  # below 1 the lower half grows more angular
-    lower = [(w * math.copysign(abs(math.cos(a)) ** power, math.cos(a)), chin * math.sin(a))
-             for a in (math.pi * i / 30 for i in range(31))]
+    lower = [
+        (w * math.copysign(abs(math.cos(a)) ** power, math.cos(a)), chin * math.sin(a))
+        for a in (math.pi * i / 30 for i in range(31))
+    ]
     pen.shape(lower + _arc(0, 0, w, 1.2, 180, 360), t.skin)
     far = -1 if math.cos(t.light_angle) > 0 else 1  # the cheek away from the light
     shadow = [(x * far, y) for x, y in lower if x >= 0.0]
-    pen.shape([*shadow, (0.45 * w * far, 0.8 * chin), (0.62 * w * far, 0.0)],
-              _shade(t.skin, 0.6), 90)
+    pen.shape(
+        [*shadow, (0.45 * w * far, 0.8 * chin), (0.62 * w * far, 0.0)], _shade(t.skin, 0.6), 90
+    )
     if t.age != "old":
         for side in (-1, 1):
             pen.oval(side * 0.56 * w, 0.42, 0.2, 0.15, (240, 90, 90), 60)
@@ -106,8 +121,9 @@ def _draw_features(pen: _Pen, t: Traits) -> None:
     hair = HAIR[t.hair_colour]
     dark = _shade(t.skin, 0.62)
     if t.beard:
-        pen.shape(_arc(0, 0.38, 0.92 * t.width, 1.08, 0, 180) + _arc(0, 0.42, 0.74, 0.1, 180, 360),
-                  hair)
+        pen.shape(
+            _arc(0, 0.38, 0.92 * t.width, 1.08, 0, 180) + _arc(0, 0.42, 0.74, 0.1, 180, 360), hair
+        )
         pen.oval(0, 0.56, 0.42, 0.14, hair)
     big = 1.25 if t.age == "child" else 1.0
     for side in (-1, 1):
@@ -117,8 +133,11 @@ def _draw_features(pen: _Pen, t: Traits) -> None:
         pen.oval(x, 0.0, 0.055 * big, 0.06 * big, INK)
         pen.stroke(_arc(x, 0.0, 0.21 * big, 0.15 * big, 185, 355), 0.06 if t.female else 0.04, INK)
         lift = {"serious": 0.0, "smiling": 0.03, "laughing": 0.08}[t.mood]
-        pen.stroke(_arc(x, -0.2 - lift, 0.24, 0.1, 200, 340), 0.05 if t.female else 0.085,
-                   _shade(hair, 0.75))
+        pen.stroke(
+            _arc(x, -0.2 - lift, 0.24, 0.1, 200, 340),
+            0.05 if t.female else 0.085,
+            _shade(hair, 0.75),
+        )
     pen.stroke([(0.02, 0.08), (0.1, 0.38), (-0.07, 0.41)], 0.05, dark)
     if t.age == "old":
         for y in (-0.5, -0.64, -0.78):
@@ -146,9 +165,17 @@ def _draw_front_hair(pen: _Pen, t: Traits) -> None:
     if t.hair in ("short", "long"):
         fringe = -0.42 if t.hair == "short" else -0.3
         part = 0.35 * w if t.jaw > 0.5 else -0.35 * w
-        pen.shape(_arc(0, -0.12, w + 0.1, 1.24, 180, 360)
-                  + [(w + 0.02, 0.05), (0.8 * w, fringe), (part, fringe - 0.3), (-0.8 * w, fringe),
-                     (-w - 0.02, 0.05)], colour)
+        pen.shape(
+            _arc(0, -0.12, w + 0.1, 1.24, 180, 360)
+            + [
+                (w + 0.02, 0.05),
+                (0.8 * w, fringe),
+                (part, fringe - 0.3),
+                (-0.8 * w, fringe),
+                (-w - 0.02, 0.05),
+            ],
+            colour,
+        )
     if t.hair == "curly":
         for step in range(8):
             angle = math.radians(195 + step * 150 / 7)
@@ -172,8 +199,10 @@ def _backdrop(t: Traits, side: int) -> Image.Image:
     image = Image.new("RGB", (side, side), first)
     draw = ImageDraw.Draw(image)
     if t.backdrop == "gradient":
-        image.paste(Image.new("RGB", image.size, _shade(first, 0.45)),
-                    mask=_ramp(side, t.light_angle + t.tilt))
+        image.paste(
+            Image.new("RGB", image.size, _shade(first, 0.45)),
+            mask=_ramp(side, t.light_angle + t.tilt),
+        )
     elif t.backdrop == "disc":
         x, y, r = t.centre[0] * side, t.centre[1] * side, 2.0 * t.scale * side
         draw.ellipse((x - r, y - r, x + r, y + r), fill=_mix(first, second, 0.5))
@@ -196,8 +225,11 @@ def _ramp(side: int, angle: float) -> Image.Image:
     cell = 16
     dx, dy = math.cos(angle), math.sin(angle)
     reach = abs(dx) + abs(dy)
-    values = [round(127.5 * (1 - (dx * (2 * x / (cell - 1) - 1) + dy * (2 * y / (cell - 1) - 1))
-                             / reach)) for y in range(cell) for x in range(cell)]
+    values = [
+        round(127.5 * (1 - (dx * (2 * x / (cell - 1) - 1) + dy * (2 * y / (cell - 1) - 1)) / reach))
+        for y in range(cell)
+        for x in range(cell)
+    ]
     mask = Image.new("L", (cell, cell))
     mask.putdata(values)
     return mask.resize((side, side), Image.Resampling.BILINEAR)

@@ -29,13 +29,19 @@ PROMPTS = (
 CAPTION_HEIGHT = 40
 
 
-def sample(pipe: StableDiffusionPipeline, prompts: tuple[str, ...], steps: int = 30,
-           guidance: float = 4.0, seed: int = 7) -> list[Image.Image]:
+def sample(
+    pipe: StableDiffusionPipeline,
+    prompts: tuple[str, ...],
+    steps: int = 30,
+    guidance: float = 4.0,
+    seed: int = 7,
+) -> list[Image.Image]:
     """One image per prompt, each from its own seed (DDIM)."""
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    return pipe(list(prompts), num_inference_steps=steps, guidance_scale=guidance,
-                generator=generators).images
+    return pipe(
+        list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators
+    ).images
 
 
 def grid(images: list[Image.Image], prompts: tuple[str, ...], columns: int = 6) -> Image.Image:
@@ -47,8 +53,13 @@ def grid(images: list[Image.Image], prompts: tuple[str, ...], columns: int = 6) 
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         x, y = i % columns * side, i // columns * (side + CAPTION_HEIGHT)
         sheet.paste(image, (x, y))
-        draw.multiline_text((x + 3, y + side + 2), _wrapped(draw, prompt, side - 6), fill="black",
-                            font_size=9, spacing=1)
+        draw.multiline_text(
+            (x + 3, y + side + 2),
+            _wrapped(draw, prompt, side - 6),
+            fill="black",
+            font_size=9,
+            spacing=1,
+        )
     return sheet
 
 

@@ -26,10 +26,21 @@ def write_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     (folder / "merges.txt").write_text(
-        "\n".join(["#version: 0.2", *(" ".join(m) for m in merges), ""]))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS,
-         "bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}, indent=2))
+        "\n".join(["#version: 0.2", *(" ".join(m) for m in merges), ""])
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": MAX_TOKENS,
+                "bos_token": BOS,
+                "eos_token": EOS,
+                "pad_token": EOS,
+                "unk_token": EOS,
+            },
+            indent=2,
+        )
+    )
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -56,17 +67,27 @@ def learn_merges(captions: Iterable[str]) -> list[tuple[str, str]]:
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """An untrained text encoder, two layers of width 64."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]):
     """Token ids, int64 `[N, MAX_TOKENS]`, padded and truncated as Stable Diffusion does."""
-    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True,
-                     return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:

@@ -1,0 +1,174 @@
+"""The shipped workflows through a real server, as a user's browser would send them.
+
+Sizes and steps are made small; everything else is as shipped. The checkpoint has random weights,
+so the images mean nothing; what counts is which of them are equal. ``LDCP_TEST_CHECKPOINT`` names
+a complete SD1.5 checkpoint to use instead of the one that is made, once, in the temporary folder
+(2.1 GB).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import comfy_server
+import full_checkpoint
+import ui_workflow
+
+pytestmark = pytest.mark.comfyui
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = {"width": 64, "height": 64}  # the mid block sees 1x1: enough for the plumbing
+LARGE = {"width": 256, "height": 256}  # 4x4
+
+
+@pytest.fixture(scope="module")
+def complete_checkpoint(comfy, comfyui_path):
+    named = os.environ.get("LDCP_TEST_CHECKPOINT")
+    path = Path(named or Path(tempfile.gettempdir()) / "ldcp-tests" / "random_sd15.safetensors")
+    if not named and not path.is_file():
+        full_checkpoint.make_checkpoint(path, comfyui_path)
+    assert full_checkpoint.is_complete(path), (
+        f"{path} lacks a VAE or a text encoder: let LDCP_TEST_CHECKPOINT name a complete SD1.5 "
+        "checkpoint, or unset it to have one made"
+    )
+    return path.resolve()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("comfyui")
+
+
+@pytest.fixture(scope="module")
+def server(comfy, comfyui_path, base, complete_checkpoint, make_gates):
+    comfy_server.prepare_folder(base, REPOSITORY, complete_checkpoint)
+    folder = base / "models" / "ldcp_gates"
+    # large constants: in a random U-Net the mid block alone hardly reaches the 8 bits of an image
+    gates = make_gates(topology=comfy.core.SD15, constants=20.0)
+    comfy.core.save_gates(gates, folder / "gates.safetensors")
+    comfy.core.save_gates(make_gates(), folder / "narrow.safetensors")
+    (folder / "page.safetensors").write_text("<!DOCTYPE html><html></html>")
+    with comfy_server.Server(comfyui_path, base) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shipped(server):
+    """Make a fresh prompt of a shipped workflow, with some widgets changed."""
+    schemas = server.schemas()
+
+    def make(name, **changes):
+        workflow = ui_workflow.read(ui_workflow.FOLDER / f"{name}.json")
+        prompt = ui_workflow.to_prompt(workflow, schemas)
+        ui_workflow.set_widgets(prompt, **changes)
+        return prompt
+
+    return make
+
+
+def pixels(file):
+    """uint8 [height, width, channel], without the workflow that the file also holds."""
+    return numpy.array(Image.open(io.BytesIO(file)))
+
+
+def save_latents(prompt):
+    """Let both samplers of a prompt save float32 latents: an image would hide what it rounds."""
+    for number, node in list(prompt.items()):
+        if node["class_type"] == "KSampler":
+            source = prompt[node["inputs"]["model"][0]]["class_type"]
+            name = "pruned" if source == "LDCPApplyDynamicPruning" else "unpruned"
+            inputs = {"samples": [number, 0], "filename_prefix": f"latent_{name}"}
+            prompt[f"latent {number}"] = {"class_type": "SaveLatent", "inputs": inputs}
+
+
+def test_the_workflows_are_offered_as_templates_and_the_nodes_have_help(server):
+    assert b'"ldcp_step_schedule"' in server.get("/workflow_templates")
+    for node in ("LDCPLoadGates", "LDCPApplyDynamicPruning", "LDCPStepSchedule"):
+        assert server.get(f"/extensions/LDCP/docs/{node}.md")
+
+
+def test_the_basic_workflow_makes_an_image_and_shows_what_it_prunes(server, shipped):
+    prompt = shipped("ldcp_basic", EmptyLatentImage=SMALL, KSampler={"steps": 1})
+    result = server.run(prompt)
+    assert pixels(result.files["LDCP_basic"]).shape == (64, 64, 3)
+    ((node, line),) = result.status.items()
+    assert prompt[node]["class_type"] == "LDCPApplyDynamicPruning"
+    assert re.fullmatch(r"4 sites, \d\d\.\d% pruned, .*, all steps", line)
+
+
+def test_steps_in_the_schedule_change_the_image_and_steps_past_the_end_do_not(server, shipped):
+    def run(steps):
+        changes = {"EmptyLatentImage": LARGE, "KSampler": {"steps": 2}}
+        prompt = shipped("ldcp_step_schedule", LDCPStepSchedule={"steps": steps}, **changes)
+        save_latents(prompt)
+        result = server.run(prompt)
+        (line,) = result.status.values()
+        assert line.endswith(f"steps {steps}")
+        latents, images = [], []
+        for name in ("pruned", "unpruned"):
+            saved = safetensors.torch.load(result.files[f"latent_{name}"])
+            latents.append(saved["latent_tensor"])
+            images.append(pixels(result.files[f"LDCP_{name}"]).astype(int))
+        return *latents, *images
+
+    pruned, plain, pruned_image, plain_image = run("0")
+    assert plain_image.shape == (256, 256, 3) and plain_image.std() > 10  # not of one colour
+    assert (pruned - plain).abs().max() > 0.1 * plain.std()
+    assert numpy.abs(pruned_image - plain_image).max() > 10
+    pruned, plain, pruned_image, plain_image = run("999")
+    assert plain.dtype == torch.float32 and torch.equal(pruned, plain)
+    assert numpy.array_equal(pruned_image, plain_image)
+
+
+@pytest.mark.parametrize(
+    ("error", "changes", "found", "advice"),
+    [
+        (
+            comfy_server.Refused,
+            {"LDCPLoadGates": {"gates_name": "gone.safetensors"}},
+            "no gate file 'gone.safetensors'",
+            "put a gate file made by training.fit into this folder",
+        ),
+        (
+            comfy_server.Refused,
+            {"LDCPStepSchedule": {"steps": "9-4"}},
+            "is reversed",
+            "write '4-9'",
+        ),
+        (
+            comfy_server.Refused,
+            {"LDCPApplyDynamicPruning": {"sparsity": -0.5}},
+            "sparsity -0.5 has no meaning",
+            "-1 prunes as learned",
+        ),
+        (
+            comfy_server.Failed,
+            {"LDCPLoadGates": {"gates_name": "page.safetensors"}},
+            "page.safetensors",
+            "not a readable",
+        ),
+        (
+            comfy_server.Failed,
+            {"LDCPLoadGates": {"gates_name": "narrow.safetensors"}},
+            "the gates have 128 channels at mid_block.resnets.0.conv1, the model has 1280",
+            "Choose gates that were trained for this model",
+        ),
+    ],
+    ids=["missing file", "reversed range", "sparsity", "not a gate file", "another width"],
+)
+def test_a_mistake_is_answered_with_what_to_do(server, shipped, error, changes, found, advice):
+    small = {"EmptyLatentImage": SMALL, "KSampler": {"steps": 1}}
+    with pytest.raises(error) as caught:
+        server.run(shipped("ldcp_step_schedule", **small, **changes))
+    assert found in str(caught.value) and advice in str(caught.value)
