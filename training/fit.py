@@ -39,6 +39,7 @@ from training.learning import (
     aligned_scores,
     default_learning_rate,
     learning_rate_factor,
+    new_optimizer,
     noise_scale,
 )
 from training.models import load_model
@@ -55,7 +56,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "output": "gates.safetensors",
     "batch_size": 4,
     "gradient_accumulation": 1,
-    "max_steps": 200,
+    "max_steps": 150,
 }
 
 
@@ -128,7 +129,7 @@ def _learn(
     """The loop: two losses, one optimizer, one controller."""
     steps = _optimizer_steps(config, images)
     rate = config.learning_rate or default_learning_rate(steps)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=rate, betas=(0.9, 0.99))
+    optimizer = new_optimizer(learner, rate, config.sparsity_weight)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps)
     )

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ldcp_core import THRESHOLD, ChannelGate, Site, aligned_counts, top_channels
 
-#: every channel starts clearly kept, at this logit
-START_LOGIT = 1.0
+#: every channel starts kept, its logit uniform between these: equal ones would fall together
+START_LOGITS = (0.5, 1.5)
 #: logits stay within this, so that a channel can always come back
 LOGIT_BOUND = 3.0
 #: scale of the logistic noise on the logits: while exploring, and at the end
@@ -45,10 +45,12 @@ class GateLearner(nn.Module):
     def __init__(self, sites: Sequence[Site], seed: int) -> None:
         super().__init__()
         self.sites = [site.name for site in sites]
-        self.gates = nn.ModuleList(
-            ChannelGate(torch.full((site.channels,), START_LOGIT)) for site in sites
-        )
         self.generator = torch.Generator().manual_seed(seed)
+        low, high = START_LOGITS
+        self.gates = nn.ModuleList(
+            ChannelGate(low + (high - low) * torch.rand(site.channels, generator=self.generator))
+            for site in sites
+        )
 
     def masks(self, noise_scale: float) -> dict[str, Tensor]:
         """Site name -> mask [C]; exact (the file's rule) when ``noise_scale`` is 0."""
@@ -118,6 +120,21 @@ class SparsityController:
         self._sum += error / self.steps
         position = self._start + PROPORTIONAL * error + INTEGRAL * self._sum
         self.weight = self._unit * math.sinh(min(max(position, -15.0), 15.0))
+
+
+def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:
+    """Adam on the logits.
+
+    Its epsilon is the pull of λ₀ on a single logit at the threshold: channels that hardly matter
+    then move in proportion to λ, instead of all at full speed in the direction of its sign.
+    """
+    channels = sum(gate.logits.numel() for gate in learner.gates)
+    return torch.optim.Adam(
+        learner.parameters(),
+        lr=learning_rate,
+        betas=(0.9, 0.99),
+        eps=max(0.25 * weight / channels, 1e-8),
+    )
 
 
 def default_learning_rate(steps: int) -> float:

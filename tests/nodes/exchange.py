@@ -1,4 +1,4 @@
-"""What the training room hands to the ComfyUI room: a fitted gate file and what diffusers makes of it.
+"""What the training room hands to the ComfyUI room: a fitted gate file, and its numbers.
 
     python -m tests.nodes.exchange FOLDER
 

@@ -16,6 +16,7 @@ from training.learning import (
     SparsityController,
     aligned_scores,
     learning_rate_factor,
+    new_optimizer,
     noise_scale,
 )
 
@@ -26,7 +27,7 @@ CHANNELS = 4 * 160
 def learn(target: float, steps: int, effects: torch.Tensor, seed: int = 0) -> GateLearner:
     """Gates for the loss |Σ pruned effects|², scaled to 1 when everything is pruned."""
     learner = GateLearner(SITES, seed)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=0.05, betas=(0.9, 0.99))
+    optimizer = new_optimizer(learner, 0.05, 0.01)
     controller = SparsityController(0.01, target, steps)
     whole = effects.sum(0).square().sum()
     for step in range(steps):
