@@ -38,7 +38,7 @@ def test_the_node_tests_pass_inside_comfyui(comfyui_path, comfyui_python, report
         env=environment,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
     )
     summary = (run.stdout.strip().splitlines() or ["no output"])[-1]
     report_note.append(f"node tests inside {comfyui_path}: {summary}")
