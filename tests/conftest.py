@@ -56,7 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Without ComfyUI's requirements leave its tests to the one that starts a second pytest."""
-    return True if collection_path.name.startswith("test_node_") and not IN_PROCESS else None
+    needs_comfyui = collection_path.name.startswith(("test_node_", "comfy_server"))
+    return True if needs_comfyui and not IN_PROCESS else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
