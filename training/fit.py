@@ -391,7 +391,7 @@ def _sparsity(text: str) -> float | None:
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "diffusers", "transformers"):
+    for noisy in ("httpx", "datasets", "diffusers", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         fit(parse_arguments(argv))

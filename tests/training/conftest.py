@@ -18,17 +18,17 @@ WIDTHS = (16, 16, 32, 32)
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with SD1.5's topology, random weights, 32-pixel images."""
+    """A diffusers folder with SD1.5's topology, random weights, 16-pixel images."""
     root = tmp_path_factory.mktemp("pipeline")
     torch.manual_seed(0)
     UNet2DConditionModel(
-        sample_size=32,
+        sample_size=16,
         block_out_channels=WIDTHS,
         norm_num_groups=8,
         cross_attention_dim=16,
         attention_head_dim=2,
     ).save_pretrained(root / "unet")
-    AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, sample_size=32).save_pretrained(
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, sample_size=16).save_pretrained(
         root / "vae"
     )
     text = CLIPTextConfig(

@@ -34,7 +34,8 @@ def test_a_fit_meets_its_target_and_says_what_it_did(
     pipeline: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "gates.safetensors"
-    assert main(arguments(pipeline, images, output, "--target-sparsity", "0.5")) == 0
+    more = ("--target-sparsity", "0.5", "--max-steps", "150")
+    assert main(arguments(pipeline, images, output, *more)) == 0
     gates = load_gates(output)
     assert gates.sparsity == pytest.approx(0.5, abs=0.01)
     counts = [int(keep.sum()) for keep in gates.keep_sets().values()]
@@ -46,7 +47,7 @@ def test_a_fit_meets_its_target_and_says_what_it_did(
         assert output.with_suffix(suffix).read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "mid_block.resnets.1.conv2" in said and "share of the whole U-Net" in said
-    assert "64 of 128 channels changed state through learning" in said or "changed state" in said
+    assert "of 128 channels changed state through learning since the start" in said
 
 
 def test_the_same_seed_gives_the_same_file(pipeline: Path, images: Path, tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_the_same_seed_gives_the_same_file(pipeline: Path, images: Path, tmp_pat
         ["--target-sparsity", "none"],
         ["--preset", "quality"],
         ["--validation-fraction", "0"],
-        ["--resolution", "64"],
+        ["--resolution", "24"],
     ],
 )
 def test_every_option_runs(pipeline: Path, images: Path, tmp_path: Path, more: list[str]) -> None:
@@ -90,7 +91,7 @@ def test_a_target_that_is_not_met_is_said_and_not_faked(
 ) -> None:
     output = tmp_path / "gates.safetensors"
     main(arguments(pipeline, images, output, "--max-steps", "3"))
-    assert load_gates(output).sparsity == 0
+    assert load_gates(output).sparsity < 0.28
     assert "not within one point of the target 30.0%" in capsys.readouterr().out
 
 
