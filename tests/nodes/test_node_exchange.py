@@ -52,7 +52,7 @@ def noise(model, outputs):
     sigma = sampling.sigma(torch.tensor([float(TIMESTEP)]))
     x = outputs["x"] * (sigma**2 + 1).sqrt()
     options = {
-        **model.model_options["transformer_options"],
+        "wrappers": model.wrappers,  # as the host merges them in before it samples
         "sigmas": sigma,
         "sample_sigmas": torch.tensor([float(sigma), 0.0]),
     }
