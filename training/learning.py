@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ldcp_core import THRESHOLD, ChannelGate, Site, aligned_counts, top_channels
 
 #: every channel starts kept, its logit uniform between these: equal ones would fall together
-START_LOGITS = (0.5, 1.5)
+START_LOGITS = (0.8, 1.2)
 #: logits stay within this, so that a channel can always come back
 LOGIT_BOUND = 3.0
 #: scale of the logistic noise on the logits: while exploring, and at the end
@@ -125,7 +125,7 @@ class SparsityController:
 def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:
     """Adam on the logits.
 
-    Its epsilon is the pull of λ₀ on a single logit at the threshold: channels that hardly matter
+    Its epsilon is a fifth of the pull of λ₀ on a single logit at the threshold: channels that hardly matter
     then move in proportion to λ, instead of all at full speed in the direction of its sign.
     """
     channels = sum(gate.logits.numel() for gate in learner.gates)
@@ -133,7 +133,7 @@ def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> 
         learner.parameters(),
         lr=learning_rate,
         betas=(0.9, 0.99),
-        eps=max(0.25 * weight / channels, 1e-8),
+        eps=max(0.05 * weight / channels, 1e-8),
     )
 
 
