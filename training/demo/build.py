@@ -1,6 +1,6 @@
 """Build the demo pipeline from nothing: draw, train the autoencoder, train the denoiser, export.
 
-    python -m training.demo.build --output training/demo/pipeline --work /tmp/demo
+    python -m training.demo.build --output training/demo/pipeline --work demo-work
 
 The work folder keeps every stage, so an interrupted build continues where it stopped. With
 `--images` the sample images are written too. Threads are limited to `--threads` for the denoiser.
