@@ -125,8 +125,8 @@ class SparsityController:
 def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:
     """Adam on the logits.
 
-    Its epsilon is a fifth of the pull of λ₀ on a single logit at the threshold: channels that hardly matter
-    then move in proportion to λ, instead of all at full speed in the direction of its sign.
+    Its epsilon is a fifth of the pull of λ₀ on a single logit at the threshold: channels that
+    hardly matter then move in proportion to λ, not all at full speed in the direction of its sign.
     """
     channels = sum(gate.logits.numel() for gate in learner.gates)
     return torch.optim.Adam(
