@@ -38,7 +38,7 @@ def test_a_fit_meets_its_target_or_says_that_it_did_not_and_what_it_did(
     assert main(arguments(pipeline, images, output, *more)) == 0
     gates = load_gates(output)
     # On 128 random channels the controller is not always on target when the run ends; what must
-    # hold is that the command says so exactly then. The target itself: test_learning.py.
+    # hold is that the command says so exactly then. The strict bound is the next test's.
     missed = abs(gates.sparsity - 0.5) > 0.01
     assert 0.35 < gates.sparsity < 0.65
     counts = [int(keep.sum()) for keep in gates.keep_sets().values()]
@@ -52,6 +52,18 @@ def test_a_fit_meets_its_target_or_says_that_it_did_not_and_what_it_did(
     assert ("not within one point of the target 50.0%" in said) == missed
     assert "mid_block.resnets.1.conv2" in said and "share of the whole U-Net" in said
     assert "of 128 channels changed state through learning since the start" in said
+
+
+@pytest.mark.xfail(
+    reason="known defect: on small noisy models the sparsity controller misses its target"
+)
+def test_a_fit_on_a_small_noisy_model_meets_its_target(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "gates.safetensors"
+    more = ("--target-sparsity", "0.5", "--max-steps", "150")
+    main(arguments(pipeline, images, output, *more))
+    assert load_gates(output).sparsity == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_same_seed_gives_the_same_file(pipeline: Path, images: Path, tmp_path: Path) -> None:
