@@ -34,7 +34,9 @@ from training.errors import UserError
 from training.gating import ChannelMeans, deviation, hard_gates, topology_of
 from training.learning import (
     TARGET_TOLERANCE,
+    Alignment,
     GateLearner,
+    Landing,
     SparsityController,
     aligned_scores,
     default_learning_rate,
@@ -113,7 +115,7 @@ def fit(config: FitConfig) -> FitResult:
     save_gates(gates, output)
     plot_curves(history, output.with_suffix(".curves.png"))
     plot_scores(gates, output.with_suffix(".scores.png"))
-    _say_result(config, gates, history, alignment.moved, output, data)
+    _say_result(config, gates, history, alignment, output, data)
     return FitResult(gates, history, heldout)
 
 
@@ -137,6 +139,7 @@ def _learn(
         denoising.model.unet.device.type, enabled=config.precision == "fp16"
     )
     controller = SparsityController(config.sparsity_weight, config.target_sparsity, steps)
+    landing = Landing(learner, config.target_sparsity, steps)
     history = History(target=config.target_sparsity)
     start = learner.keep_sets()
 
@@ -168,12 +171,14 @@ def _learn(
         sparsity = learner.sparsity()
         history.add(reconstruction, scores.item(), controller.weight, sparsity)
         controller.update(step, sparsity)
+        landing.watch(step, sparsity)
         bar.set_postfix(
             mse=f"{reconstruction:.2e}",
             l1=f"{scores.item():.3f}",
             λ=f"{controller.weight:.1e}",
             sparsity=f"{sparsity:.1%}",
         )
+    landing.settle_()
     end = learner.keep_sets()
     history.changed = sum(int((start[site] != end[site]).sum()) for site in start)
     return history
@@ -238,18 +243,23 @@ def _validate(
 
 
 def _say_result(
-    config: FitConfig, gates: Gates, history: History, moved: int, output: Path, data: ImageData
+    config: FitConfig,
+    gates: Gates,
+    history: History,
+    alignment: Alignment,
+    output: Path,
+    data: ImageData,
 ) -> None:
     target, channels = config.target_sparsity, gates.channels
     print(summary(gates))
     print(
         f"{history.changed} of {channels} channels changed state through learning since the start "
-        f"(all kept); alignment to multiples of 8 moved {moved} more."
+        f"(all kept); alignment to multiples of 8 moved {alignment.moved} more."
     )
     if target is not None and abs(gates.sparsity - target) > TARGET_TOLERANCE:
         print(
             f"The sparsity is {gates.sparsity:.1%}, not within one point of the target "
-            f"{target:.1%}: learning ended at {history.sparsity[-1]:.1%}. Give it more --max-steps "
+            f"{target:.1%}: learning ended at {alignment.learned:.1%}. Give it more --max-steps "
             "(or a larger --learning-rate); if the widths are small, multiples of 8 may not allow "
             "a closer value."
         )

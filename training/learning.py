@@ -26,7 +26,7 @@ START_LOGITS = (0.8, 1.2)
 #: logits stay within this, so that a channel can always come back
 LOGIT_BOUND = 3.0
 #: scale of the logistic noise on the logits: while exploring, and at the end
-NOISE, LAST_NOISE = 0.5, 0.1
+NOISE, LAST_NOISE = 0.5, 0.03
 #: shares of the run: the target is reached, noise and learning rate begin to fall, noise is least
 RAMP_END, FADE_START, FADE_END = 0.4, 0.45, 0.75
 #: learning rate at the end of the run, as a share of the first
@@ -34,7 +34,7 @@ LAST_LEARNING_RATE = 0.2
 #: how far a logit can go over a run: several times the way from bound to bound
 TRAVEL = 20.0
 #: gains of the λ controller, per unit of sparsity (the integral over the whole run)
-PROPORTIONAL, INTEGRAL = 40.0, 300.0
+PROPORTIONAL, INTEGRAL = 60.0, 400.0
 #: how closely a learned sparsity must meet its target
 TARGET_TOLERANCE = 0.01
 
@@ -122,6 +122,38 @@ class SparsityController:
         self.weight = self._unit * math.sinh(min(max(position, -15.0), 15.0))
 
 
+class Landing:
+    """Brings the learner down on its target: the last state of the final phase that met it.
+
+    While the logits still move, the sparsity hovers around the target, on a site of 32 channels by
+    several points. Among the states passed through once the noise is least (`FADE_END`), the latest
+    within `TARGET_TOLERANCE` is what was learned, or else the nearest; without a target, the last.
+    """
+
+    def __init__(self, learner: GateLearner, target: float | None, steps: int) -> None:
+        self._learner = learner
+        self._target = target
+        self._steps = steps
+        self._miss = math.inf
+        self._logits: list[Tensor] | None = None
+
+    def watch(self, step: int, sparsity: float) -> None:
+        """Look at the state after ``step``, whose pruned share is ``sparsity``."""
+        if self._target is None or step + 1 < FADE_END * self._steps:
+            return
+        miss = max(abs(sparsity - self._target), TARGET_TOLERANCE)
+        if miss <= self._miss:
+            self._miss = miss
+            self._logits = [gate.logits.detach().clone() for gate in self._learner.gates]
+
+    @torch.no_grad()
+    def settle_(self) -> None:
+        """Put the learner into the state found."""
+        if self._logits is not None:
+            for gate, logits in zip(self._learner.gates, self._logits, strict=True):
+                gate.logits.copy_(logits)
+
+
 def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:
     """Adam on the logits.
 
@@ -157,10 +189,14 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Scores whose keep-sets are aligned, and how many channels had to change sides for it."""
+    """Scores whose keep-sets are aligned, and how many channels had to change sides for it.
+
+    ``learned`` is the sparsity before that.
+    """
 
     scores: dict[str, Tensor]
     moved: int
+    learned: float
 
 
 def aligned_scores(scores: dict[str, Tensor], target: float | None) -> Alignment:
@@ -173,7 +209,8 @@ def aligned_scores(scores: dict[str, Tensor], target: float | None) -> Alignment
     wanted = [int((score > THRESHOLD).sum()) for score in scores.values()]
     widths = [score.numel() for score in scores.values()]
     total = sum(wanted)
-    if target is not None and abs(1 - total / sum(widths) - target) <= TARGET_TOLERANCE:
+    learned = 1 - total / sum(widths)
+    if target is not None and abs(learned - target) <= TARGET_TOLERANCE:
         total = round((1 - target) * sum(widths))
     aligned: dict[str, Tensor] = {}
     moved = 0
@@ -184,7 +221,7 @@ def aligned_scores(scores: dict[str, Tensor], target: float | None) -> Alignment
         changed = keep != (score > THRESHOLD)
         moved += int(changed.sum())
         aligned[site] = _with_keep_set(score, keep)
-    return Alignment(aligned, moved)
+    return Alignment(aligned, moved, learned)
 
 
 def _with_keep_set(score: Tensor, keep: Tensor) -> Tensor:

@@ -79,18 +79,18 @@ def draw_training_set(work: Path) -> list[str]:
 def autoencoder_stage(work: Path, seconds: float) -> tuple[AutoencoderKL, Tensor]:
     """Train the autoencoder and encode the training set, or load both."""
     folder, latents_path = work / "vae", work / "latents.pt"
-    if not latents_path.exists():
-        images = np.load(work / "images.npy", mmap_mode="r")
+    images = np.load(work / "images.npy", mmap_mode="r")
+    if not folder.exists():
         vae = train_autoencoder(images, 0.6 * seconds, seed=0)
         raw = encode_all(vae, images)
         targets = standardise_(vae, raw)
         targets[:, weakest_channel(raw)] = colour_targets(images)
         add_colour_channel_(vae, images, targets, 0.4 * seconds, seed=1)
-        latents = encode_all(vae, images)
-        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        vae.register_to_config(scaling_factor=1 / encode_all(vae, images[:1000]).std().item())
         vae.save_pretrained(folder)
-        torch.save(latents, latents_path)
     vae = AutoencoderKL.from_pretrained(folder)
+    if not latents_path.exists():
+        torch.save(encode_all(vae, images), latents_path)
     return vae, torch.load(latents_path, weights_only=True) * vae.config.scaling_factor
 
 
@@ -119,7 +119,7 @@ def denoiser_stage(
         tokenize(tokenizer, captions),
         tokenize(tokenizer, [""]),
         recipe,
-        {200.0: save, 500.0: mid_monitor(vae, tokenizer)},
+        {200.0: save, 240.0: mid_monitor(vae, tokenizer)},
     )
     save(state)
 
