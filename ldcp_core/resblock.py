@@ -201,7 +201,7 @@ class CompactResBlock:
         constants = split.constant.to(h) + emb.index_select(1, split.pruned)
         a, a_constant = self._norm2(ops, h, constants, split)
         assert self.columns is not None
-        # the tall matrix first: on a CPU thrice as fast as F.linear, which sets B few rows against it
+        # the tall matrix first: on a CPU thrice as fast as F.linear, which puts the B rows first
         taps = torch.mm(self.columns, a_constant.T).T
         spread = taps[:, :, None, None] if self.padding == "extend" else _spread(taps, h.shape[2:])
         if a.shape[1] == 0:
