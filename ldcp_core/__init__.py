@@ -16,6 +16,8 @@ from .gates import (
     aligned_counts,
     top_channels,
 )
+from .report import Report, ReportLayer, RunFacts, build_report, gates_report
+from .report_image import report_image
 from .resblock import (
     BlockGate,
     CompactResBlock,
@@ -46,8 +48,11 @@ __all__ = [
     "Gates",
     "Latent",
     "Padding",
+    "Report",
+    "ReportLayer",
     "ResBlock",
     "ResBlockOps",
+    "RunFacts",
     "Savings",
     "Schedule",
     "ScheduleError",
@@ -58,9 +63,12 @@ __all__ = [
     "Topology",
     "aligned_counts",
     "block_gates",
+    "build_report",
     "fingerprint",
+    "gates_report",
     "load_gates",
     "masked_forward",
+    "report_image",
     "save_gates",
     "savings",
     "step_index",

@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldcp_core import PADDINGS, SCOPES, Gates, Site, SoftGate, fingerprint, save_gates
+from ldcp_core import (
+    PADDINGS,
+    SCOPES,
+    Gates,
+    Site,
+    SoftGate,
+    fingerprint,
+    gates_report,
+    save_gates,
+)
 from training.config import PRESETS, Constant, FitConfig, Precision, Reconstruction
 from training.data import Batch, ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
@@ -45,7 +54,7 @@ from training.learning import (
     noise_scale,
 )
 from training.models import load_model
-from training.report import History, plot_curves, plot_scores, summary
+from training.report import History, plot_curves, plot_scores
 
 log = logging.getLogger("training.fit")
 
@@ -251,7 +260,7 @@ def _say_result(
     data: ImageData,
 ) -> None:
     target, channels = config.target_sparsity, gates.channels
-    print(summary(gates))
+    print(gates_report(gates).text())
     print(
         f"{history.changed} of {channels} channels changed state through learning since the start "
         f"(all kept); alignment to multiples of 8 moved {alignment.moved} more."

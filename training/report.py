@@ -1,4 +1,4 @@
-"""What a fit shows at the end: the course of the losses, the scores per site, and a table."""
+"""What a fit draws at the end: the course of the losses, and the scores per site."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import THRESHOLD, Gates, Latent, savings, write_atomically
-
-MIB = 2**20
+from ldcp_core import THRESHOLD, Gates, write_atomically
 
 
 @dataclass
@@ -41,35 +39,6 @@ class History:
             if step % stride == 0 or step == len(self.sparsity) - 1
         ]
         return {"course": shown, "heldout_deviation": self.heldout_deviation}
-
-
-def summary(gates: Gates) -> str:
-    """A table of what is pruned and what that saves by the cost model, at 512x512 with CFG."""
-    kept = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
-    latent = Latent()
-    found = savings(gates.topology, kept, gates.padding, latent)
-    head = f"{'site':<32} {'kept':>11} {'pruned':>7} {'parameters':>12} {'MFLOP':>9}"
-    lines = [head, "-" * len(head)]
-    for row in found.sites:
-        lines.append(
-            f"{row.site:<32} {row.kept:>5}/{row.channels:<5} {1 - row.kept / row.channels:>7.1%} "
-            f"{-row.saved.parameters:>12,} {-row.saved.flops / 1e6:>9,.0f}"
-        )
-    saved = found.saved
-    lines.append("-" * len(head))
-    lines.append(
-        f"{'total':<32} {found.kept:>5}/{found.channels:<5} {found.sparsity:>7.1%} "
-        f"{-saved.parameters:>12,} {-saved.flops / 1e6:>9,.0f}"
-    )
-    lines.append(
-        f"{'share of the whole U-Net':<52} {-found.parameter_share:>12.2%} "
-        f"{-found.flop_share:>9.2%}"
-    )
-    lines.append(
-        f"counted, rule {gates.padding!r}: {found.saved_bytes(2) / MIB:.2f} MiB of weights in "
-        f"half precision, FLOPs at a {latent.height}x{latent.width} latent, batch {latent.batch}"
-    )
-    return "\n".join(lines)
 
 
 def plot_curves(history: History, path: Path) -> None:
