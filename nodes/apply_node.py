@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor
 from ..ldcp_core import ALWAYS, Gates, Schedule, savings
 from .identity import differs_from_training
 from .io_types import CATEGORY, GatesType, ScheduleType
-from .patch import Layer, attach, log
+from .parking import FULL_WEIGHTS, FullWeights
+from .patch import attach
+from .run import Layer
 from .sites import model_topology
 
 AS_LEARNED = -1.0
+log = logging.getLogger("ldcp")
 
 
 def chosen_keep_sets(gates: Gates, sparsity: float) -> dict[str, Tensor]:
@@ -81,6 +85,17 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
                     optional=True,
                     tooltip="The steps to prune in: Pruning Step Schedule. Unconnected: all steps.",
                 ),
+                io.Combo.Input(
+                    "full_weights",
+                    options=list(FULL_WEIGHTS),
+                    default="auto",
+                    optional=True,
+                    tooltip="Where the full weights of pruned layers stay while sampling. auto: "
+                    "they leave the GPU when every step prunes, and stay when some steps don't. "
+                    "offload: they always leave; steps that don't prune fetch them from main "
+                    "memory each time, which is slower. keep: they stay, and the pruned copies "
+                    "take extra memory. The image is the same; on a CPU nothing can leave.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model, pruned while it samples.")],
             hidden=[io.Hidden.unique_id],
@@ -93,10 +108,15 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, gates: Gates, sparsity: float, schedule: Schedule | None = None
+        cls,
+        model: Any,
+        gates: Gates,
+        sparsity: float,
+        schedule: Schedule | None = None,
+        full_weights: FullWeights = "auto",
     ) -> io.NodeOutput:
         keep_sets = chosen_keep_sets(gates, sparsity)
-        layer = Layer(gates, keep_sets, ALWAYS if schedule is None else schedule)
+        layer = Layer(gates, keep_sets, ALWAYS if schedule is None else schedule, full_weights)
         patched = attach(model, layer)
         if differs_from_training(model, gates):
             log.warning(

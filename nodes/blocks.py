@@ -10,6 +10,7 @@ that extensions which override it (seamless tiling, say) keep working.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -89,26 +90,44 @@ def folds(conv: nn.Conv2d) -> bool:
     return not own and padding == ("zeros", (1, 1), (1, 1))
 
 
-def compact_forward(
+@dataclass(frozen=True)
+class Compact:
+    """A pruned forward of one ResBlock and what it needs of the compute device."""
+
+    forward: Forward
+    #: what it holds there
+    tensors: list[Tensor]
+    #: the convolutions it prunes
+    pruned: list[nn.Conv2d]
+    #: those of them whose full weights it no longer needs
+    replaced: list[nn.Conv2d]
+
+
+def compact(
     block: nn.Module, gate: BlockGate, device: torch.device, dtype: torch.dtype
-) -> Forward | None:
-    """A forward for this ResBlock that computes what ``gate`` keeps; None when it keeps all.
+) -> Compact | None:
+    """This ResBlock computing only what ``gate`` keeps; None when that is all of it.
 
     ``device`` and ``dtype`` are those of the maps in the run that is about to start.
     """
-    if not (_prunes(gate.inner) or _prunes(gate.residual)):
+    prunes1, prunes2 = _prunes(gate.inner), _prunes(gate.residual)
+    if not (prunes1 or prunes2):
         return None
     conv2 = captured(block.out_layers[3], device, dtype)
     # a convolution that loses nothing runs as the host's own module
     unchanged = ConvWeights(conv2.weight.new_empty(0), None)
-    conv1 = captured(block.in_layers[2], device, dtype) if _prunes(gate.inner) else unchanged
+    conv1 = captured(block.in_layers[2], device, dtype) if prunes1 else unchanged
     ops = ComfyResBlockOps(block, norm_affine(block.out_layers[0], device, dtype), unchanged.weight)
-    compact = CompactResBlock(gate, conv1, conv2, folds=ops.folds)
+    core = CompactResBlock(gate, conv1, conv2, folds=ops.folds)
 
     def forward(x: Tensor, emb: Tensor) -> Tensor:
-        return compact(ops, x, block.emb_layers(emb).to(x.dtype))
+        return core(ops, x, block.emb_layers(emb).to(x.dtype))
 
-    return forward
+    pruned = [block.in_layers[2]] * prunes1 + [block.out_layers[3]] * prunes2
+    replaced = [block.in_layers[2]] * prunes1
+    if core.conv2 is not conv2:  # rows or columns of it were copied
+        replaced.append(block.out_layers[3])
+    return Compact(forward, core.tensors(), pruned, replaced)
 
 
 def _prunes(keep: Tensor | None) -> bool:

@@ -1,0 +1,134 @@
+"""Moving full weights off the compute device while their compact copies do the work.
+
+Compact copies beside the full weights would add memory. So the convolutions that run compact are
+*parked* for the length of a run: their weights go to the host's offload device and the modules
+are marked the way ComfyUI marks its own offloaded modules (cast on use), so that whoever still
+evaluates one gets right numbers, only slower. When the run ends they come back. ComfyUI counts
+how many bytes of a model are loaded; parking keeps that count true, and what ComfyUI itself does
+to a parked module in the meantime (reload, unload) wins.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+log = logging.getLogger("ldcp")
+
+FullWeights = Literal["auto", "offload", "keep"]
+FULL_WEIGHTS: tuple[FullWeights, ...] = get_args(FullWeights)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run's weights are loaded and offloaded to, or why they have to stay."""
+
+    load: torch.device
+    offload: torch.device
+    obstacle: str = ""
+
+    @classmethod
+    def of(cls, patcher: Any) -> Places:
+        """As the ModelPatcher has it at the start of a run."""
+        load, offload = patcher.load_device, patcher.offload_device
+        return cls(load, offload, _obstacle(patcher, load, offload))
+
+
+def _obstacle(patcher: Any, load: torch.device, offload: torch.device) -> str:
+    if load == offload:
+        return f"weights and computation share one memory ({load})"
+    if load.type == "mps":
+        return "processor and GPU share one memory"
+    if patcher.hook_patches or patcher.forced_hooks:
+        return "hooks change the weights during the run"
+    if getattr(patcher, "is_dynamic", bool)():
+        return "this ComfyUI manages the weights in VRAM itself"
+    return ""
+
+
+#: ComfyUI's marks on a module whose weights are cast on use
+CAST, CAST_BEFORE = "comfy_cast_weights", "prev_comfy_cast_weights"
+
+
+@dataclass
+class _Parked:
+    conv: nn.Module
+    bytes: int
+    casts: bool
+    marks: dict[str, Any]
+
+
+class Parking:
+    """The parked convolutions of one run. ``model`` is the host's BaseModel throughout."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self._parked: list[_Parked] = []
+
+    def park(self, model: Any, conv: nn.Module) -> bool:
+        """Move a convolution's weights to the offload device; whether they are there now.
+
+        One that the host has offloaded already needs nothing. One that it can't cast on use stays.
+        """
+        if self.places.obstacle or not hasattr(conv, CAST):
+            return False
+        if conv.weight.device != self.places.load:
+            return bool(conv.weight.device == self.places.offload)
+        if getattr(conv, "comfy_patched_weights", None) is not True:
+            return False  # not loaded by the host, which keeps no account of it
+        marks = {name: vars(conv)[name] for name in (CAST, CAST_BEFORE) if name in vars(conv)}
+        parked = _Parked(conv, nbytes(conv), getattr(conv, CAST), marks)
+        conv.to(self.places.offload)
+        setattr(conv, CAST_BEFORE, marks.get(CAST_BEFORE, parked.casts))
+        setattr(conv, CAST, True)
+        model.model_loaded_weight_memory -= parked.bytes
+        self._parked.append(parked)
+        return True
+
+    def unpark(self, model: Any) -> None:
+        """Bring everything back, as far as it is still ours. Never raises.
+
+        What does not fit on the device any more stays where it is and is cast on use, as ComfyUI's
+        own offloaded modules are.
+        """
+        for parked in self._parked:
+            try:
+                self._restore(model, parked)
+            except torch.OutOfMemoryError:
+                log.warning(
+                    "LDCP: no room to bring a pruned layer's full weights back to %s; they stay "
+                    "offloaded, which is right but slower, until the model is loaded again",
+                    self.places.load,
+                )
+            except Exception:
+                log.exception("LDCP: a pruned layer's full weights stay offloaded")
+        self._parked.clear()
+
+    def surrender(self) -> None:
+        """The host has loaded the model anew: where its weights are now is its own decision."""
+        self._parked.clear()
+
+    def _restore(self, model: Any, parked: _Parked) -> None:
+        conv, loaded = parked.conv, getattr(parked.conv, "comfy_patched_weights", None)
+        if loaded is False:
+            # The host offloaded the module once more: it took the bytes off its count a second
+            # time, and our mark for the module's normal state.
+            model.model_loaded_weight_memory += parked.bytes
+            setattr(conv, CAST_BEFORE, parked.casts)
+            return
+        if loaded is True and conv.weight.device == self.places.offload:
+            conv.to(self.places.load)
+            model.model_loaded_weight_memory += parked.bytes
+        # otherwise the host has unloaded the whole model, and counts from zero
+        for name in (CAST, CAST_BEFORE):
+            vars(conv).pop(name, None)
+        vars(conv).update(parked.marks)
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of a module's own parameters, in the way the host counts them."""
+    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))

@@ -1,0 +1,208 @@
+"""One run of a patched model: what is worked out once, and what it did.
+
+A run is what a sampler does between ComfyUI's ON_PRE_RUN and ON_CLEANUP. The sampler's schedule is
+read once, compact weights are selected when a step first needs them, and the full weights that
+they stand in for are parked for the rest of the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ldcp_core import ALWAYS, BlockGate, Gates, Schedule, step_index
+from .blocks import Compact, Forward, compact, override
+from .parking import FullWeights, Parking, nbytes
+from .record import RunRecord
+from .sites import find_blocks
+
+log = logging.getLogger("ldcp")
+
+#: an inner and a residual gate of one block, as positions of the layers they come from
+Owners = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one Apply node adds: the channels it keeps, the constants for the others, and when.
+
+    ``full_weights`` says where the full weights of pruned convolutions stay during a run:
+    "offload": off the compute device, "keep": on it, "auto": off it when every step prunes.
+    """
+
+    gates: Gates
+    keep_sets: Mapping[str, Tensor]
+    schedule: Schedule = ALWAYS
+    full_weights: FullWeights = "auto"
+
+    def prunes(self, block: str) -> bool:
+        return any(site.rsplit(".", 1)[0] == block for site in self.keep_sets)
+
+
+class Run:
+    """State of one run on one model; ``model`` is the host's BaseModel throughout.
+
+    Without ``parking`` (the host has announced no run) no weight moves.
+    """
+
+    def __init__(self, layers: tuple[Layer, ...], parking: Parking | None = None) -> None:
+        self.layers = layers
+        self.parking = parking
+        self.record = RunRecord()
+        self._blocks: dict[str, nn.Module] = {}
+        self._compacts: dict[tuple[str, Owners], Compact | None] = {}
+        self._schedule: Tensor | None = None
+        self._sigmas: list[float] = []
+        self._percent_sigmas: dict[float, float] = {}
+        self._warned: set[str] = set()
+
+    def forget_weights(self) -> None:
+        """Drop what was selected; the next pruned evaluation selects anew."""
+        self._compacts.clear()
+
+    def active(self, model: Any, t: Tensor, options: Mapping[str, Any]) -> list[bool]:
+        """Which layers prune the evaluation that is about to start."""
+        self._read_schedule(options.get("sample_sigmas"))
+        if all(layer.schedule == ALWAYS for layer in self.layers):
+            self.record.pruned_steps.update(range(self.record.steps or 0))
+            return [True] * len(self.layers)  # spares the copy of sigma from the device
+        sigma = float(torch.max(options.get("sigmas", t)))
+        # a node that evaluates the model without a sampler has no steps
+        step = step_index(sigma, self._sigmas) if self._sigmas else -1
+        found = [self._prunes_at(model, layer, step, sigma) for layer in self.layers]
+        if any(found) and self._sigmas:
+            self.record.pruned_steps.add(step)
+        return found
+
+    def forwards(
+        self, model: Any, device: torch.device, active: list[bool]
+    ) -> list[tuple[nn.Module, Forward]]:
+        """ResBlocks and their forwards for one evaluation; selects weights where still missing."""
+        for layer in self.layers if not self._blocks else ():
+            self._blocks |= find_blocks(model, layer.gates)
+        found = []
+        for name, owners in self._owners(active).items():
+            block = self._blocks[name]
+            changed = override(block)
+            if changed:
+                self._warn_once(
+                    f"LDCP: {name} runs unpruned, because another node or extension has changed "
+                    f"{changed} and would lose its effect"
+                )
+                continue
+            if (name, owners) not in self._compacts:
+                self._select(model, device, name, owners)
+            selected = self._compacts[name, owners]
+            if selected is not None:
+                found.append((block, selected.forward))
+        return found
+
+    def _read_schedule(self, schedule: Tensor | None) -> None:
+        """Copy the sampler's schedule to the host once; samplers may write into it later."""
+        if schedule is None or schedule is self._schedule:
+            return
+        self._schedule, self._sigmas = schedule, schedule.tolist()
+        steps = self.record.steps = len(self._sigmas) - 1
+        beyond = [str(r) for layer in self.layers for r in layer.schedule.beyond(steps)]
+        if beyond:
+            self._warn_once(
+                f"LDCP: this run has {steps} steps (0 to {steps - 1}); the range "
+                f"{', '.join(beyond)} lies past the last one and prunes nothing"
+            )
+
+    def _prunes_at(self, model: Any, layer: Layer, step: int, sigma: float) -> bool:
+        def percent_to_sigma(percent: float) -> float:
+            known = self._percent_sigmas
+            if percent not in known:
+                known[percent] = float(model.model_sampling.percent_to_sigma(percent))
+            return known[percent]
+
+        return layer.schedule.is_active(step, sigma, percent_to_sigma)
+
+    def _owners(self, active: list[bool]) -> dict[str, Owners]:
+        """Block name -> the last active layer that names its inner and its residual site."""
+        owner = {
+            site: number
+            for number, layer in enumerate(self.layers)
+            if active[number]
+            for site in layer.keep_sets
+        }
+        blocks = dict.fromkeys(site.rsplit(".", 1)[0] for site in owner)
+        return {b: (owner.get(f"{b}.conv1"), owner.get(f"{b}.conv2")) for b in blocks}
+
+    def _gate(self, block: str, owners: Owners) -> BlockGate:
+        """The gate of one block, each site as its layer has it."""
+        found: list[tuple[Tensor | None, Tensor | None]] = []
+        for number, conv in zip(owners, ("conv1", "conv2"), strict=True):
+            site = f"{block}.{conv}"
+            layer = None if number is None else self.layers[number]
+            found.append(
+                (layer.keep_sets[site], layer.gates.constant(site)) if layer else (None, None)
+            )
+        # the padding rule concerns the inner gate alone
+        padding = "zero" if owners[0] is None else self.layers[owners[0]].gates.padding
+        return BlockGate(padding, *found[0], *found[1])
+
+    def _select(self, model: Any, device: torch.device, name: str, owners: Owners) -> None:
+        """Select one block's compact weights, and park the full ones that nobody needs now."""
+        gate, dtype = self._gate(name, owners), _compute_dtype(model)
+        selected = compact(self._blocks[name], gate, device, dtype)
+        self._compacts[name, owners] = selected
+        if selected is None:
+            return
+        reason = self._keeps_full(model, name)
+        if not reason and self.parking is not None:
+            parked = [conv for conv in selected.replaced if self.parking.park(model, conv)]
+            if len(parked) < len(selected.pruned):
+                reason = "another extension holds or replaces some of these layers"
+        self.record.kept_full = self.record.kept_full or reason
+        self._account(device)
+
+    def _keeps_full(self, model: Any, block: str) -> str:
+        """Why a block's full weights stay on the compute device; empty when they leave."""
+        if self.parking is None:
+            return "the model was evaluated outside a sampler"
+        if self.parking.places.obstacle:
+            return self.parking.places.obstacle
+        layers = [layer for layer in self.layers if layer.prunes(block)]
+        choices = {layer.full_weights for layer in layers}
+        if "keep" in choices:
+            return "full_weights is 'keep'"
+        if "offload" in choices or all(self._prunes_always(model, layer) for layer in layers):
+            return ""
+        return "some steps are not pruned, and full_weights is 'auto'"
+
+    def _prunes_always(self, model: Any, layer: Layer) -> bool:
+        """Whether a layer prunes every step of this run."""
+        steps = list(enumerate(self._sigmas[:-1]))
+        return layer.schedule == ALWAYS or (
+            bool(steps) and all(self._prunes_at(model, layer, *step) for step in steps)
+        )
+
+    def _account(self, device: torch.device) -> None:
+        """Count the pruned convolutions' bytes, and those that are on the compute device."""
+        selected = [c for c in self._compacts.values() if c is not None]
+        convs = list(dict.fromkeys(conv for c in selected for conv in c.pruned))
+        full = [conv for conv in convs if conv.weight.device == device]
+        weights = {conv.weight.data_ptr() for conv in full}
+        copies = {t.data_ptr(): t.nbytes for c in selected for t in c.tensors}
+        resident = sum(nbytes(conv) for conv in full)
+        resident += sum(size for pointer, size in copies.items() if pointer not in weights)
+        self.record.device = str(device)
+        self.record.full_bytes = sum(nbytes(conv) for conv in convs)
+        self.record.resident_bytes = max(self.record.resident_bytes, resident)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message)
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """The dtype of the maps inside the U-Net: the weights' own, unless the host casts manually."""
+    return model.manual_cast_dtype or model.get_dtype()
