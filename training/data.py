@@ -1,26 +1,17 @@
-"""Find, read and order training images; a bad file never stops a run, and never goes unnoticed.
+"""Decode, order and batch training images; a bad file never stops a run, and never goes unnoticed.
 
-Folders of images are listed here directly instead of through `datasets`' imagefolder, which treats
-subfolders called train or test as splits (dropping the rest), can't use one `.txt` caption per
-image, ends a run at the first unreadable file and writes an index of the folder into the user's
-cache. Everything that is a table (a hub id, `save_to_disk`, parquet, arrow, webdataset tars) goes
-through `datasets`. Listing is cheap and comes first, so a wrong path shows before a model loads.
+Listing (`training.sources`) is cheap and comes first, so a wrong path shows before a model loads;
+an image is read when its batch is asked for.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import itertools
-import json
 import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,35 +19,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from training.errors import UserError
+from training.sources import Record, list_images
 
 log = logging.getLogger(__name__)
-
-EXPECTED = (
-    "a folder with png, jpg or webp images (such as FFHQ), a data set saved by `datasets`, "
-    "parquet, arrow or webdataset tar files, or a hub data set id"
-)
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
-METADATA = ("metadata.jsonl", "metadata.csv")
-# An FFHQ tree holds every picture up to three times; the first of these that is there is used.
-FFHQ_RENDITIONS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")
-_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-_SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 
 
 class BrokenImage(Exception):
     """One image can't be read; the message says why."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One listed image: a stable id, how to get its bytes, and its caption (often empty)."""
-
-    id: str
-    read: Callable[[], bytes]
-    caption: Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -224,28 +193,13 @@ class ImageData:
 
 
 def open_dataset(source: str, *, resolution: int | None = None) -> ImageData:
-    """List the images of `source` without decoding any.
-
-    Captions come from `metadata.jsonl` or `metadata.csv`, else from a `.txt` file of the image's
-    name, else they are empty; of a table, from its first column named in `CAPTION_COLUMNS`.
+    """List the images of `source` (see `list_images`, also for what it raises), decoding none.
 
     Args:
-        source: see `EXPECTED`. Folders are searched to any depth.
+        source: a folder, a file, or a hub data set id.
         resolution: see `ImageData`.
-
-    Raises:
-        UserError: there is nothing at `source`, it can't be reached, or holds no images.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        records = _list_folder(path)
-    elif path.is_file():
-        records = _list_file(path)
-    else:
-        records = _list_hub(source)
-    if not records:
-        raise UserError(f"{source} holds no images.", EXPECTED, "check the path")
-    return ImageData(source, records, resolution)
+    return ImageData(source, list_images(source), resolution)
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -293,251 +247,3 @@ def to_pixels(image: Image.Image, resolution: int) -> Tensor:
     values = torch.from_numpy(np.array(square, dtype=np.float32))
     values = values.expand(3, -1, -1) if values.ndim == 2 else values.permute(2, 0, 1)
     return (values / 127.5 - 1).clamp(-1, 1).contiguous()
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def _list_folder(root: Path) -> Sequence[Record]:
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        return _list_saved(root)
-    other = _other_renditions(root)
-    files = [file for file in _walk(root) if file.relative_to(root).parts[0] not in other]
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
-    if images:
-        captions = _read_captions(files, set(images))
-        return [_file_record(root, file, captions) for file in images]
-    for suffix in _TABLES:
-        tables = [file for file in files if file.suffix.lower() == suffix]
-        if tables:
-            return _list_tables(tables)
-    found = ", ".join(sorted({file.suffix.lower() or file.name for file in files})[:6])
-    raise UserError(
-        f"{root} holds no images ({f'only {found} files' if found else 'no files at all'}).",
-        EXPECTED,
-        "unpack archives first, and pass the folder that contains the images",
-    )
-
-
-def _other_renditions(root: Path) -> list[str]:
-    """Return the folders to leave out so that no FFHQ picture comes twice."""
-    there = [name for name in FFHQ_RENDITIONS if (root / name).is_dir()]
-    if len(there) > 1:
-        log.warning(
-            "%s holds the same pictures as %s; using %s. Pass one of these folders to choose.",
-            root,
-            ", ".join(there),
-            there[0],
-        )
-    return there[1:]
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """Yield files in an order that is the same on every platform, following links once."""
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(n for n in folders if n[0] != "." and n not in _SYSTEM_FOLDERS)
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(folder, name)
-
-
-def _file_record(root: Path, file: Path, captions: Mapping[Path, str]) -> Record:
-    def caption() -> str:
-        if file in captions:
-            return captions[file]
-        text = file.with_suffix(".txt")
-        if not text.is_file():
-            return ""
-        return text.read_text(encoding="utf-8-sig", errors="replace").strip()
-
-    return Record(file.relative_to(root).as_posix(), file.read_bytes, caption)
-
-
-def _read_captions(files: Sequence[Path], images: set[Path]) -> dict[Path, str]:
-    """Return captions from metadata files; a file name in one is relative to its folder."""
-    captions: dict[Path, str] = {}
-    for file in files:
-        if file.name not in METADATA:
-            continue
-        rows = _read_rows(file)
-        columns = {key for row in rows for key in row if isinstance(key, str)}
-        name = next((column for column in FILE_COLUMNS if column in columns), None)
-        text = next((column for column in CAPTION_COLUMNS if column in columns), None)
-        if name is None or text is None:
-            log.warning(
-                "%s gives no captions: its columns are %s, expected one of %s and one of %s.",
-                file,
-                ", ".join(sorted(columns)) or "none",
-                "/".join(FILE_COLUMNS),
-                "/".join(CAPTION_COLUMNS),
-            )
-            continue
-        paths = [file.parent / str(row.get(name, "")).replace("\\", "/") for row in rows]
-        known = {
-            path: as_caption(row.get(text))
-            for path, row in zip(paths, rows, strict=True)
-            if path in images
-        }
-        if not known:
-            raise UserError(
-                f"None of the {len(rows)} images named in {file} exists.",
-                f"paths relative to {file.parent} in the column {name}",
-                f"correct the column {name}, or remove the file",
-            )
-        if len(known) < len(rows):
-            log.warning("%s names %d image(s) that do not exist.", file, len(rows) - len(known))
-        captions |= known
-    return captions
-
-
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            if file.suffix == ".csv":
-                return list(csv.DictReader(stream))
-            return [dict(json.loads(line)) for line in stream if line.strip()]
-    except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(
-            f"{file} can't be read ({error}).",
-            "one JSON object per line, or a CSV file with a header, in UTF-8",
-            "correct the file, or remove it to train without its captions",
-        ) from error
-
-
-def as_caption(value: object) -> str:
-    """Return one caption from whatever a column holds.
-
-    >>> as_caption(["a face", "a person"]), as_caption(b"a cat "), as_caption(None)
-    ('a face', 'a cat', '')
-    """
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else ""
-    if isinstance(value, Mapping):
-        value = next((value[name] for name in CAPTION_COLUMNS if value.get(name)), "")
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    return str(value).strip() if value is not None else ""
-
-
-# --- tables, through `datasets` -------------------------------------------------------------------
-
-
-def _list_file(path: Path) -> Sequence[Record]:
-    if path.suffix.lower() in SUFFIXES:
-        return [_file_record(path.parent, path, {})]
-    if path.suffix.lower() in _TABLES:
-        return _list_tables([path])
-    raise UserError(
-        f"{path} is a {path.suffix or 'nameless'} file.", EXPECTED, "unpack archives, pass a folder"
-    )
-
-
-def _list_saved(root: Path) -> Sequence[Record]:
-    import datasets
-
-    try:
-        return _list_rows(str(root), _choose_split(datasets.load_from_disk(str(root))))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{root} is a saved data set that can't be read ({error}).", EXPECTED, "save it again"
-        ) from error
-
-
-def _list_tables(files: Sequence[Path]) -> Sequence[Record]:
-    import datasets
-
-    kind = _TABLES[files[0].suffix.lower()]
-    try:
-        table = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train")
-    except Exception as error:  # builders wrap whatever their file format raises
-        raise UserError(
-            f"{files[0]} ({len(files)} {kind} file(s)) can't be read: {error.__cause__ or error}.",
-            EXPECTED,
-            "download or pack the files again",
-        ) from error
-    return _list_rows(str(files[0].parent), table)
-
-
-def _list_hub(source: str) -> Sequence[Record]:
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or Path(source).suffix.lower() in SUFFIXES:
-        raise UserError(
-            f"There is no file or folder {source}.",
-            EXPECTED,
-            f"check the spelling; the path is taken from {Path.cwd()}",
-        )
-    import datasets
-
-    try:
-        table = _choose_split(datasets.load_dataset(source))
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(
-            f"There is no data set {source} on the hub that you may read, and no such path here.",
-            EXPECTED,
-            "check the spelling; for a gated or private one run `hf auth login`",
-        ) from error
-    except ConnectionError as error:
-        raise UserError(
-            f"The hub could not be reached for the data set {source}, and there is no such path "
-            f"here ({error}).",
-            EXPECTED,
-            "check the connection and HF_HUB_OFFLINE, or pass a local folder",
-        ) from error
-    except Exception as error:  # several configurations, scripts, odd formats: `datasets` says it
-        raise UserError(
-            f"The data set {source} can't be opened: {error}",
-            EXPECTED,
-            "download it and pass the local folder",
-        ) from error
-    return _list_rows(source, table)
-
-
-def _choose_split(data: Any) -> Any:
-    """Return the train split, or the first one; a single table is returned as it is."""
-    if not isinstance(data, dict):
-        return data
-    name = "train" if "train" in data else next(iter(data))
-    if len(data) > 1:
-        log.warning("Using the split %s of %s.", name, ", ".join(data))
-    return data[name]
-
-
-def _list_rows(source: str, table: Any) -> Sequence[Record]:
-    import datasets
-
-    features = table.features
-    column = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
-    column = column or next((name for name in IMAGE_COLUMNS if name in features), None)
-    if column is None:
-        raise UserError(
-            f"{source} has no image column, only {', '.join(features)}.",
-            f"a column of type Image, or named {'/'.join(IMAGE_COLUMNS)}",
-            "rename the column",
-        )
-    text = next((name for name in (*CAPTION_COLUMNS, "json") if name in features), None)
-    try:
-        images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # arrow's own errors differ between versions
-        raise UserError(
-            f"The column {column} of {source} holds {features[column]}.", "images", "convert it"
-        ) from error
-    captions = table.select_columns([text]) if text else None
-
-    def record(row: int) -> Record:
-        def read() -> bytes:
-            value = images[row][column]
-            if value is None:
-                raise ValueError("the row has no image")
-            return value["bytes"] or Path(value["path"]).read_bytes()
-
-        def caption() -> str:
-            return as_caption(captions[row][text]) if captions is not None else ""
-
-        return Record(f"row {row}", read, caption)
-
-    return [record(row) for row in range(len(table))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from training.models import DiffusionModel, _clip_tokenizer, load_model
 
 WIDTHS = (16, 16, 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that would download something fails instead."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("a test tried to use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture(scope="session")

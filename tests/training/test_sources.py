@@ -1,0 +1,278 @@
+"""Where training images come from: every layout, every way to lead nowhere, and their captions."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from pictures import RED, draw, ids, png
+
+from training.data import ImageData, open_dataset
+from training.errors import UserError
+from training.sources import as_caption
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".cache"))
+
+
+def captions(data: ImageData) -> dict[str, str]:
+    return {record.id: record.caption() for record in data.records}
+
+
+def colours(data: ImageData) -> list[tuple[int, ...]]:
+    data.resolution = 2
+    return [tuple(((d.pixels[:, 0, 0] + 1) * 127.5).round().int().tolist()) for d in data]
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["images1024x1024/00000/00000.png", "images1024x1024/01000/01000.png"],
+        ["thumbnails128x128/00000.png", "thumbnails128x128/00001.png"],
+        ["00000.png", "1.jpg", "2.jpeg", "3.webp", "4.PNG"],
+        ["a/b/c/d/face.jpg", "train/1.png", "test/1.png", "val/1.png"],
+    ],
+)
+def test_every_layout_is_listed_to_any_depth(names: list[str], tmp_path: Path) -> None:
+    for name in reversed(names):
+        draw(tmp_path / name)
+    data = open_dataset(str(tmp_path), resolution=8)
+    assert sorted(ids(data)) == sorted(names)
+    assert len(data) == len(names)
+    assert data[0].pixels.shape == (3, 8, 8)
+    assert data[0].pixels.dtype == torch.float32
+
+
+def test_an_ffhq_tree_with_several_renditions_gives_each_picture_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("images1024x1024/00000/0.png", "thumbnails128x128/00000/0.png"):
+        draw(tmp_path / name)
+    assert ids(open_dataset(str(tmp_path))) == ["images1024x1024/00000/0.png"]
+    assert "using images1024x1024" in caplog.text
+
+
+def test_hidden_and_system_files_are_ignored(tmp_path: Path) -> None:
+    for name in ("a.png", ".b.png", "._a.png", ".hidden/c.png", "__MACOSX/d.png", "s/@eaDir/e.png"):
+        draw(tmp_path / name)
+    assert ids(open_dataset(str(tmp_path))) == ["a.png"]
+
+
+def test_the_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
+    for name in ("b/2.png", "a/9.png", "c.png", "b/10.png", "a.png"):
+        draw(tmp_path / name)
+    assert ids(open_dataset(str(tmp_path))) == [
+        "a.png",
+        "c.png",
+        "a/9.png",
+        "b/10.png",
+        "b/2.png",
+    ]
+
+
+def test_one_image_file_is_a_data_set(tmp_path: Path) -> None:
+    draw(tmp_path / "other.png")
+    path = draw(tmp_path / "face.png")
+    path.with_suffix(".txt").write_text("a face")
+    assert captions(open_dataset(str(path))) == {"face.png": "a face"}
+
+
+def test_a_loop_of_links_ends(tmp_path: Path) -> None:
+    draw(tmp_path / "a" / "1.png")
+    try:
+        (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
+    except OSError:
+        pytest.skip("links need a privilege here")
+    assert ids(open_dataset(str(tmp_path))) == ["a/1.png"]
+
+
+def test_a_saved_data_set_opens(tmp_path: Path) -> None:
+    rows = {"image": [png(RED), png((0, 255, 0))], "text": ["red", "green"]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(test=table.select([1]), train=table).save_to_disk(tmp_path / "many")
+    for name in ("one", "many"):
+        data = open_dataset(str(tmp_path / name))
+        assert captions(data) == {"row 0": "red", "row 1": "green"}
+        assert colours(data) == [(255, 0, 0), (0, 255, 0)]
+
+
+@pytest.mark.parametrize("column", ["image", "jpg", "picture"])
+def test_parquet_files_open_and_the_image_column_is_found(column: str, tmp_path: Path) -> None:
+    features = datasets.Features({"id": datasets.Value("int64"), column: datasets.Image()})
+    table = datasets.Dataset.from_dict({"id": [1], column: [png((0, 0, 255))]}, features=features)
+    (tmp_path / "data").mkdir()
+    table.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    data = open_dataset(str(tmp_path))
+    assert captions(data) == {"row 0": ""}
+    assert colours(data) == [(0, 0, 255)]
+
+
+def test_plain_bytes_in_parquet_count_as_images(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"png": [png(RED)], "caption": ["red"]})
+    table.to_parquet(tmp_path / "a.parquet")
+    data = open_dataset(str(tmp_path / "a.parquet"))
+    assert captions(data) == {"row 0": "red"}
+    assert colours(data) == [(255, 0, 0)]
+
+
+def test_webdataset_tars_open(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as tar:
+        for i in range(3):
+            for suffix, content in (("png", png((i, 0, 0))), ("txt", f"face {i}".encode())):
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    data = open_dataset(str(tmp_path))
+    assert list(captions(data).values()) == ["face 0", "face 1", "face 2"]
+    assert colours(data) == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+
+
+def test_a_table_without_an_image_column_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"a": [1], "b": ["x"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has no image column, only a, b"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_broken_row_of_a_table_is_skipped(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = [{"bytes": b"junk", "path": None}, None, {"bytes": png(), "path": None}]
+    datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    data = open_dataset(str(tmp_path), resolution=8)
+    assert [b.ids for b in data.batches(range(3), 3)] == [["row 2"]]
+    assert data.broken == {
+        "row 0": "not an image, whatever its name says",
+        "row 1": "the row has no image",
+    }
+
+
+def test_a_hub_data_set_takes_its_train_split(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def table(colour: object) -> datasets.Dataset:
+        rows = {"image": [png(colour)], "prompt": ["a face"]}
+        return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+    splits = datasets.DatasetDict(test=table((0, 0, 255)), train=table(RED))
+    monkeypatch.setattr(datasets, "load_dataset", lambda source: splits)
+    data = open_dataset("owner/faces")
+    assert colours(data) == [(255, 0, 0)]
+    assert captions(data) == {"row 0": "a face"}
+    assert "Using the split train" in caplog.text
+
+
+# --- sources that lead nowhere --------------------------------------------------------------------
+
+
+def test_no_images_is_an_error_that_says_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no files at all"):
+        open_dataset(str(tmp_path))
+    (tmp_path / "faces.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"only \.zip files"):
+        open_dataset(str(tmp_path))
+    with pytest.raises(UserError, match=r"is a \.zip file"):
+        open_dataset(str(tmp_path / "faces.zip"))
+
+
+@pytest.mark.parametrize("source", ["./faces", "faces", "a/b/c", "data\\faces", "a/face.png"])
+def test_a_missing_path_is_not_taken_for_a_hub_id(source: str) -> None:
+    with pytest.raises(UserError, match="There is no file or folder"):
+        open_dataset(source)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("x"), "There is no data set owner/faces"),
+        (ConnectionError("Couldn't reach it"), "The hub could not be reached"),
+        (ValueError("Config name is missing."), "can't be opened: Config name is missing"),
+    ],
+)
+def test_what_the_hub_answers_is_told_apart(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(source: str) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    with pytest.raises(UserError, match=message):
+        open_dataset("owner/faces")
+
+
+def test_damaged_tables_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match=r"a\.parquet .*can't be read"):
+        open_dataset(str(tmp_path))
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+def test_captions_come_from_metadata_then_from_text_files(column: str, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "deep/d.png"):
+        draw(tmp_path / name)
+    lines = [
+        json.dumps({"file_name": "a.png", column: "from jsonl \u00e9"}),
+        "",
+        json.dumps({"file_name": "deep/d.png", column: "deep"}),
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    (tmp_path / "a.txt").write_text("not used")
+    (tmp_path / "b.txt").write_text("\ufefffrom a text file\n", encoding="utf-8")
+    assert captions(open_dataset(str(tmp_path))) == {
+        "a.png": "from jsonl \u00e9",
+        "b.png": "from a text file",
+        "c.png": "",
+        "deep/d.png": "deep",
+    }
+
+
+def test_captions_come_from_csv_beside_the_images(tmp_path: Path) -> None:
+    for name in ("s/a.png", "s/t/b.png"):
+        draw(tmp_path / name)
+    (tmp_path / "s" / "metadata.csv").write_text(
+        'file_name,age,caption\na.png,3,"a face, smiling"\nt\\b.png,4,other\ngone.png,5,x\n'
+    )
+    assert captions(open_dataset(str(tmp_path))) == {
+        "s/a.png": "a face, smiling",
+        "s/t/b.png": "other",
+    }
+
+
+def test_metadata_that_fits_no_image_is_an_error(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nb.png,x\n")
+    with pytest.raises(UserError, match="None of the 1 images named in"):
+        open_dataset(str(tmp_path))
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text"')
+    with pytest.raises(UserError, match=r"metadata\.jsonl can't be read"):
+        open_dataset(str(tmp_path))
+
+
+def test_metadata_without_captions_is_mentioned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,age\na.png,3\n")
+    assert captions(open_dataset(str(tmp_path))) == {"a.png": ""}
+    assert "gives no captions: its columns are age, file_name" in caplog.text
+
+
+def test_captions_of_any_kind_become_text() -> None:
+    assert as_caption({"caption": "a face"}) == "a face"
+    assert as_caption(["first", "second"]) == "first"
+    assert as_caption([]) == as_caption(None) == as_caption({"width": 3}) == ""
