@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import full_checkpoint
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,26 +71,8 @@ def small_model(comfy):
     """Make a ModelPatcher of an SD1.5 U-Net with widths 32, 64, 128, 128 and random weights."""
 
     def make(seed=0, dtype=torch.float32, manual_cast=None, **changes):
-        config = dict(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=32,
-            num_res_blocks=[2, 2, 2, 2],
-            channel_mult=[1, 2, 4, 4],
-            num_heads=8,
-            num_head_channels=-1,
-            use_spatial_transformer=True,
-            transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
-            transformer_depth_middle=1,
-            transformer_depth_output=[1] * 9 + [0] * 3,
-            context_dim=64,
-            use_linear_in_transformer=False,
-            legacy=False,
-            adm_in_channels=None,
-            use_temporal_attention=False,
-        )
-        model_config = comfy.root.supported_models.SD15({**config, **changes})
+        narrow = {**full_checkpoint.UNET, "model_channels": 32, "context_dim": 64}
+        model_config = comfy.root.supported_models.SD15({**narrow, **changes})
         model_config.set_inference_dtype(dtype, manual_cast)
         model = comfy.root.model_base.BaseModel(model_config, device=torch.device("cpu")).eval()
         randomise_(model.diffusion_model, seed)
@@ -115,6 +98,12 @@ def randomise_(module, seed):
         else:
             noise *= parameter[0].numel() ** -0.5
         parameter.data.copy_(noise)
+
+
+@pytest.fixture(scope="session")
+def sd15_checkpoint(comfy, comfyui_path):
+    """A complete SD1.5 checkpoint at full size, for what the narrow model cannot stand in for."""
+    return full_checkpoint.find_or_make(comfyui_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,30 +1,22 @@
 """The shipped workflows through a real server, as a user's browser would send them.
 
 Sizes and steps are made small; everything else is as shipped. The checkpoint has random weights,
-so the images mean nothing; what counts is which of them are equal. ``LDCP_TEST_CHECKPOINT`` names
-a complete SD1.5 checkpoint to use instead of the one that is made, once, in the temporary folder
-(2.1 GB).
+so the images mean nothing; what counts is which of them are equal.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import re
-import sys
-import tempfile
 from pathlib import Path
 
+import comfy_server
 import numpy
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import comfy_server
-import full_checkpoint
 import ui_workflow
+from PIL import Image
 
 pytestmark = pytest.mark.comfyui
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,26 +25,13 @@ LARGE = {"width": 256, "height": 256}  # 4x4
 
 
 @pytest.fixture(scope="module")
-def complete_checkpoint(comfy, comfyui_path):
-    named = os.environ.get("LDCP_TEST_CHECKPOINT")
-    path = Path(named or Path(tempfile.gettempdir()) / "ldcp-tests" / "random_sd15.safetensors")
-    if not named and not path.is_file():
-        full_checkpoint.make_checkpoint(path, comfyui_path)
-    assert full_checkpoint.is_complete(path), (
-        f"{path} lacks a VAE or a text encoder: let LDCP_TEST_CHECKPOINT name a complete SD1.5 "
-        "checkpoint, or unset it to have one made"
-    )
-    return path.resolve()
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tmp_path_factory.mktemp("comfyui")
 
 
 @pytest.fixture(scope="module")
-def server(comfy, comfyui_path, base, complete_checkpoint, make_gates):
-    comfy_server.prepare_folder(base, REPOSITORY, complete_checkpoint)
+def server(comfy, comfyui_path, base, sd15_checkpoint, make_gates):
+    comfy_server.prepare_folder(base, REPOSITORY, sd15_checkpoint)
     folder = base / "models" / "ldcp_gates"
     # large constants: in a random U-Net the mid block alone hardly reaches the 8 bits of an image
     gates = make_gates(topology=comfy.core.SD15, constants=20.0)

@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import doctest
 
+import full_checkpoint
 import pytest
 import torch
 
 pytestmark = pytest.mark.comfyui
 
 
-def full_size_unet(comfy):
-    """ComfyUI's U-Net of SD1.5 at full width, without memory for its weights."""
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    with torch.device("meta"):
-        return UNetModel(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            num_res_blocks=[2, 2, 2, 2],
-            channel_mult=[1, 2, 4, 4],
-            num_heads=8,
-            use_spatial_transformer=True,
-            transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
-            transformer_depth_middle=1,
-            transformer_depth_output=[1] * 9 + [0] * 3,
-            context_dim=768,
-            legacy=False,
-        )
-
-
 def test_every_site_is_the_conv_of_that_width_and_every_res_block_is_named(comfy):
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
-    unet, blocks = full_size_unet(comfy), comfy.core.SD15.res_blocks()
+    unet, blocks = full_checkpoint.unet(), comfy.core.SD15.res_blocks()
     for block in blocks:
         conv1 = unet.get_submodule(comfy.sites.conv_path(f"{block.name}.conv1"))
         conv2 = unet.get_submodule(comfy.sites.conv_path(f"{block.name}.conv2"))
