@@ -4,9 +4,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_node import LDCPApplyDynamicPruning
 from .load_node import LDCPLoadGates
+from .report_node import LDCPPruningReport
 from .schedule_node import LDCPStepSchedule
 
 
 class LDCPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LDCPLoadGates, LDCPApplyDynamicPruning, LDCPStepSchedule]
+        return [LDCPLoadGates, LDCPApplyDynamicPruning, LDCPStepSchedule, LDCPPruningReport]

@@ -45,7 +45,12 @@ def imported(comfy):
 
 
 def test_all_nodes_are_registered(imported):
-    assert imported["nodes"] == ["LDCPApplyDynamicPruning", "LDCPLoadGates", "LDCPStepSchedule"]
+    assert imported["nodes"] == [
+        "LDCPApplyDynamicPruning",
+        "LDCPLoadGates",
+        "LDCPPruningReport",
+        "LDCPStepSchedule",
+    ]
 
 
 def test_it_takes_less_than_half_a_second(imported):

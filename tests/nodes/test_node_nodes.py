@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.comfyui
-NODE_IDS = ["LDCPLoadGates", "LDCPApplyDynamicPruning", "LDCPStepSchedule"]
+NODE_IDS = ["LDCPLoadGates", "LDCPApplyDynamicPruning", "LDCPStepSchedule", "LDCPPruningReport"]
 
 
 @pytest.fixture
