@@ -168,10 +168,10 @@ class ImageData:
                     [item.id for item in items],
                 )
             if empty:
-                id, reason = next(iter(self.broken.items()))
+                id = self.records[order[0]].id
                 raise UserError(
                     f"None of the {len(indices)} image(s) chosen from {self.source} can be read, "
-                    f"for example {id}: {reason}.",
+                    f"for example {id}: {self.broken[id]}.",
                     "intact images",
                     "look at that file; download the data again if all are like it",
                 )

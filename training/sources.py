@@ -120,8 +120,12 @@ def _other_renditions(root: Path) -> list[str]:
 
 def _walk(root: Path) -> Iterator[Path]:
     """Yield files in an order that is the same on every platform, following links once."""
+
+    def mention(error: OSError) -> None:
+        log.warning("Skipping the folder %s: %s", error.filename, error.strerror)
+
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=mention, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -145,7 +149,9 @@ def _file_record(root: Path, file: Path, captions: Mapping[Path, str]) -> Record
             return ""
         return text.read_text(encoding="utf-8-sig", errors="replace").strip()
 
-    return Record(file.relative_to(root).as_posix(), file.read_bytes, caption)
+    name = file.relative_to(root).as_posix()
+    printable = name.encode(errors="backslashreplace").decode()  # POSIX names may not be UTF-8
+    return Record(printable, file.read_bytes, caption)
 
 
 def _read_captions(files: Sequence[Path], images: set[Path]) -> dict[Path, str]:
@@ -179,8 +185,8 @@ def _read_captions(files: Sequence[Path], images: set[Path]) -> dict[Path, str]:
                 f"paths relative to {file.parent} in the column {name}",
                 f"correct the column {name}, or remove the file",
             )
-        if len(known) < len(rows):
-            log.warning("%s names %d image(s) that do not exist.", file, len(rows) - len(known))
+        if missing := sum(path not in images for path in paths):
+            log.warning("%s names %d image(s) that do not exist.", file, missing)
         captions |= known
     return captions
 
@@ -206,9 +212,9 @@ def as_caption(value: object) -> str:
     ('a face', 'a cat', '')
     """
     if isinstance(value, (list, tuple)):
-        value = value[0] if value else ""
+        return as_caption(value[0] if value else None)
     if isinstance(value, Mapping):
-        value = next((value[name] for name in CAPTION_COLUMNS if value.get(name)), "")
+        return as_caption(next((value[name] for name in CAPTION_COLUMNS if value.get(name)), None))
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     return str(value).strip() if value is not None else ""

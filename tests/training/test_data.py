@@ -127,6 +127,16 @@ def test_only_broken_images_end_the_run_instead_of_looping(tmp_path: Path) -> No
         next(data.batches([0], 1, seed=0, epochs=None))
 
 
+def test_the_example_of_only_broken_images_is_one_of_those_chosen(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"junk")
+    (tmp_path / "b.png").write_bytes(b"")
+    data = open_dataset(str(tmp_path), resolution=8)
+    with pytest.raises(BrokenImage, match="a.png"):
+        data[0]
+    with pytest.raises(UserError, match=r"None of the 1 image\(s\).*b\.png: the file is empty"):
+        next(data.batches([1], 1))
+
+
 def test_small_images_are_enlarged_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

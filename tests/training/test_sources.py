@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -78,6 +79,37 @@ def test_the_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
         "b/10.png",
         "b/2.png",
     ]
+
+
+def test_a_folder_that_cannot_be_entered_is_mentioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.png", "locked/b.png"):
+        draw(tmp_path / name)
+    scandir = os.scandir
+
+    def refuse(folder: str) -> object:
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert ids(open_dataset(str(tmp_path))) == ["a.png"]
+    assert "Skipping the folder" in caplog.text
+    assert "locked" in caplog.text
+
+
+def test_a_name_that_is_not_utf_8_gets_a_printable_id(tmp_path: Path) -> None:
+    try:
+        draw(Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff.png")))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    draw(tmp_path / "g.png")
+    data = open_dataset(str(tmp_path), resolution=8)
+    assert ids(data) == ["f\\udcff.png", "g.png"]
+    training, validation = data.split(0.5, seed=0)
+    assert sorted(training + validation) == [0, 1]
+    assert data[0].id.encode() == b"f\\udcff.png"
 
 
 def test_one_image_file_is_a_data_set(tmp_path: Path) -> None:
@@ -263,6 +295,16 @@ def test_metadata_that_fits_no_image_is_an_error(tmp_path: Path) -> None:
         open_dataset(str(tmp_path))
 
 
+def test_metadata_that_names_missing_images_says_how_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(tmp_path / "a.png")
+    # Two captions of one image are two rows, and neither of them is missing.
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\na.png,y\ngone.png,z\n")
+    open_dataset(str(tmp_path))
+    assert "names 1 image(s) that do not exist" in caplog.text
+
+
 def test_metadata_without_captions_is_mentioned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,4 +317,6 @@ def test_metadata_without_captions_is_mentioned(
 def test_captions_of_any_kind_become_text() -> None:
     assert as_caption({"caption": "a face"}) == "a face"
     assert as_caption(["first", "second"]) == "first"
+    assert as_caption({"caption": ["first", "second"]}) == "first"
+    assert as_caption([["first", "second"]]) == "first"
     assert as_caption([]) == as_caption(None) == as_caption({"width": 3}) == ""
