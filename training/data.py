@@ -143,7 +143,7 @@ class ImageData:
 
         Args:
             indices: which images, for example one half of `split`.
-            batch_size: images per batch.
+            batch_size: images per batch, at least one.
             seed: shuffle, differently in each epoch; None keeps the order of `indices`.
             epochs: how many times over; None goes on for ever.
 
@@ -152,8 +152,6 @@ class ImageData:
         Raises:
             UserError: not one of the images can be read.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, must be at least 1")
         if not len(indices):
             return
         for epoch in itertools.count() if epochs is None else range(epochs):
@@ -227,7 +225,7 @@ def decode_image(data: bytes) -> Image.Image:
         return Image.fromarray(values * (255 / 65535))
     if image.mode == "F":
         raise ValueError("a floating-point image; expected 8 or 16 bits per channel")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
