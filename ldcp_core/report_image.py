@@ -148,7 +148,8 @@ def _totals(report: Report, page: _Page) -> None:
     for number, (figure, what, share) in enumerate(cards):
         x = LEFT + number * (width + gap)
         page.panel(x, page.y, x + width, page.y + 110)
-        page.text(x + 14, page.y + 12, figure, 32)
+        fitting = (size for size in range(32, BODY, -1) if page.width(figure, size) <= width - 28)
+        page.text(x + 14, page.y + 12, figure, next(fitting, BODY))
         page.text(x + 14, page.y + 54, what, BODY, MUTED)
         page.text(x + 14, page.y + 79, share, BODY, MUTED)
     page.y += 124

@@ -5,6 +5,12 @@ The server imports it from ``custom_nodes``; the stock loaders know full-size mo
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent))  # in the server this file is a link
+import full_checkpoint
+
 
 class SmallModel:
     """A U-Net of widths 32, 64, 128, 128 with random weights, and a conditioning for it."""
@@ -24,27 +30,8 @@ class SmallModel:
         import torch
 
         torch.manual_seed(0)
-        config = comfy.supported_models.SD15(
-            dict(
-                image_size=32,
-                in_channels=4,
-                out_channels=4,
-                model_channels=32,
-                num_res_blocks=[2, 2, 2, 2],
-                channel_mult=[1, 2, 4, 4],
-                num_heads=8,
-                num_head_channels=-1,
-                use_spatial_transformer=True,
-                transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
-                transformer_depth_middle=1,
-                transformer_depth_output=[1] * 9 + [0] * 3,
-                context_dim=64,
-                use_linear_in_transformer=False,
-                legacy=False,
-                adm_in_channels=None,
-                use_temporal_attention=False,
-            )
-        )
+        narrow = {**full_checkpoint.UNET, "model_channels": 32, "context_dim": 64}
+        config = comfy.supported_models.SD15(narrow)
         config.set_inference_dtype(torch.float32, None)
         cpu = torch.device("cpu")
         model = comfy.model_base.BaseModel(config, device=cpu).eval()

@@ -73,7 +73,8 @@ def save_latents(prompt):
 
 def test_the_workflows_are_offered_as_templates_and_the_nodes_have_help(server):
     assert b'"ldcp_step_schedule"' in server.get("/workflow_templates")
-    for node in ("LDCPLoadGates", "LDCPApplyDynamicPruning", "LDCPStepSchedule"):
+    pages = ("LDCPLoadGates", "LDCPApplyDynamicPruning", "LDCPStepSchedule", "LDCPPruningReport")
+    for node in pages:
         assert server.get(f"/extensions/LDCP/docs/{node}.md")
 
 

@@ -29,8 +29,8 @@ def gate_file(tmp_path):
 def test_the_report_is_printed(gate_file, capsys):
     assert main([str(gate_file)]) == 0
     out = capsys.readouterr().out
-    # 640 rows of 9 * 1280 weights; 2 FLOPs each at 2 * 8 * 8 positions: 1,887 million
-    assert f"{SITE}          640/1280    50.0%   -7,372,800    -1,887\n" in out
+    # 640 rows of 9 * 1280 weights; 2 FLOPs each at 2 * 8 * 8 positions: 1,887.4 million
+    assert f"{SITE}          640/1280    50.0%   -7,372,800    -1,887.4\n" in out
     assert "weights: 14.1 MiB of 1,639.4 MiB left out (0.86% of the U-Net)" in out
     assert "64x64 latent, batch 2" in out
 
@@ -38,8 +38,8 @@ def test_the_report_is_printed(gate_file, capsys):
 def test_resolution_and_batch_count(gate_file, capsys):
     assert main([str(gate_file), "--resolution", "1024", "--batch", "6"]) == 0
     out = capsys.readouterr().out
-    # 128x128 latent, 16x16 at the mid block: 2 * 7,372,800 * 6 * 256 = 22,649 million
-    assert "-7,372,800   -22,649\n" in out and "128x128 latent, batch 6" in out
+    # 128x128 latent, 16x16 at the mid block: 2 * 7,372,800 * 6 * 256 = 22,649.2 million
+    assert "-7,372,800   -22,649.2\n" in out and "128x128 latent, batch 6" in out
 
 
 def test_the_image_is_written(gate_file, tmp_path, capsys):
