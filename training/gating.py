@@ -17,7 +17,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from ldcp_core import (
-    BlockGate,
     CompactResBlock,
     ConvWeights,
     Padding,
@@ -127,6 +126,19 @@ def masked(unet: UNet2DConditionModel, gates: Mapping[str, SoftGate], padding: P
     return overridden(unet, {block: forward_of(block) for block in blocks})
 
 
+def compact_blocks(
+    unet: UNet2DConditionModel,
+    keep_sets: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    padding: Padding,
+) -> dict[str, CompactResBlock]:
+    """Block name -> its kept rows and columns; `overridden` runs the U-Net through them."""
+    return {
+        name: CompactResBlock(gate, *DiffusersResBlock(name, unet.get_submodule(name)).weights())
+        for name, gate in block_gates(keep_sets, constants, padding).items()
+    }
+
+
 def compacted(
     unet: UNet2DConditionModel,
     keep_sets: Mapping[str, Tensor],
@@ -134,14 +146,7 @@ def compacted(
     padding: Padding,
 ) -> Any:
     """Context in which the U-Net computes only the kept channels; equal to `masked`."""
-
-    def forward_of(name: str, gate: BlockGate) -> BlockForward:
-        ops = DiffusersResBlock(name, unet.get_submodule(name))
-        compact = CompactResBlock(gate, *ops.weights())
-        return lambda ops, x, emb: compact(ops, x, emb)
-
-    gates = block_gates(keep_sets, constants, padding)
-    return overridden(unet, {name: forward_of(name, gate) for name, gate in gates.items()})
+    return overridden(unet, compact_blocks(unet, keep_sets, constants, padding))
 
 
 def hard_gates(

@@ -1,0 +1,347 @@
+"""Time the U-Net dense, pruned and otherwise made cheaper: one run, one machine, one clock.
+
+    python -m training.benchmark --quick
+    python -m training.benchmark --device cuda --precision fp16 --output benchmark
+    python -m training.benchmark --gates gates.safetensors --model v1-5-pruned-emaonly.safetensors
+
+Without --model the U-Net has SD1.5's size and random weights, which take as long as trained ones.
+Two tables: one evaluation of the whole U-Net, and the mid-block ResBlocks by themselves. Speed is
+compared within rounds, and a ratio that does not rise above the noise is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ldcp_core import PADDINGS, Padding, load_gates, write_atomically
+from training.benchmarking import machine
+from training.benchmarking.markdown import render
+from training.benchmarking.peers import peer_variants
+from training.benchmarking.timing import (
+    CRITERION,
+    DENSE,
+    Variant,
+    interleaved,
+    stopwatch,
+    summary,
+)
+from training.benchmarking.variants import (
+    Inputs,
+    Pruning,
+    block_stopwatch,
+    block_variants,
+    convolution_bytes,
+    mid_resnets,
+    pruned_variants,
+    random_pruning,
+    random_unet,
+    unet_bytes,
+    unet_variants,
+)
+from training.errors import UserError
+from training.gating import topology_of
+from training.models import load_model
+
+log = logging.getLogger("training.benchmark")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: what --quick stands for; options that are given still count
+QUICK: dict[str, Any] = {
+    "resolution": 128,
+    "rounds": 6,
+    "sparsity": (0.5,),
+    "padding": ("zero",),
+}
+PIXELS_PER_LATENT = 8
+#: side of the mid block's map at 512 pixels
+BLOCK_MAP = 8
+#: a block takes milliseconds, so it can have more rounds than the U-Net
+BLOCK_ROUNDS = 4
+
+EPILOG = """\
+On a CPU under Linux, glibc returns every block of memory above 32 MB at once and has it zeroed
+again at the next call. The convolutions of the mid block need such blocks when dense and, at 50%
+sparsity, fall below that limit, so that pruning looks better than the work it saves. Measure with
+  MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
+in the environment to see the work alone; the report says whether it was set.
+"""
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """The options of one run; ``resolution`` in pixels, ``threads`` None: PyTorch's choice.
+
+    ``sparsity`` is the share pruned by random keep-sets, which stand in where no gate file is
+    given, and in the block tables always. ``padding`` None: both rules, or the gate file's own.
+    """
+
+    model: str | None = None
+    gates: str | None = None
+    resolution: int = 512
+    batch: int = 2
+    precision: str = "fp32"
+    device: str = "cpu"
+    threads: int | None = None
+    sparsity: tuple[float, ...] = (0.3, 0.5)
+    padding: tuple[Padding, ...] | None = None
+    rounds: int = 12
+    output: str | None = None
+    seed: int = 0
+
+
+def check(config: BenchmarkConfig) -> None:
+    """Raises UserError for options that can't work, before anything expensive starts."""
+    for name in ("batch", "rounds", "threads"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}.", "1 or more", f"change --{name}")
+    if config.resolution < 64 or config.resolution % 64:
+        raise UserError(
+            f"--resolution is {config.resolution}.",
+            "pixels, a multiple of 64",
+            f"use {max(round(config.resolution / 64), 1) * 64}",
+        )
+    for value in config.sparsity:
+        if not 0 < value < 1:
+            raise UserError(
+                f"--sparsity is {value:g}.", "shares between 0 and 1", "use 0.3 for 30%"
+            )
+    kind = config.device.split(":")[0]
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(kind, False):
+        here = ", ".join(name for name, there in available.items() if there)
+        raise UserError(f"There is no device {config.device} here.", f"one of {here}")
+    if config.output is not None and not Path(config.output).absolute().parent.is_dir():
+        raise UserError(
+            f"The folder of --output {config.output} does not exist.",
+            "an existing folder and the start of two file names",
+            f"mkdir -p {shlex.quote(str(Path(config.output).parent))}",
+        )
+
+
+def load_unet(config: BenchmarkConfig) -> UNet2DConditionModel:
+    """The U-Net to time, on its device and in its precision."""
+    device, dtype = torch.device(config.device), DTYPES[config.precision]
+    if config.model is not None:
+        return load_model(config.model, dtype=dtype, device=device).unet
+    return random_unet(config.seed, dtype, device)
+
+
+def chosen_prunings(
+    config: BenchmarkConfig, unet: UNet2DConditionModel
+) -> tuple[list[Pruning], tuple[Padding, ...]]:
+    """What the U-Net table prunes and under which padding rules: a gate file, or random keep-sets.
+
+    Raises UserError when the gate file was made for another model.
+    """
+    if config.gates is None:
+        sites = topology_of(unet).sites()
+        prunings = [random_pruning(sites, share, config.seed) for share in config.sparsity]
+        return prunings, config.padding or PADDINGS
+    gates = load_gates(config.gates)
+    if gates.topology != topology_of(unet):
+        raise UserError(
+            f"{config.gates} was made for {gates.topology}.",
+            f"gates for {topology_of(unet)}",
+            "pass the model of these gates with --model",
+        )
+    constants = {site: gates.constant(site) for site in gates.scores}
+    pruning = Pruning(f"{gates.sparsity:.1%}", gates.keep_sets(), constants)
+    return [pruning], config.padding or (gates.padding,)
+
+
+def benchmark(config: BenchmarkConfig, unet: UNet2DConditionModel, command: str) -> dict[str, Any]:
+    """Everything a report needs, JSON-able: raw times, summaries, machine and options.
+
+    Raises UserError when the gate file does not fit ``unet``.
+    """
+    inputs = Inputs.random(unet, config.batch, config.resolution // PIXELS_PER_LATENT, config.seed)
+    random_inner = [
+        random_pruning(mid_resnets(unet), share, config.seed) for share in config.sparsity
+    ]
+    random_paddings = config.padding or PADDINGS
+    return {
+        "format": "ldcp.benchmark",
+        "version": 1,
+        "command": command,
+        "machine": machine.describe(unet.device),
+        "options": asdict(config) | {"padding": config.padding and list(config.padding)},
+        "model": config.model or "SD1.5's U-Net with random weights",
+        "gates": config.gates or "random channels of the mid block, zero constants",
+        "criterion": CRITERION,
+        "unet": _time_unet(config, unet, inputs),
+        "block_alone": _time_block(config, unet, random_inner, random_paddings),
+        "blocks_inside": _time_inside(config, unet, inputs, random_inner, random_paddings),
+    }
+
+
+def _time_unet(
+    config: BenchmarkConfig, unet: UNet2DConditionModel, inputs: Inputs
+) -> dict[str, Any]:
+    prunings, paddings = chosen_prunings(config, unet)
+    start = time.perf_counter()
+    variants = unet_variants(unet, inputs, prunings, paddings)
+    selection = (time.perf_counter() - start) / (1 + len(prunings) * len(paddings))
+    gated = convolution_bytes(unet, prunings[0].blocks)
+    peers, absent = peer_variants(unet, inputs, gated)
+    variants += peers
+    facts = _facts(variants, unet, unet_bytes(unet) - gated)
+    log.info("the whole U-Net, %d variants", len(variants))
+    times = interleaved(variants, config.rounds, config.seed, stopwatch(unet.device))
+    return {"rows": _rows(times, facts), "absent": absent, "selection_seconds": selection}
+
+
+def _facts(
+    variants: Sequence[Variant], unet: UNet2DConditionModel, elsewhere: int
+) -> dict[str, dict[str, Any]]:
+    """What is not a time: bytes, and whether the output is dense's. Also warms everything up."""
+    reference: torch.Tensor | None = None
+    facts: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        with variant.prepare():
+            with variant.park():
+                output, memory = machine.with_memory(variant.evaluate, unet.device)
+        reference = output if variant.name == DENSE else reference
+        comparable = reference is not None and isinstance(output, torch.Tensor)
+        facts[variant.name] = {
+            "changes": variant.changes,
+            "steps": variant.steps,
+            "weight_bytes": variant.weight_bytes,
+            "unet_bytes": elsewhere + variant.weight_bytes,
+            "memory_bytes": memory,
+            "identical": torch.equal(output, reference) if comparable else None,
+        }
+    return facts
+
+
+def _time_block(
+    config: BenchmarkConfig,
+    unet: UNet2DConditionModel,
+    prunings: Sequence[Pruning],
+    paddings: Sequence[Padding],
+) -> dict[str, Any]:
+    shape = (config.batch, BLOCK_MAP, BLOCK_MAP)
+    variants = block_variants(unet, prunings, paddings, shape, config.seed)
+    seconds = stopwatch(unet.device)
+    for variant in variants:
+        seconds(variant)
+    times = interleaved(variants, BLOCK_ROUNDS * config.rounds, config.seed, seconds)
+    return _block_result(unet, BLOCK_MAP, times)
+
+
+def _time_inside(
+    config: BenchmarkConfig,
+    unet: UNet2DConditionModel,
+    inputs: Inputs,
+    prunings: Sequence[Pruning],
+    paddings: Sequence[Padding],
+) -> dict[str, Any]:
+    def run() -> torch.Tensor:
+        return inputs.run(unet)
+
+    variants = [Variant(DENSE, "nothing", run)]
+    variants += pruned_variants(unet, run, prunings, paddings)
+    log.info("the mid block inside the U-Net, %d variants", len(variants))
+    times = interleaved(variants, config.rounds, config.seed, block_stopwatch(unet))
+    side = config.resolution // PIXELS_PER_LATENT
+    return _block_result(unet, side // 2 ** (len(unet.config.block_out_channels) - 1), times)
+
+
+def _block_result(
+    unet: UNet2DConditionModel, side: int, times: dict[str, list[float]]
+) -> dict[str, Any]:
+    channels = unet.config.block_out_channels[-1]
+    return {"map": [side, side], "channels": channels, "rows": _rows(times, {})}
+
+
+def _rows(times: dict[str, list[float]], facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"name": name, **facts.get(name, {}), **row} for name, row in summary(times).items()]
+
+
+def save(result: dict[str, Any], prefix: str) -> list[Path]:
+    """Write ``prefix``.json (everything) and ``prefix``.md (the tables); returns both paths."""
+    texts = {".json": json.dumps(result, indent=1) + "\n", ".md": render(result)}
+    paths = [Path(prefix + suffix) for suffix in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        write_atomically(path, text.encode("utf-8"))
+    return paths
+
+
+def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
+    """The options of a command line."""
+    summary_line, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmark",
+        description=f"{summary_line}\n\n{details}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add, default = parser.add_argument, BenchmarkConfig()
+    add(
+        "--quick",
+        action="store_true",
+        help="within two minutes on two CPU cores: --resolution 128 --rounds 6 --sparsity 0.5 "
+        "--padding zero",
+    )
+    add("--model", help="time this model's U-Net (folder, checkpoint or hub id)")
+    add("--gates", help="prune the whole U-Net by this gate file, not at random")
+    add("--resolution", type=int, help=f"pixels (default {default.resolution})")
+    add("--batch", type=int, help=f"(default {default.batch}: one image with guidance)")
+    add("--precision", choices=list(DTYPES), help=f"(default {default.precision})")
+    add("--device", help=f"cpu, cuda or mps (default {default.device})")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--sparsity", type=float, nargs="+", help="shares pruned at random (default 0.3 0.5)")
+    add("--padding", choices=PADDINGS, nargs="+", help="(default: both, or the gate file's)")
+    add("--rounds", type=int, help=f"(default {default.rounds}; at least 6 for ratios)")
+    add("--output", metavar="PREFIX", help="write PREFIX.json and PREFIX.md")
+    add("--seed", type=int, help=f"weights, inputs, order (default {default.seed})")
+    given = vars(parser.parse_args(argv))
+    if given.pop("quick", False):
+        given = QUICK | given
+    for name in ("sparsity", "padding"):
+        if name in given:
+            given[name] = tuple(dict.fromkeys(given[name]))
+    return BenchmarkConfig(**given)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    arguments = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", "training.benchmark", *arguments])
+    try:
+        check(config)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        unet = load_unet(config)
+        log.info("%d MiB of weights ready", unet_bytes(unet) >> 20)
+        result = benchmark(config, unet, command)
+        print(render(result))
+        if config.output is not None:
+            print(f"written: {', '.join(map(str, save(result, config.output)))}")
+    except (UserError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

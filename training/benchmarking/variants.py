@@ -1,0 +1,315 @@
+"""The ways to run one U-Net that are worth comparing, all on the same weights and inputs.
+
+"off" deserves a word. When a gate's context is left, nothing at all remains on a diffusers U-Net,
+so timing that would time dense twice. What a sampler step outside the schedule does pay is the
+switching: here the overrides are put in and taken out again on the clock, the compact copies stay
+in memory, and then the untouched U-Net runs.
+
+"mask-only" is how the original student project pruned: everything is computed, then the output of
+each gated convolution is multiplied by zeros and ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ldcp_core import (
+    ALIGNMENT,
+    CompactResBlock,
+    Padding,
+    Site,
+    aligned_counts,
+    top_channels,
+)
+from training.benchmarking.timing import DENSE, Variant, synchronize
+from training.configs import SD15
+from training.gating import compact_blocks, overridden, topology_of
+
+TEXT_TOKENS = 77
+TIMESTEP = 500
+CONVS = ("conv1", "conv2")
+
+
+def random_unet(
+    seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> UNet2DConditionModel:
+    """SD1.5's U-Net with random weights: norms near one, the rest scaled by fan-in.
+
+    Activations stay finite in half precision and nowhere near denormal numbers, which would slow
+    a CPU down. Filled from one block of noise, since 860 million fresh normal values take longer
+    than the measurements; its odd length keeps rows from repeating in step.
+    """
+    config = UNet2DConditionModel.load_config(SD15 / "unet", local_files_only=True)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    torch.nn.Module.to(unet, dtype)  # diffusers' own warns about weights that are not there yet
+    unet.to_empty(device=device)
+    fill_(unet, seed)
+    return unet.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def fill_(unet: UNet2DConditionModel, seed: int) -> None:
+    """Overwrite all parameters with cheap random values, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1_000_003, generator=generator).to(unet.device)
+    for name, parameter in unet.named_parameters():
+        if parameter.dim() == 1:
+            scale, offset = 0.02, float(name.endswith("weight"))
+        else:
+            scale, offset = 0.8 * parameter[0].numel() ** -0.5, 0.0
+        for part in parameter.view(-1).split(noise.numel()):
+            torch.mul(noise[: part.numel()], scale, out=part)
+            if offset:
+                part += offset
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Latents [B, 4, H, W], one timestep for all (a scalar), and text states [B, 77, D]."""
+
+    latents: Tensor
+    timestep: Tensor
+    context: Tensor
+
+    @classmethod
+    def random(cls, unet: UNet2DConditionModel, batch: int, latent_side: int, seed: int) -> Inputs:
+        """Standard normal inputs in the U-Net's precision and on its device."""
+        generator = torch.Generator().manual_seed(seed)
+        config = unet.config
+        latents = torch.randn(
+            batch, config.in_channels, latent_side, latent_side, generator=generator
+        )
+        context = torch.randn(batch, TEXT_TOKENS, config.cross_attention_dim, generator=generator)
+        to = dict(device=unet.device, dtype=unet.dtype)
+        timestep = torch.tensor(TIMESTEP, device=unet.device)
+        return cls(latents.to(**to), timestep, context.to(**to))
+
+    @torch.no_grad()
+    def run(self, unet: UNet2DConditionModel, timestep: Tensor | None = None) -> Tensor:
+        """The U-Net's prediction, of the latents' shape."""
+        timestep = self.timestep if timestep is None else timestep
+        return unet(self.latents, timestep, encoder_hidden_states=self.context).sample
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is kept, site -> bool [C], what stands in for the rest, and how a table calls it."""
+
+    label: str
+    keep_sets: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor]
+
+    @property
+    def counts(self) -> str:
+        """Pruned of all channels, for people."""
+        pruned = sum(int((~keep).sum()) for keep in self.keep_sets.values())
+        return f"{pruned:,} of {sum(k.numel() for k in self.keep_sets.values()):,} channels"
+
+    @property
+    def blocks(self) -> list[str]:
+        """The ResBlocks these sites lie in."""
+        return list(dict.fromkeys(site.rsplit(".", 1)[0] for site in self.keep_sets))
+
+
+def random_pruning(sites: Sequence[Site], sparsity: float, seed: int) -> Pruning:
+    """Random keep-sets with aligned counts, the same share at each site; constants are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = [site.channels for site in sites]
+    wanted = [round((1 - sparsity) * width) for width in widths]
+    counts = aligned_counts(wanted, widths, sum(wanted), ALIGNMENT)
+    keep_sets = {
+        site.name: top_channels(torch.rand(site.channels, generator=generator), count)
+        for site, count in zip(sites, counts, strict=True)
+    }
+    return Pruning(f"{sparsity:.0%}", keep_sets, {})
+
+
+def convolution_bytes(unet: UNet2DConditionModel, blocks: Sequence[str]) -> int:
+    """Bytes of both 3x3 convolutions of the named ResBlocks, counted from their tensors."""
+    convs = [unet.get_submodule(f"{block}.{conv}") for block in blocks for conv in CONVS]
+    return sum(p.nbytes for conv in convs for p in conv.parameters())
+
+
+def unet_bytes(unet: UNet2DConditionModel) -> int:
+    """Bytes of all parameters and buffers, counted from the tensors."""
+    return sum(t.nbytes for t in [*unet.parameters(), *unet.buffers()])
+
+
+def unet_variants(
+    unet: UNet2DConditionModel,
+    inputs: Inputs,
+    prunings: Sequence[Pruning],
+    paddings: Sequence[Padding],
+) -> list[Variant]:
+    """dense, off and mask-only (of the first pruning), and on for each pruning and padding rule."""
+
+    def run() -> Tensor:
+        return inputs.run(unet)
+
+    first = prunings[0]
+    full = convolution_bytes(unet, first.blocks)
+    compact = compact_blocks(unet, first.keep_sets, first.constants, paddings[0])
+
+    def off() -> Tensor:
+        with overridden(unet, compact):
+            pass
+        return run()
+
+    return [
+        Variant(DENSE, "nothing", run, weight_bytes=full),
+        Variant(
+            "pruned off",
+            "nothing; switched on and off again on the clock, compact copies kept in memory",
+            off,
+            weight_bytes=full + _own_bytes(unet, compact),
+        ),
+        Variant(
+            f"mask-only {first.label}",
+            f"{first.counts} computed, then multiplied by 0",
+            run,
+            lambda: mask_only(unet, first.keep_sets),
+            weight_bytes=full,
+        ),
+        *pruned_variants(unet, run, prunings, paddings),
+    ]
+
+
+def pruned_variants(
+    unet: UNet2DConditionModel,
+    run: Callable[[], Any],
+    prunings: Sequence[Pruning],
+    paddings: Sequence[Padding],
+) -> list[Variant]:
+    """``run`` with the compact blocks in place, for each pruning and padding rule."""
+
+    def variant(pruning: Pruning, padding: Padding) -> Variant:
+        blocks = compact_blocks(unet, pruning.keep_sets, pruning.constants, padding)
+        return Variant(
+            f"pruned on {pruning.label}, {padding}",
+            f"{pruning.counts} replaced by constants",
+            run,
+            lambda: overridden(unet, blocks),
+            lambda: parked(unet, blocks),
+            weight_bytes=sum(t.nbytes for block in blocks.values() for t in block.tensors()),
+        )
+
+    return [variant(pruning, padding) for pruning in prunings for padding in paddings]
+
+
+@contextmanager
+def mask_only(unet: UNet2DConditionModel, keep_sets: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply the output of each site's convolution by its keep-set, as zeros and ones."""
+
+    def hook(mask: Tensor) -> Callable[..., Tensor]:
+        return lambda module, inputs, output: output * mask
+
+    hooks = [
+        unet.get_submodule(site).register_forward_hook(
+            hook(keep[:, None, None].to(unet.device, unet.dtype))
+        )
+        for site, keep in keep_sets.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _own_bytes(unet: UNet2DConditionModel, blocks: Mapping[str, CompactResBlock]) -> int:
+    """Bytes of the compact copies, without what they share with the U-Net."""
+    shared = {id(p) for p in unet.parameters()}
+    tensors = [t for block in blocks.values() for t in block.tensors()]
+    return sum(t.nbytes for t in tensors if id(t) not in shared)
+
+
+def replaced_weights(
+    unet: UNet2DConditionModel, blocks: Mapping[str, CompactResBlock]
+) -> list[torch.nn.Parameter]:
+    """Weights and biases of convolutions that the compact blocks do without."""
+    needed = {id(t) for block in blocks.values() for t in block.tensors()}
+    convs = [unet.get_submodule(f"{name}.{conv}") for name in blocks for conv in CONVS]
+    return [p for conv in convs for p in conv.parameters() if id(p) not in needed]
+
+
+@contextmanager
+def parked(unet: UNet2DConditionModel, blocks: Mapping[str, CompactResBlock]) -> Iterator[None]:
+    """Move the `replaced_weights` to the CPU, and back again afterwards."""
+    weights, device = replaced_weights(unet, blocks), unet.device
+    try:
+        for weight in weights:
+            weight.data = weight.data.to("cpu")
+        yield
+    finally:
+        for weight in weights:
+            weight.data = weight.data.to(device)
+
+
+def block_variants(
+    unet: UNet2DConditionModel,
+    prunings: Sequence[Pruning],
+    paddings: Sequence[Padding],
+    shape: tuple[int, int, int],
+    seed: int,
+) -> list[Variant]:
+    """The first mid ResBlock on its own, on a random map of ``shape`` (batch, height, width)."""
+    name = "mid_block.resnets.0"
+    block = unet.get_submodule(name)
+    generator = torch.Generator().manual_seed(seed)
+    batch, height, width = shape
+    to = dict(device=unet.device, dtype=unet.dtype)
+    x = torch.randn(batch, block.in_channels, height, width, generator=generator).to(**to)
+    temb = torch.randn(batch, block.time_emb_proj.in_features, generator=generator).to(**to)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return block(x, temb)
+
+    here = [Pruning(p.label, {f"{name}.conv1": p.keep_sets[f"{name}.conv1"]}, {}) for p in prunings]
+    dense = Variant(DENSE, "nothing", run, weight_bytes=convolution_bytes(unet, [name]))
+    return [dense, *pruned_variants(unet, run, here, paddings)]
+
+
+def mid_resnets(unet: UNet2DConditionModel) -> list[Site]:
+    """The inner sites of the two mid ResBlocks."""
+    return [site for site in topology_of(unet).sites("mid") if site.kind == "inner"]
+
+
+def block_stopwatch(unet: UNet2DConditionModel) -> Callable[[Variant], float]:
+    """A function that runs a variant and returns the mean seconds per mid ResBlock within it."""
+    modules = [unet.get_submodule(site.block.name) for site in mid_resnets(unet)]
+    device = unet.device
+
+    def seconds(variant: Variant) -> float:
+        starts: list[float] = []
+        total = 0.0
+
+        def before(module: Any, inputs: Any) -> None:
+            synchronize(device)
+            starts.append(time.perf_counter())
+
+        def after(module: Any, inputs: Any, output: Any) -> None:
+            nonlocal total
+            synchronize(device)
+            total += time.perf_counter() - starts[-1]
+
+        with variant.prepare():
+            hooks = [m.register_forward_pre_hook(before) for m in modules]
+            hooks += [m.register_forward_hook(after) for m in modules]
+            try:
+                variant.evaluate()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return total / len(starts)
+
+    return seconds
