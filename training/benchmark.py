@@ -118,14 +118,14 @@ def check(config: BenchmarkConfig) -> None:
             raise UserError(
                 f"--sparsity is {value:g}.", "shares between 0 and 1", "use 0.3 for 30%"
             )
-    kind = config.device.split(":")[0]
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+    kind, _, index = config.device.partition(":")
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
     }
-    if not available.get(kind, False):
-        here = ", ".join(name for name, there in available.items() if there)
+    if not (index or "0").isdigit() or int(index or 0) >= count.get(kind, 0):
+        here = ", ".join(name for name, there in count.items() if there)
         raise UserError(f"There is no device {config.device} here.", f"one of {here}")
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise UserError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from ldcp_core import PADDINGS, Gates, SoftGate, Topology, save_gates
 from training import benchmark as command
 from training.benchmark import BenchmarkConfig, benchmark, check, main, parse, save
-from training.benchmarking import peers
+from training.benchmarking import peers, variants
 from training.benchmarking.markdown import render, shown_ratio
 from training.benchmarking.timing import DENSE, Variant, interleaved, sign_interval, summary
 from training.benchmarking.variants import (
     Inputs,
     Pruning,
+    block_stopwatch,
     fill_,
     random_pruning,
     random_unet,
@@ -62,9 +64,9 @@ def with_constants(unet: UNet2DConditionModel, share: float = 0.5) -> Pruning:
     return replace(pruning, constants=constants)
 
 
-def outputs(variants: list[Variant]) -> dict[str, torch.Tensor]:
+def outputs(chosen: list[Variant]) -> dict[str, torch.Tensor]:
     found = {}
-    for variant in variants:
+    for variant in chosen:
         with variant.prepare():
             found[variant.name] = variant.evaluate()
     return found
@@ -83,10 +85,13 @@ def test_the_interval_drops_as_many_extremes_as_the_binomial_distribution_allows
 
 def test_ratios_are_paired_per_round_so_that_drift_cancels() -> None:
     drift = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
-    rows = summary({DENSE: drift, "half": [0.5 * value for value in drift]})
-    assert rows["half"]["ratio"] == 0.5
-    assert rows["half"]["interval"] == [0.5, 0.5]
-    # median of the sorted six is (4 + 8)/2 = 6; deviations 5, 4, 2, 2, 10, 26, their median 4.5
+    shares = [0.5, 0.5, 0.5, 0.75, 0.75, 0.75]
+    times = [share * value for share, value in zip(shares, drift, strict=True)]
+    rows = summary({DENSE: drift, "less": times})
+    # the median of the ratios is (0.5 + 0.75)/2; that of the medians would be 4/6
+    assert rows["less"]["ratio"] == 0.625
+    assert rows["less"]["interval"] == [0.5, 0.75]
+    # median of the six is (4 + 8)/2 = 6; deviations 5, 4, 2, 2, 10, 26, their median 4.5
     assert (rows[DENSE]["median"], rows[DENSE]["deviation"]) == (6.0, 4.5)
 
 
@@ -112,13 +117,13 @@ def test_five_rounds_are_too_few_for_any_ratio() -> None:
 
 def test_every_round_runs_every_variant_once_in_an_order_that_changes() -> None:
     seen: list[str] = []
-    variants = [Variant(name, "", lambda: None) for name in "abcd"]
+    four = [Variant(name, "", lambda: None) for name in "abcd"]
 
     def seconds(variant: Variant) -> float:
         seen.append(variant.name)
         return float(len(seen))
 
-    times = interleaved(variants, rounds=8, seed=0, seconds=seconds)
+    times = interleaved(four, rounds=8, seed=0, seconds=seconds)
     rounds = ["".join(seen[i : i + 4]) for i in range(0, 32, 4)]
     assert all(sorted(done) == list("abcd") for done in rounds)
     assert len(set(rounds)) > 3
@@ -166,8 +171,8 @@ def test_counted_bytes_follow_from_the_kept_channels(
     unet: UNet2DConditionModel, inputs: Inputs
 ) -> None:
     inner = Pruning("half", {"mid_block.resnets.0.conv1": torch.arange(32) < 16}, {})
-    variants = unet_variants(unet, inputs, [inner], PADDINGS)
-    counted = {variant.name: variant.weight_bytes for variant in variants}
+    found = unet_variants(unet, inputs, [inner], PADDINGS)
+    counted = {variant.name: variant.weight_bytes for variant in found}
     full = 2 * (9 * 32 * 32 + 32) * 4
     assert counted[DENSE] == counted["mask-only half"] == full
     # conv1: 16 rows and biases; conv2: 16 columns, all biases; the folded columns, nine taps or
@@ -195,6 +200,28 @@ def test_the_weights_that_may_be_moved_away_are_not_read_while_pruning(
         finally:
             for weight, values in zip(weights, before, strict=True):
                 weight.copy_(values)
+
+
+def test_the_inside_clock_runs_only_in_the_mid_resblocks_and_gives_their_mean(
+    unet: UNet2DConditionModel, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(variants, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(seconds: float) -> Callable[..., torch.Tensor]:
+        def forward(ops: object, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+            now[0] += seconds
+            return x
+
+        return forward
+
+    blocks = {f"mid_block.resnets.{i}": taking(2.0 + 2.0 * i) for i in (0, 1)}
+    slow = Variant("slow", "", lambda: inputs.run(unet), lambda: overridden(unet, blocks))
+    clock = block_stopwatch(unet)
+    assert clock(slow) == 3.0  # (2 + 4) / 2
+    elsewhere = {"up_blocks.0.resnets.0": lambda ops, x, emb: taking(9.0)(ops, x[:, :32], emb)}
+    outside = Variant("outside", "", lambda: inputs.run(unet), lambda: overridden(unet, elsewhere))
+    assert clock(outside) == 0.0
 
 
 def test_random_keep_sets_have_the_asked_share_in_multiples_of_eight() -> None:
@@ -312,6 +339,7 @@ def test_a_gate_file_decides_what_the_whole_unet_prunes(
         (["--rounds", "0"], "--rounds is 0.\n  Expected: 1 or more"),
         (["--batch", "-1"], "--batch is -1."),
         (["--threads", "0"], "--threads is 0."),
+        (["--device", "cpu:1"], "There is no device cpu:1 here."),
         (["--device", "tpu"], "There is no device tpu here.\n  Expected: one of cpu"),
         (["--output", "/no/such/folder/run"], "mkdir -p /no/such/folder"),
     ],
