@@ -83,6 +83,7 @@ class DynamicPruning:
             run.forget_weights()  # first, to make room for what comes back
             if run.parking is not None:
                 run.parking.unpark(patcher.model)
+            run.finish()
 
     def weights_loaded(self, patcher: Any, *_: Any) -> None:
         run = self._runs.get(patcher.model)
@@ -112,8 +113,7 @@ class DynamicPruning:
         run = self._runs.get(model) or self._new_run(model)
         active = run.active(model, t, options)
         forwards = run.forwards(model, x.device, active) if any(active) else []
-        run.record.evaluations += 1
-        run.record.pruned_evaluations += bool(forwards)
+        run.count(t, options, pruned=bool(forwards))
         with _installed(forwards):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 

@@ -59,6 +59,7 @@ class Run:
         self._schedule: Tensor | None = None
         self._sigmas: list[float] = []
         self._percent_sigmas: dict[float, float] = {}
+        self._pruned_at: list[Tensor] = []
         self._warned: set[str] = set()
 
     def forget_weights(self) -> None:
@@ -69,15 +70,11 @@ class Run:
         """Which layers prune the evaluation that is about to start."""
         self._read_schedule(options.get("sample_sigmas"))
         if all(layer.schedule == ALWAYS for layer in self.layers):
-            self.record.pruned_steps.update(range(self.record.steps or 0))
             return [True] * len(self.layers)  # spares the copy of sigma from the device
         sigma = float(torch.max(options.get("sigmas", t)))
         # a node that evaluates the model without a sampler has no steps
         step = step_index(sigma, self._sigmas) if self._sigmas else -1
-        found = [self._prunes_at(model, layer, step, sigma) for layer in self.layers]
-        if any(found) and self._sigmas:
-            self.record.pruned_steps.add(step)
-        return found
+        return [self._prunes_at(model, layer, step, sigma) for layer in self.layers]
 
     def forwards(
         self, model: Any, device: torch.device, active: list[bool]
@@ -101,6 +98,20 @@ class Run:
             if selected is not None:
                 found.append((block, selected.forward))
         return found
+
+    def count(self, t: Tensor, options: Mapping[str, Any], pruned: bool) -> None:
+        """Count one evaluation; which step it belonged to is worked out at the end."""
+        self.record.evaluations += 1
+        if pruned:
+            self.record.pruned_evaluations += 1
+            self._pruned_at.append(options.get("sigmas", t))
+
+    def finish(self) -> None:
+        """Work out which steps had pruned evaluations, with one copy from the device."""
+        if self._pruned_at and self._sigmas:
+            sigmas = torch.stack([sigma.max() for sigma in self._pruned_at]).tolist()
+            self.record.pruned_steps.update(step_index(sigma, self._sigmas) for sigma in sigmas)
+        self._pruned_at.clear()
 
     def _read_schedule(self, schedule: Tensor | None) -> None:
         """Copy the sampler's schedule to the host once; samplers may write into it later."""
