@@ -360,6 +360,6 @@ def test_bad_options_are_explained_before_anything_is_loaded(
 
 def test_quick_is_a_set_of_defaults_that_options_override() -> None:
     quick = parse(["--quick", "--rounds", "9", "--padding", "extend", "extend"])
-    assert (quick.resolution, quick.rounds, quick.padding) == (128, 9, ("extend",))
+    assert (quick.resolution, quick.rounds, quick.padding) == (64, 9, ("extend",))
     assert parse([]) == BenchmarkConfig()
     check(quick)
