@@ -128,6 +128,12 @@ def check(config: BenchmarkConfig) -> None:
     if not (index or "0").isdigit() or int(index or 0) >= count.get(kind, 0):
         here = ", ".join(name for name, there in count.items() if there)
         raise UserError(f"There is no device {config.device} here.", f"one of {here}")
+    if config.gates is not None and not Path(config.gates).is_file():
+        raise UserError(
+            f"There is no file {config.gates}.",
+            "a gate file made by training.fit",
+            f"check the spelling; the path is taken from {Path.cwd()}",
+        )
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise UserError(
             f"The folder of --output {config.output} does not exist.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from ldcp_core import PADDINGS, Gates, SoftGate, Topology, save_gates
 from training import benchmark as command
 from training.benchmark import BenchmarkConfig, benchmark, check, main, parse, save
-from training.benchmarking import peers, variants
+from training.benchmarking import machine, peers, variants
 from training.benchmarking.markdown import render, shown_ratio
 from training.benchmarking.timing import DENSE, Variant, interleaved, sign_interval, summary
 from training.benchmarking.variants import (
@@ -270,6 +271,18 @@ def test_a_peer_that_is_missing_or_fails_is_named_with_its_reason(
     assert absent["DeepCache"] == "fails with these versions (AttributeError: no such block)"
 
 
+def test_resident_size_comes_from_proc_without_psutil_and_is_none_without_both(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    proc = tmp_path / "statm"
+    monkeypatch.setattr(machine, "Path", lambda name: proc)
+    assert machine.resident_bytes() is None
+    proc.write_text("900 250 30 1 0 60 0\n")  # in pages: total, resident, ...
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: 4096, raising=False)
+    assert machine.resident_bytes() == 250 * 4096
+
+
 # --- the report -----------------------------------------------------------------------------------
 
 
@@ -341,6 +354,7 @@ def test_a_gate_file_decides_what_the_whole_unet_prunes(
         (["--threads", "0"], "--threads is 0."),
         (["--device", "cpu:1"], "There is no device cpu:1 here."),
         (["--device", "tpu"], "There is no device tpu here.\n  Expected: one of cpu"),
+        (["--gates", "nope.safetensors"], "There is no file nope.safetensors."),
         (["--output", "/no/such/folder/run"], "mkdir -p /no/such/folder"),
     ],
 )
