@@ -271,6 +271,29 @@ def test_a_peer_that_is_missing_or_fails_is_named_with_its_reason(
     assert absent["DeepCache"] == "fails with these versions (AttributeError: no such block)"
 
 
+@pytest.mark.parametrize("name", ["tomesd", "DeepCache"])
+def test_a_peer_changes_the_output_and_leaves_the_unet_as_it_was(
+    unet: UNet2DConditionModel, inputs: Inputs, name: str
+) -> None:
+    pytest.importorskip(name)
+    classes = [type(module) for module in unet.modules()]
+    dense = inputs.run(unet)
+    found, absent = peers.peer_variants(unet, inputs, 0)
+    assert name not in absent
+    variant = next(v for v in found if v.name.startswith(name))
+    with variant.prepare():
+        output = variant.evaluate()
+    if variant.steps > 1:  # the first of DeepCache's steps is dense, the second is not
+        assert torch.equal(output[0], dense)
+        next_step = inputs.run(unet, torch.tensor(variants.TIMESTEP - 1))
+        assert (output[1] - next_step).abs().max() > 100 * TOLERANCE
+    else:
+        assert (output - dense).abs().max() > 100 * TOLERANCE
+    assert torch.equal(inputs.run(unet), dense)
+    assert [type(module) for module in unet.modules()] == classes
+    assert not any("forward" in vars(module) for module in unet.modules())
+
+
 def test_resident_size_comes_from_proc_without_psutil_and_is_none_without_both(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

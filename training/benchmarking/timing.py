@@ -29,8 +29,8 @@ CRITERION = (
     "Each round times every variant once, in random order. A ratio is the median over the rounds "
     "of variant / dense of the same round, with its 95% sign-based confidence interval. Where that "
     'interval contains 1 no ratio is given: "within noise (±x%)" says how far the interval '
-    "reaches. Fewer than six rounds give no interval and so no ratio. Of twenty comparisons without "
-    "any effect one may still get a ratio by chance."
+    "reaches. Fewer than six rounds give no interval and so no ratio. Of twenty comparisons "
+    "without any effect one may still get a ratio by chance."
 )
 DENSE = "dense"
 #: a line about progress at most this often
