@@ -1,0 +1,393 @@
+"""Full weights of pruned layers off the compute device, and everything back afterwards."""
+
+from __future__ import annotations
+
+import gc
+
+import pretend_device
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfyui
+GATED = [
+    f"middle_block.{block}.{path}" for block in (0, 2) for path in ("in_layers.2", "out_layers.3")
+]
+WIDTH = 128
+
+
+@pytest.fixture(scope="session")
+def memory(comfy, report_note):
+    """Counters of the pretend device, with ComfyUI told that there is always room on it."""
+    try:
+        counters = pretend_device.build()
+    except (OSError, RuntimeError, ImportError) as error:
+        message = f"PARKING TESTS SKIPPED: the pretend device does not build: {error}"
+        report_note.append(message)
+        pytest.skip(message)
+    management = comfy.root.model_management
+    free = management.get_free_memory
+
+    def always_room(device=None, torch_free_too=False):
+        if device is None or device.type != pretend_device.NAME:
+            return free(device, torch_free_too)
+        return (2**34, 2**34) if torch_free_too else 2**34
+
+    management.get_free_memory = always_room
+    yield counters
+    management.get_free_memory = free
+
+
+@pytest.fixture
+def device(memory):
+    return torch.device(pretend_device.NAME, 0)
+
+
+@pytest.fixture
+def model(comfy, small_model, device):
+    """A small model that computes on the pretend device and is offloaded to the CPU."""
+    model = small_model()
+    model.load_device = device
+    yield model
+    unload(comfy, device)
+
+
+def unload(comfy, device):
+    """Make ComfyUI unload everything from the device, as when another model needs the room."""
+    comfy.root.model_management.free_memory(2**60, device)
+
+
+@pytest.fixture
+def layer(comfy, make_gates):
+    def make(steps=None, full_weights="auto", padding="zero", seed=1):
+        gates = make_gates(padding=padding, seed=seed)
+        schedule = comfy.core.ALWAYS if steps is None else comfy.core.Schedule.steps(steps)
+        return comfy.patch.Layer(gates, gates.keep_sets(), schedule, full_weights)
+
+    return make
+
+
+def convs(model):
+    return [model.model.diffusion_model.get_submodule(path) for path in GATED]
+
+
+def loaded_bytes(model, device):
+    return sum(t.nbytes for t in model.model.state_dict().values() if t.device == device)
+
+
+def state(model):
+    """Where every weight is, and every mark that ComfyUI keeps on its module."""
+    found = {}
+    for name, module in model.model.named_modules():
+        marks = {k: v for k, v in vars(module).items() if "comfy" in k}
+        found[name] = (marks, [str(p.device) for p in module.parameters(recurse=False)])
+    return found
+
+
+def weights_left_out(layer):
+    """Bytes of float32 weights and biases that a pruned evaluation needs no more, by hand."""
+    kept = {site: int(keep.sum()) for site, keep in layer.keep_sets.items()}
+    taps = 9 if layer.gates.padding == "zero" else 1
+    saved = 0
+    for block in ("mid_block.resnets.0", "mid_block.resnets.1"):
+        inner, residual = kept[f"{block}.conv1"], kept[f"{block}.conv2"]
+        full = 2 * (9 * WIDTH * WIDTH + WIDTH)
+        rows = 9 * WIDTH * inner + inner  # conv1's kept rows, all its columns
+        columns = 9 * inner * residual + residual  # conv2's kept rows and columns
+        folded = taps * (WIDTH - inner) * residual  # its pruned columns, for the constants
+        saved += full - rows - columns - folded
+    return 4 * saved
+
+
+class Watch:
+    """What lies on the device at the end of every step, in the host's books and in truth."""
+
+    def __init__(self, model, memory, device):
+        self.model, self.memory, self.device = model, memory, device
+        self.allocated, self.booked, self.loaded = [], [], []
+
+    def __call__(self, *_):
+        gc.collect()
+        self.allocated.append(self.memory.allocated())
+        self.booked.append(self.model.model.model_loaded_weight_memory)
+        self.loaded.append(loaded_bytes(self.model, self.device))
+
+
+@pytest.fixture
+def run(comfy, conditioning):
+    """Sample three steps with a callback per step."""
+
+    def sample(model, callback=lambda *_: None, steps=3, side=32, positive=None):
+        generator = torch.Generator().manual_seed(9)
+        return comfy.root.sample.sample(
+            model.clone(),
+            torch.randn(1, 4, side, side, generator=generator),
+            steps,
+            1.0,
+            "euler",
+            "normal",
+            positive or conditioning(5),
+            conditioning(6),
+            torch.zeros(1, 4, side, side),
+            callback=callback,
+            disable_pbar=True,
+            seed=3,
+        )
+
+    return sample
+
+
+@pytest.mark.parametrize("padding", ["zero", "extend"])
+def test_the_weights_left_out_really_leave_the_device(
+    comfy, model, layer, run, memory, device, padding
+):
+    dense, pruned = (Watch(model, memory, device) for _ in range(2))
+    run(model, dense)
+    before = state(model)
+    one = layer(padding=padding)
+    patched = comfy.patch.attach(model, one)
+    run(patched, pruned)
+
+    expected = weights_left_out(one)
+    assert expected > 4 * 9 * WIDTH * WIDTH  # more than one of the four convolutions
+    for with_all, without in zip(dense.allocated, pruned.allocated, strict=True):
+        assert with_all - without >= 0.95 * expected
+    assert pruned.booked == pruned.loaded  # ComfyUI's own count stays true
+    assert dense.loaded[0] - pruned.loaded[0] == sum(4 * (9 * WIDTH * WIDTH + WIDTH) for _ in GATED)
+    assert state(model) == before
+    assert model.model.model_loaded_weight_memory == dense.booked[0]
+
+    record = comfy.patch.attached(patched).record
+    assert record.kept_full == "" and record.device == str(device)
+    assert record.full_bytes == 4 * 4 * (9 * WIDTH * WIDTH + WIDTH)
+    assert record.saved_bytes >= 0.95 * expected
+
+
+def test_the_numbers_do_not_depend_on_where_the_weights_are(comfy, model, small_model, layer, run):
+    at_home = small_model()
+    expected = run(comfy.patch.attach(at_home, layer()))
+    assert not torch.equal(expected, run(at_home))
+    found = [run(comfy.patch.attach(model, layer(full_weights=f))) for f in ("auto", "keep")]
+    assert torch.equal(found[0], found[1])
+    assert (found[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "full_weights, leaves", [("auto", False), ("keep", False), ("offload", True)]
+)
+def test_with_steps_that_do_not_prune_the_user_chooses(
+    comfy, model, layer, run, memory, device, full_weights, leaves
+):
+    run(model)
+    whole = loaded_bytes(model, device)
+    watch = Watch(model, memory, device)
+    patched = comfy.patch.attach(model, layer("0, 2", full_weights))
+    result = run(patched, watch)
+    assert [loaded < whole for loaded in watch.loaded] == [leaves] * 3
+    assert watch.booked == watch.loaded
+    assert (comfy.patch.attached(patched).record.kept_full == "") == leaves
+    assert torch.equal(result, run(comfy.patch.attach(model, layer("0, 2", "keep"))))
+
+
+def test_a_schedule_that_covers_every_step_of_the_run_is_as_good_as_none(
+    comfy, model, layer, run, memory, device
+):
+    run(model)
+    whole = loaded_bytes(model, device)
+    watch = Watch(model, memory, device)
+    run(comfy.patch.attach(model, layer("0-2")), watch)
+    assert all(loaded < whole for loaded in watch.loaded)
+
+
+def test_off_steps_with_offloaded_weights_equal_the_unpatched_model(comfy, model, layer, run):
+    patched = comfy.patch.attach(model, layer("99", "offload"))
+    assert torch.equal(run(patched), run(model))
+    only_last = run(comfy.patch.attach(model, layer("2", "offload")), steps=3)
+    assert torch.equal(only_last, run(comfy.patch.attach(model, layer("2", "keep")), steps=3))
+
+
+@pytest.mark.parametrize("when", [1, 2])
+@pytest.mark.parametrize("kind", ["interrupt", "error"])
+def test_an_interrupt_or_error_brings_everything_back(comfy, model, layer, run, kind, when):
+    plain, before = run(model), state(model)
+    booked = model.model.model_loaded_weight_memory
+    done = []
+
+    def stop(*_):
+        done.append(1)
+        if len(done) == when:
+            if kind == "interrupt":
+                raise comfy.root.model_management.InterruptProcessingException
+            raise RuntimeError("another node failed")
+
+    with pytest.raises((comfy.root.model_management.InterruptProcessingException, RuntimeError)):
+        run(comfy.patch.attach(model, layer()), stop)
+    assert state(model) == before
+    assert model.model.model_loaded_weight_memory == booked
+    assert torch.equal(run(model), plain)
+
+
+def test_a_cleanup_that_was_skipped_is_made_up_for(comfy, model, layer, run, device):
+    """An ON_CLEANUP callback of somebody else, before ours, raises."""
+    from comfy.patcher_extension import CallbacksMP
+
+    plain, before = run(model), state(model)
+    broken = model.clone()
+
+    def fail(patcher):
+        raise RuntimeError("not ours")
+
+    broken.add_callback(CallbacksMP.ON_CLEANUP, fail)
+    patched = comfy.patch.attach(broken, layer())
+    with pytest.raises(RuntimeError, match="not ours"):
+        run(patched)
+    assert all(conv.weight.device.type == "cpu" for conv in convs(model))
+    assert model.model.model_loaded_weight_memory == loaded_bytes(model, device)
+    assert torch.equal(run(model), plain)  # right meanwhile, only slower
+
+    patched.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, None)
+    run(patched)
+    assert state(model) == before
+
+
+def test_when_comfyui_unloads_the_model_in_the_middle_it_stays_unloaded(
+    comfy, model, layer, run, device
+):
+    plain = run(model)
+    patched = comfy.patch.attach(model, layer())
+    done = []
+
+    def unload_after_the_last(*_):
+        done.append(1)
+        if len(done) == 3:
+            unload(comfy, device)
+
+    run(patched, unload_after_the_last)
+    assert loaded_bytes(model, device) == model.model.model_loaded_weight_memory == 0
+    assert not any("prev_comfy_cast_weights" in vars(conv) for conv in convs(model))
+    assert torch.equal(run(model), plain)
+
+
+def test_when_comfyui_offloads_a_parked_layer_itself_its_books_stay_true(
+    comfy, model, layer, run, device
+):
+    plain = run(model)
+    done = []
+
+    def offload(*_):
+        done.append(1)
+        if len(done) == 2:
+            model.partially_unload(model.offload_device, loaded_bytes(model, device))
+
+    pruned = run(comfy.patch.attach(model, layer()))
+    assert torch.equal(run(comfy.patch.attach(model, layer()), offload), pruned)
+    assert model.model.model_loaded_weight_memory == loaded_bytes(model, device)
+    for conv in convs(model):
+        assert conv.comfy_cast_weights and conv.prev_comfy_cast_weights is False
+    assert torch.equal(run(model), plain)
+
+
+def test_without_room_to_come_back_the_weights_stay_offloaded_and_right(
+    comfy, model, layer, run, device, monkeypatch, caplog
+):
+    plain = run(model)
+    conv = convs(model)[1]
+    move = type(conv).to
+
+    def full(self, target, *rest):
+        if self is conv and torch.device(target) == device:
+            raise torch.OutOfMemoryError("no room")
+        return move(self, target, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(conv), "to", full)
+        run(comfy.patch.attach(model, layer()))
+    assert "no room to bring" in caplog.text
+    assert conv.weight.device.type == "cpu" and conv.comfy_cast_weights
+    assert model.model.model_loaded_weight_memory == loaded_bytes(model, device)
+    assert torch.equal(run(model), plain)
+    unload(comfy, device)
+    assert torch.equal(run(model), plain)
+    assert loaded_bytes(model, device) == model.model.model_loaded_weight_memory
+    assert not conv.comfy_cast_weights
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_weights_are_parked_merged_and_taken_out_again(
+    comfy, model, layer, run, device, order
+):
+    generator = torch.Generator().manual_seed(4)
+    patches = {
+        f"diffusion_model.{path}.weight": (
+            "diff",
+            (0.2 * torch.randn(WIDTH, WIDTH, 3, 3, generator=generator),),
+        )
+        for path in GATED
+    }
+    plain, original = run(model), [conv.weight.cpu().clone() for conv in convs(model)]
+    patched = comfy.patch.attach(model, layer()) if order == "after" else model.clone()
+    assert set(patched.add_patches(patches, 1.0)) == set(patches)
+    if order == "before":
+        patched = comfy.patch.attach(patched, layer())
+    kept = comfy.patch.attach(patched, layer(full_weights="keep"))
+    parked = run(patched)
+    assert comfy.patch.attached(patched).record.kept_full == ""
+    assert torch.equal(parked, run(kept))
+    assert not torch.equal(parked, run(comfy.patch.attach(model, layer())))
+    assert torch.equal(run(model), plain)
+    for conv, weight in zip(convs(model), original, strict=True):
+        assert torch.equal(conv.weight.cpu(), weight)
+    assert model.model.model_loaded_weight_memory == loaded_bytes(model, device)
+
+
+def test_low_vram_loading_needs_no_parking_and_keeps_its_marks(
+    comfy, model, layer, run, device, monkeypatch
+):
+    load = type(model).load
+    monkeypatch.setattr(
+        type(model), "load", lambda self, to=None, *_, **__: load(self, to, lowvram_model_memory=1)
+    )
+    plain, before = run(model), state(model)
+    pruned = run(comfy.patch.attach(model, layer()))
+    assert not torch.equal(pruned, plain)
+    assert state(model) == before
+    assert torch.equal(run(model), plain)
+
+
+def test_weights_that_hooks_change_are_not_parked(comfy, model, layer, run, conditioning, device):
+    hooks = comfy.root.hooks.create_hook_lora(None, 1.0, 0.0)
+    (hook,) = hooks.hooks
+    hook.need_weight_init = False
+    key = "diffusion_model.middle_block.2.out_layers.3.weight"
+    hook.weights = {key: ("diff", (torch.full((WIDTH, WIDTH, 3, 3), 0.05),))}
+    patched = comfy.patch.attach(model, layer())
+    watch = []
+    run(
+        patched,
+        lambda *_: watch.append(convs(model)[0].weight.device),
+        positive=[[conditioning()[0][0], {"hooks": hooks}]],
+    )
+    assert watch == [device] * 3
+    assert "hooks" in comfy.patch.attached(patched).record.kept_full
+
+
+def test_a_hundred_runs_with_alternating_gates_leave_everything_where_it_was(
+    comfy, model, layer, run, memory
+):
+    plain = run(model)
+    patched = [
+        comfy.patch.attach(model, layer(seed=1)),
+        comfy.patch.attach(model, layer(padding="extend", seed=2)),
+        comfy.patch.attach(model, layer("0", seed=3)),
+    ]
+    for one in patched:
+        run(one, steps=1, side=8)
+    gc.collect()
+    before, allocated = state(model), memory.allocated()
+    tensors = sum(1 for o in gc.get_objects() if isinstance(o, torch.Tensor))
+    for number in range(100):
+        run(patched[number % 3], steps=1, side=8)
+    gc.collect()
+    assert memory.allocated() == allocated
+    assert sum(1 for o in gc.get_objects() if isinstance(o, torch.Tensor)) <= tensors
+    assert state(model) == before
+    assert torch.equal(run(model), plain)
