@@ -15,7 +15,7 @@ left; it is a different function, and gates must be trained under the rule they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gates import Padding
+from .gates import ALIGNMENT, Padding
 from .sites import SiteKind
+
+#: bytes of weights convolved at once on a CPU
+CPU_PIECE = 24 * 2**20
 
 
 class ResBlockOps(Protocol):
@@ -175,8 +178,8 @@ class CompactResBlock:
         if self.conv2.weight.shape[0] == 0:  # no residual channel is kept: only constants are left
             return ops.skip(x) + self._scatter(x.new_empty(x.shape[0], 0, *x.shape[2:]))
         if self.inner is None:
-            h = ops.conv1(ops.norm1(x), self.conv1.weight, self.conv1.bias)
-            y = ops.conv2(ops.norm2(h + emb[:, :, None, None]), self.conv2.weight, self.conv2.bias)
+            h = _convolve(ops.conv1, ops.norm1(x), self.conv1)
+            y = _convolve(ops.conv2, ops.norm2(h + emb[:, :, None, None]), self.conv2)
         elif self.folds:
             y = self._folded(ops, x, emb, self.inner)
         else:
@@ -189,9 +192,9 @@ class CompactResBlock:
         h = split.merge(kept, planes.expand(kept.shape[0], -1, *kept.shape[2:]))
         a = ops.norm2(h + emb[:, :, None, None])
         if self.padding == "zero":
-            return ops.conv2(a, self.conv2.weight, self.conv2.bias)
+            return _convolve(ops.conv2, a, self.conv2)
         kept_only = a.index_fill(1, split.pruned, 0)
-        y = ops.conv2(kept_only, self.conv2.weight, self.conv2.bias)
+        y = _convolve(ops.conv2, kept_only, self.conv2)
         constants = a.index_select(1, split.pruned)[:, :, 0, 0]
         tap_sums = self.conv2.weight.index_select(1, split.pruned).sum((2, 3))
         return y + F.linear(constants, tap_sums)[:, :, None, None]
@@ -207,12 +210,12 @@ class CompactResBlock:
         if a.shape[1] == 0:
             bias = 0 if self.conv2.bias is None else self.conv2.bias[:, None, None]
             return (spread + bias).expand(-1, -1, *h.shape[2:])
-        return ops.conv2(a, self.conv2.weight, self.conv2.bias).add_(spread)
+        return _convolve(ops.conv2, a, self.conv2).add_(spread)
 
     def _conv1_rows(self, ops: ResBlockOps, x: Tensor) -> Tensor:
         if self.conv1.weight.shape[0] == 0:
             return x.new_empty(x.shape[0], 0, *x.shape[2:])
-        return ops.conv1(ops.norm1(x), self.conv1.weight, self.conv1.bias)
+        return _convolve(ops.conv1, ops.norm1(x), self.conv1)
 
     def _norm2(
         self, ops: ResBlockOps, h: Tensor, constants: Tensor, split: _Split
@@ -284,6 +287,25 @@ class _Split:
     def merge(self, kept: Tensor, pruned: Tensor) -> Tensor:
         """[B, K, ...] and [B, P, ...] to [B, C, ...] in channel order."""
         return torch.cat([kept, pruned], 1).index_select(1, self.order)
+
+
+def _convolve(
+    convolution: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, conv: ConvWeights
+) -> Tensor:
+    """``conv`` on ``x``, on a CPU in pieces of rows that stay below `CPU_PIECE` bytes.
+
+    PyTorch's CPU convolution lays its weights out anew on every call; above the C library's largest
+    threshold for that buffer (32 MiB in glibc) fresh pages are mapped and cleared each time, which
+    took as long as the convolution itself.
+    """
+    pieces = -(-conv.weight.nbytes // CPU_PIECE) if conv.weight.device.type == "cpu" else 1
+    if pieces <= 1:
+        return convolution(x, conv.weight, conv.bias)
+    rows = -(-conv.weight.shape[0] // pieces)
+    rows += -rows % ALIGNMENT
+    weights = torch.split(conv.weight, rows)
+    biases = [None] * len(weights) if conv.bias is None else torch.split(conv.bias, rows)
+    return torch.cat([convolution(x, w, b) for w, b in zip(weights, biases, strict=True)], 1)
 
 
 def _rows(conv: ConvWeights, kept: Tensor) -> ConvWeights:

@@ -437,6 +437,29 @@ def test_a_channels_last_input_gives_the_same(padding: Padding) -> None:
         assert_compact_equals_masked(case)
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_too_large_for_one_piece_give_the_same(
+    padding: Padding, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = torch.arange(40) % 10 > 1  # 32 of 40 kept
+    case = make_case(
+        3, groups=4, in_channels=40, out_channels=40, inner=keep, residual=keep, padding=padding,
+        bias=bias, conv=rowwise_conv,
+    )  # fmt: skip
+    whole, rows = case.run("compact"), []
+    original = Block.conv1
+
+    def counted(self: Block, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows.append(weight.shape[0])
+        return original(self, x, weight, bias)
+
+    monkeypatch.setattr(Block, "conv1", counted)
+    monkeypatch.setattr("ldcp_core.resblock.CPU_PIECE", 13 * 40 * 9 * 4)  # 13 rows of conv1
+    assert torch.equal(case.run("compact"), whole)
+    assert rows == [16, 16]  # three pieces of 11 rows, rounded up to a multiple of 8
+
+
 def test_the_rules_agree_inside_and_differ_at_the_border() -> None:
     """A 3x3 window at least one position away from the border never sees the padding."""
     keep = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0]).bool()
