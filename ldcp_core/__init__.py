@@ -5,6 +5,15 @@ on this one definition, so that what is trained is what runs.
 """
 
 from .cost import Cost, Latent, Savings, SiteSaving, savings, unet_cost
+from .criteria import (
+    MAGNITUDES,
+    RANKINGS,
+    Magnitude,
+    Ranking,
+    expected_output,
+    magnitude,
+    scores_at,
+)
 from .gatefile import GateFileError, fingerprint, load_gates, save_gates, write_atomically
 from .gates import (
     ALIGNMENT,
@@ -14,6 +23,7 @@ from .gates import (
     Gates,
     Padding,
     aligned_counts,
+    keep_by_rank,
     top_channels,
 )
 from .report import Report, ReportLayer, RunFacts, build_report, gates_report
@@ -35,7 +45,9 @@ __all__ = [
     "ALWAYS",
     "DEFAULT_SCOPE",
     "NEVER",
+    "MAGNITUDES",
     "PADDINGS",
+    "RANKINGS",
     "SCOPES",
     "SD15",
     "THRESHOLD",
@@ -47,7 +59,9 @@ __all__ = [
     "GateFileError",
     "Gates",
     "Latent",
+    "Magnitude",
     "Padding",
+    "Ranking",
     "Report",
     "ReportLayer",
     "ResBlock",
@@ -64,13 +78,17 @@ __all__ = [
     "aligned_counts",
     "block_gates",
     "build_report",
+    "expected_output",
     "fingerprint",
     "gates_report",
+    "keep_by_rank",
     "load_gates",
+    "magnitude",
     "masked_forward",
     "report_image",
     "save_gates",
     "savings",
+    "scores_at",
     "step_index",
     "top_channels",
     "unet_cost",

@@ -94,23 +94,33 @@ class Gates:
     def keep_sets_at(self, sparsity: float, multiple: int = ALIGNMENT) -> dict[str, Tensor]:
         """Kept channels when the lowest-ranked ``sparsity`` of all channels is pruned instead.
 
-        All sites are ranked together by score, ties broken by site and then by index (the earlier
-        channel stays). Per-site counts are then aligned to ``multiple`` (see `aligned_counts`).
-        0 keeps and 1 prunes everything. Raises ValueError outside [0, 1].
+        See `keep_by_rank`. Raises ValueError outside [0, 1].
         """
-        if not 0.0 <= sparsity <= 1.0:
-            raise ValueError(f"sparsity {sparsity:g} is outside 0.0 to 1.0")
-        sites = list(self.scores)
-        scores = torch.cat([self.scores[site] for site in sites])
-        widths = [self.scores[site].numel() for site in sites]
-        total = round((1.0 - sparsity) * scores.numel())
-        kept = torch.zeros(scores.numel(), dtype=torch.bool)
-        kept[torch.sort(scores, descending=True, stable=True).indices[:total]] = True
-        wanted = [int(part.sum()) for part in torch.split(kept, widths)]
-        counts = aligned_counts(wanted, widths, total, multiple)
-        return {
-            site: top_channels(self.scores[site], k) for site, k in zip(sites, counts, strict=True)
-        }
+        return keep_by_rank(self.scores, sparsity, multiple)
+
+
+def keep_by_rank(
+    scores: Mapping[str, Tensor], sparsity: float, multiple: int = ALIGNMENT
+) -> dict[str, Tensor]:
+    """Site -> bool [C], false for the lowest-ranked ``sparsity`` of all channels of ``scores``.
+
+    All sites are ranked together, ties broken by site and then by index (the earlier channel
+    stays). Per-site counts are then aligned to ``multiple`` (see `aligned_counts`). 0 keeps and 1
+    prunes everything. Raises ValueError outside [0, 1].
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity {sparsity:g} is outside 0.0 to 1.0")
+    widths = [score.numel() for score in scores.values()]
+    ranked = torch.cat(list(scores.values()))
+    total = round((1.0 - sparsity) * ranked.numel())
+    kept = torch.zeros(ranked.numel(), dtype=torch.bool)
+    kept[torch.sort(ranked, descending=True, stable=True).indices[:total]] = True
+    wanted = [int(part.sum()) for part in torch.split(kept, widths)]
+    counts = aligned_counts(wanted, widths, total, multiple)
+    return {
+        site: top_channels(score, k)
+        for (site, score), k in zip(scores.items(), counts, strict=True)
+    }
 
 
 def top_channels(score: Tensor, count: int) -> Tensor:
