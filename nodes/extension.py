@@ -3,11 +3,20 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_node import LDCPApplyDynamicPruning
+from .estimate_node import LDCPEstimateGates
 from .load_node import LDCPLoadGates
 from .report_node import LDCPPruningReport
+from .save_node import LDCPSaveGates
 from .schedule_node import LDCPStepSchedule
 
 
 class LDCPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LDCPLoadGates, LDCPApplyDynamicPruning, LDCPStepSchedule, LDCPPruningReport]
+        return [
+            LDCPLoadGates,
+            LDCPApplyDynamicPruning,
+            LDCPStepSchedule,
+            LDCPPruningReport,
+            LDCPEstimateGates,
+            LDCPSaveGates,
+        ]

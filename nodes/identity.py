@@ -23,12 +23,19 @@ def differs_from_training(model: Any, gates: Gates) -> bool:
     False also where it cannot be told: no fingerprint in the file, or weights in another dtype.
     """
     expected = gates.info.get("fingerprint")
+    own = None if expected is None else own_fingerprint(model, gates)
+    return own is not None and own != expected
+
+
+def own_fingerprint(model: Any, gates: Gates) -> str | None:
+    """The fingerprint of the convolutions that ``gates`` names, LoRA left aside.
+
+    None where it could not be compared: weights in a dtype that rounds otherwise, or not loaded.
+    """
     weights = base_weights(model, gates)
-    if expected is None or not all(
-        weight.dtype in COMPARABLE and not weight.is_meta for weight in weights.values()
-    ):
-        return False
-    return fingerprint(weights) != expected
+    if any(weight.dtype not in COMPARABLE or weight.is_meta for weight in weights.values()):
+        return None
+    return fingerprint(weights)
 
 
 def base_weights(model: Any, gates: Gates) -> dict[str, Tensor]:

@@ -47,8 +47,10 @@ def imported(comfy):
 def test_all_nodes_are_registered(imported):
     assert imported["nodes"] == [
         "LDCPApplyDynamicPruning",
+        "LDCPEstimateGates",
         "LDCPLoadGates",
         "LDCPPruningReport",
+        "LDCPSaveGates",
         "LDCPStepSchedule",
     ]
 

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.comfyui
-NODE_IDS = ["LDCPLoadGates", "LDCPApplyDynamicPruning", "LDCPStepSchedule", "LDCPPruningReport"]
+NODE_IDS = [
+    "LDCPLoadGates",
+    "LDCPApplyDynamicPruning",
+    "LDCPStepSchedule",
+    "LDCPPruningReport",
+    "LDCPEstimateGates",
+    "LDCPSaveGates",
+]
 
 
 @pytest.fixture

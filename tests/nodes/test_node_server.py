@@ -73,9 +73,9 @@ def save_latents(prompt):
 
 def test_the_workflows_are_offered_as_templates_and_the_nodes_have_help(server):
     assert b'"ldcp_step_schedule"' in server.get("/workflow_templates")
-    pages = ("LDCPLoadGates", "LDCPApplyDynamicPruning", "LDCPStepSchedule", "LDCPPruningReport")
-    for node in pages:
-        assert server.get(f"/extensions/LDCP/docs/{node}.md")
+    pages = ("LoadGates", "ApplyDynamicPruning", "StepSchedule", "PruningReport")
+    for page in (*pages, "EstimateGates", "SaveGates"):
+        assert server.get(f"/extensions/LDCP/docs/LDCP{page}.md")
 
 
 def test_the_basic_workflow_makes_an_image_and_shows_what_it_prunes(server, shipped):

@@ -1,0 +1,39 @@
+"""The nodes' texts in every language, checked without a ComfyUI."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+LOCALES = Path(__file__).resolve().parents[2] / "locales"
+FILES = sorted(path.relative_to(LOCALES).as_posix() for path in LOCALES.glob("*/*.json"))
+
+
+def texts(file):
+    """Path of keys -> text, of everything in a locale file."""
+
+    def flat(value, path=()):
+        if not isinstance(value, dict):
+            return {path: value}
+        return {p: text for key in value for p, text in flat(value[key], (*path, key)).items()}
+
+    return flat(json.loads((LOCALES / file).read_text(encoding="utf-8")))
+
+
+def test_english_and_simplified_chinese_are_there():
+    assert {"en/nodeDefs.json", "zh/nodeDefs.json"} <= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_locale_has_the_keys_of_the_english_one_and_no_empty_text(file):
+    found, english = texts(file), texts(f"en/{Path(file).name}")
+    assert set(found) == set(english)
+    assert all(isinstance(text, str) and text.strip() for text in found.values())
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("zh/")])
+def test_the_chinese_texts_are_chinese(file):
+    for path, text in texts(file).items():
+        assert any("\u4e00" <= character <= "\u9fff" for character in text), path
