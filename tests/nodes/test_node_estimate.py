@@ -192,7 +192,8 @@ def test_constants_come_closer_to_dense_than_zeros(
     """RMS of the deviation from dense of the map that leaves the mid block; half is pruned.
 
     Measured for three random models and two evaluations each: 0.60 to 0.67 with the constants, 0.64
-    to 0.74 with zeros, 4 to 10% less each time. The maps of random weights are mostly noise, which no constant can replace.
+    to 0.74 with zeros, 4 to 10% less each time. The maps of random weights are mostly
+    noise, which no constant can replace.
     """
     deviation = {"constants": [], "zeros": []}
     for seed in range(3):
