@@ -38,20 +38,24 @@ def sparsity_problem(sparsity: float) -> str | None:
     )
 
 
-def status(model: Any, layer: Layer, sparsity: float) -> str:
-    """One line: sites, share of channels pruned, bytes a pruned step does not use, and when."""
+def status(model: Any, layer: Layer, sparsity: float) -> list[str]:
+    """Sites and share of channels pruned; bytes that a pruned step does not use; when.
+
+    Lines of their own, because the canvas breaks what is longer than a node inside a word.
+    """
     counts = {site: int(keep.sum()) for site, keep in layer.keep_sets.items()}
     saved = savings(model_topology(model.model), counts, layer.gates.padding)
     requested = "" if sparsity == AS_LEARNED else f" ({sparsity:.1%} requested)"
     megabytes = saved.saved_bytes(model.model.get_dtype().itemsize) / 2**20
-    return (
-        f"{len(counts)} site{'s' * (len(counts) != 1)}, {saved.sparsity:.1%} pruned{requested}, "
-        f"{megabytes:,.1f} MiB of weights left out (counted), {layer.schedule}"
-    )
+    return [
+        f"{len(counts)} site{'s' * (len(counts) != 1)}, {saved.sparsity:.1%} pruned{requested}",
+        f"{megabytes:,.1f} MiB of weights left out (counted)",
+        str(layer.schedule),
+    ]
 
 
 def show_on_node(text: str, node_id: str | None) -> None:
-    """Show a line on the running node; outside of a server there is nobody to show it to."""
+    """Show some lines on the running node; outside of a server there is nobody to show it to."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id, server.client_id)
@@ -123,7 +127,7 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
                 "LDCP: these gates were trained on other base weights than this model's; that "
                 "works for fine-tunes and merges, but compare some images with pruning off"
             )
-        line = status(model, layer, sparsity)
-        log.info("LDCP: %s", line)
-        show_on_node(line, cls.hidden.unique_id if cls.hidden else None)
+        lines = status(model, layer, sparsity)
+        log.info("LDCP: %s", ", ".join(lines))
+        show_on_node("\n".join(lines), cls.hidden.unique_id if cls.hidden else None)
         return io.NodeOutput(patched)

@@ -199,7 +199,7 @@ def test_the_default_prunes_as_learned_and_zero_nothing(model, make_gates, apply
     assert not torch.equal(learned, plain) and not torch.equal(learned, half)
 
 
-def test_the_status_line_counts_what_is_saved(comfy, model, make_gates, apply, monkeypatch):
+def test_the_status_counts_what_is_saved(comfy, model, make_gates, apply, monkeypatch):
     shown = []
     server = SimpleNamespace(
         client_id="browser", send_progress_text=lambda *message: shown.append(message)
@@ -215,7 +215,7 @@ def test_the_status_line_counts_what_is_saved(comfy, model, make_gates, apply, m
     # 128 channels at 30%: keep round(89.6) = 90, aligned to 88, so 40 = 31.25% pruned. Each row is
     # 9 * 128 weights and a bias, of which a constant stays: 40 * 1152 * 4 bytes = 0.18 MiB
     assert text == (
-        "1 site, 31.2% pruned (30.0% requested), 0.2 MiB of weights left out (counted), steps 0-4"
+        "1 site, 31.2% pruned (30.0% requested)\n0.2 MiB of weights left out (counted)\nsteps 0-4"
     )
 
 

@@ -82,9 +82,22 @@ def test_the_basic_workflow_makes_an_image_and_shows_what_it_prunes(server, ship
     prompt = shipped("ldcp_basic", EmptyLatentImage=SMALL, KSampler={"steps": 1})
     result = server.run(prompt)
     assert pixels(result.files["LDCP_basic"]).shape == (64, 64, 3)
-    ((node, line),) = result.status.items()
+    ((node, shown),) = result.status.items()
     assert prompt[node]["class_type"] == "LDCPApplyDynamicPruning"
-    assert re.fullmatch(r"4 sites, \d\d\.\d% pruned, .*, all steps", line)
+    assert re.fullmatch(r"4 sites, \d\d\.\d% pruned\n.* MiB of weights .*\nall steps", shown)
+
+
+def test_the_report_workflow_reports_on_its_own_run(server, shipped):
+    prompt = shipped("ldcp_report", EmptyLatentImage=SMALL, KSampler={"steps": 2})
+    result = server.run(prompt)
+    assert pixels(result.files["LDCP_report"]).shape == (64, 64, 3)
+    (report,) = (n for n, node in prompt.items() if node["class_type"] == "LDCPPruningReport")
+    lines = result.status[report].splitlines()
+    assert re.fullmatch(r"4 sites, \d\d\.\d% of 5,120 channels pruned, .*, all steps", lines[0])
+    # the sampler evaluates both conditionings in one batch or one after the other
+    assert re.fullmatch(r"steps 0-1 of 2 ran pruned \((\d) of \1 evaluations\)", lines[3])
+    (image,) = set(result.files) - {"LDCP_report"}
+    assert pixels(result.files[image]).shape[1] == 768
 
 
 def test_steps_in_the_schedule_change_the_image_and_steps_past_the_end_do_not(server, shipped):
@@ -93,8 +106,8 @@ def test_steps_in_the_schedule_change_the_image_and_steps_past_the_end_do_not(se
         prompt = shipped("ldcp_step_schedule", LDCPStepSchedule={"steps": steps}, **changes)
         save_latents(prompt)
         result = server.run(prompt)
-        (line,) = result.status.values()
-        assert line.endswith(f"steps {steps}")
+        (shown,) = result.status.values()
+        assert shown.endswith(f"\nsteps {steps}")
         latents, images = [], []
         for name in ("pruned", "unpruned"):
             saved = safetensors.torch.load(result.files[f"latent_{name}"])

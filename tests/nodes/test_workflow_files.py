@@ -7,6 +7,7 @@ import re
 
 import pytest
 import ui_workflow
+import workflow_png
 
 from ldcp_core import Schedule
 
@@ -17,8 +18,9 @@ def find(workflow, node_type):
     return [node for node in workflow["nodes"] if node["type"] == node_type]
 
 
-def test_both_workflows_are_there():
-    assert {path.stem for path in ui_workflow.FILES} >= {"ldcp_basic", "ldcp_step_schedule"}
+def test_the_workflows_are_there():
+    names = {"ldcp_basic", "ldcp_step_schedule", "ldcp_report"}
+    assert {path.stem for path in ui_workflow.FILES} >= names
 
 
 @each_file
@@ -29,7 +31,8 @@ def test_every_link_joins_two_sockets_that_know_it(path):
     known = set()
     for link, source, output, target, slot, kind in workflow["links"]:
         sockets = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
-        assert [socket["type"] for socket in sockets] == [kind, kind]
+        # an input may take several types
+        assert sockets[0]["type"] == kind and kind in sockets[1]["type"].split(",")
         assert link in sockets[0]["links"] and link == sockets[1]["link"]
         assert link not in known and link <= workflow["last_link_id"]
         known.add(link)
@@ -82,6 +85,25 @@ def test_it_starts_as_a_user_would_and_says_what_to_do(path):
         assert word in note["widgets_values"][0]
 
 
+@each_file
+def test_its_picture_holds_the_same_graph(path):
+    picture = path.with_suffix(".png")
+    found = workflow_png.embedded(picture)
+    assert found == ui_workflow.read(path), "run python tests/nodes/workflow_png.py"
+    assert picture.stat().st_size < 400_000
+
+
+def test_a_picture_without_a_graph_gets_one(tmp_path):
+    plain, workflow = tmp_path / "plain.png", tmp_path / "small.json"
+    workflow.write_text('{"nodes": [], "links": [], "extra": "\u00e9\u2713"}', encoding="utf-8")
+    workflow_png.Image.new("RGB", (8, 6), (200, 20, 20)).save(plain)
+    assert workflow_png.embedded(plain) is None
+    written = workflow_png.embed(plain, workflow)
+    assert workflow_png.embedded(written) == ui_workflow.read(workflow)
+    with workflow_png.Image.open(written) as image:
+        assert image.convert("RGB").getpixel((3, 3)) == (200, 20, 20)
+
+
 def test_the_two_samplers_side_by_side_differ_in_the_model_alone():
     workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_step_schedule.json")
     origins = {link[0]: link[1:3] for link in workflow["links"]}
@@ -92,6 +114,18 @@ def test_the_two_samplers_side_by_side_differ_in_the_model_alone():
         assert same == (a["name"] != "model")
     (schedule,) = find(workflow, "LDCPStepSchedule")
     assert schedule["widgets_values"][:2] == ["steps", "5-"]
+
+
+def test_the_report_is_on_the_model_that_was_sampled_and_comes_after_it():
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_report.json")
+    origins = {link[0]: link[1:3] for link in workflow["links"]}
+    (report,), (sampler,) = find(workflow, "LDCPPruningReport"), find(workflow, "KSampler")
+    (apply,) = find(workflow, "LDCPApplyDynamicPruning")
+    inputs = {socket["name"]: socket["link"] for socket in report["inputs"]}
+    sampled = {socket["name"]: socket["link"] for socket in sampler["inputs"]}
+    assert origins[inputs["model"]] == origins[sampled["model"]] == [apply["id"], 0]
+    assert origins[inputs["after"]] == [sampler["id"], 0]
+    assert inputs["gates"] is None  # with gates it would report on these, and measure nothing
 
 
 def test_every_range_that_the_note_suggests_can_be_read():
