@@ -50,13 +50,15 @@ def test_l1_is_the_sum_and_l2_the_length_of_a_row() -> None:
     assert magnitude(weight, "l2").tolist() == pytest.approx([math.sqrt(4.5), 5.0])
 
 
-def test_half_precision_neither_overflows_nor_loses_small_differences() -> None:
+def test_half_precision_neither_overflows_nor_vanishes_nor_loses_small_differences() -> None:
     weight = torch.full((2, 1280, 3, 3), 60.0, dtype=torch.float16)
     weight[1, 0, 0, 0] = 61.0
     # 11520 * 60 = 691200, far above float16's 65504
     assert magnitude(weight, "l1").tolist() == [691200.0, 691201.0]
     first, second = magnitude(weight, "l2").tolist()
     assert first == pytest.approx(60 * math.sqrt(11520)) and second > first
+    # 2^-14 squared is 2^-28, and float16 ends at 2^-24
+    assert magnitude(torch.full((1, 4, 2, 2), 2.0**-14).half(), "l2").tolist() == [2.0**-12]
 
 
 def test_an_unknown_criterion_or_ranking_is_refused() -> None:
@@ -81,13 +83,24 @@ def test_scores_are_the_ranks_with_the_cut_at_one_half() -> None:
 def test_per_layer_prunes_the_same_share_of_each_and_global_where_it_hurts_least() -> None:
     even, uneven = torch.full((16,), 100.0), torch.tensor([0.1] * 8 + [1.9] * 8)
     importances = {A: even, B: uneven}
-    per_layer = scores_at(importances, 0.5, "per layer")
+    per_layer = scores_at(importances, 0.25, "per layer")
+    # 12 of 16 is half-way between two multiples of 8, the rounded-down one stays
     assert [int((s > 0.5).sum()) for s in per_layer.values()] == [8, 8]
     together = scores_at(importances, 0.25, "global")
-    # divided by their means A is 1.0 throughout and B 0.1 or 1.9: the 8 of B go, although in
-    # absolute size all of B is smaller than all of A
     assert [int((s > 0.5).sum()) for s in together.values()] == [16, 8]
+    together = scores_at(importances, 0.5, "global")
+    # divided by their means A is 1.0 throughout and B 0.1 or 1.9: the 8 small ones of B go, then 8
+    # of A, although in absolute size all of B is smaller than all of A
+    assert [int((s > 0.5).sum()) for s in together.values()] == [8, 8]
     assert (together[B] > 0.5).tolist() == [False] * 8 + [True] * 8
+
+
+def test_neighbouring_numbers_keep_their_order() -> None:
+    below_two = (2.0 - torch.arange(16, 0, -1, dtype=torch.float64) * 2**-23).float()
+    importance = torch.cat([torch.zeros(8), below_two])  # mean 1.33: quotients in float32 would tie
+    assert (importance[8:].diff() > 0).all()
+    (scores,) = scores_at({A: importance}, 0.5, "per layer").values()
+    assert (scores[8:].diff() > 0).all()
 
 
 def test_ties_are_broken_by_site_then_index() -> None:
