@@ -19,7 +19,12 @@ from training.demo.check import (  # noqa: E402  (after the skips above)
     losses,
     make_probe,
 )
-from training.demo.denoiser import TransformerSampler, new_unet  # noqa: E402
+from training.demo.denoiser import (  # noqa: E402
+    DepthSampler,
+    SkipSampler,
+    TransformerSampler,
+    new_unet,
+)
 from training.demo.faces import draw_face  # noqa: E402
 from training.demo.text import MAX_TOKENS, learn_merges  # noqa: E402
 from training.demo.traits import draw_traits  # noqa: E402
@@ -85,7 +90,7 @@ def test_the_pipeline_is_small_and_has_the_topology_of_sd15(pipe):
     assert tuple(config.up_block_types) == ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     assert config.mid_block_type == "UNetMidBlock2DCrossAttn"
     assert (config.in_channels, config.out_channels, config.layers_per_block) == (4, 4, 2)
-    assert config.attention_head_dim == 8
+    assert tuple(config.attention_head_dim) == (1, 2, 4, 8)
     assert len(layer_names(pipe.unet)) == 22 + 16 * 3
     schedule = pipe.scheduler.config
     assert (schedule.beta_start, schedule.beta_end) == (0.00085, 0.012)
@@ -128,27 +133,60 @@ def test_sample_images_match_their_captions():
         assert lines[index]["text"] == caption and error < 8  # palette images
 
 
-def test_stochastic_depth_leaves_the_model_as_it_was():
+@pytest.fixture
+def busy_unet():
+    """Fresh, but with every branch at work: residuals and lower skip connections start at zero."""
     torch.manual_seed(0)
     unet = new_unet(64).eval()
-    inputs = torch.randn(2, 4, 32, 32), torch.tensor([10, 900]), torch.randn(2, 24, 64)
     with torch.no_grad():
-        before = unet(*inputs).sample
-        sampler = TransformerSampler(unet, 0)
-        sampler.count = 1  # the first sample passes through all transformers, the second does not
-        partly = unet(*inputs).sample
-        sampler.detach()
-        after = unet(*inputs).sample
-    assert torch.allclose(before[0], partly[0], atol=1e-5)
-    assert (before[1] - partly[1]).abs().max() > 1e-3
+        for parameter in unet.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return unet
+
+
+@torch.no_grad()
+def three_outputs(unet, make_sampler, **counts):
+    """Before, with a sampler that leaves something out for the second of two samples, after."""
+    inputs = torch.randn(2, 4, 32, 32), torch.tensor([10, 900]), torch.randn(2, 24, 64)
+    before = unet(*inputs).sample
+    sampler = make_sampler(unet)
+    for name, value in counts.items():
+        setattr(sampler, name, value)
+    partly = unet(*inputs).sample
+    sampler.detach()
+    return before, partly, unet(*inputs).sample
+
+
+@pytest.mark.parametrize(
+    "make_sampler, counts",
+    [
+        (lambda unet: TransformerSampler(unet, 0), {"count": 1}),
+        (lambda unet: TransformerSampler(unet, 2), {"count": 1}),
+        (SkipSampler, {"count": 1, "top_count": 2}),
+        (SkipSampler, {"count": 2, "top_count": 1}),
+    ],
+)
+def test_a_sampler_leaves_out_its_part_for_the_rest_of_a_batch(busy_unet, make_sampler, counts):
+    before, partly, after = three_outputs(busy_unet, make_sampler, **counts)
+    assert torch.allclose(before[0], partly[0], atol=1e-4 * before.abs().max())
+    assert (before[1] - partly[1]).abs().max() > 1e-2 * before.abs().max()
     assert torch.equal(before, after)
 
 
-def test_lower_skips_are_switched_off(pipe):
-    # Hidden widths at the entrances of the nine lower up ResBlocks: 128 from the mid block and
-    # up block 0, then 64 within up block 1, then 32 within up block 2.
-    starts = [128, 128, 128, 128, 64, 64, 64, 32, 32]
-    resnets = [resnet for block in pipe.unet.up_blocks[:3] for resnet in block.resnets]
-    for start, resnet in zip(starts, resnets, strict=True):
-        assert resnet.conv1.weight[:, start:].abs().max() == 0
-        assert resnet.conv1.weight[:, :start].abs().max() > 0
+def test_the_lowest_level_sometimes_has_the_mid_block_alone(busy_unet):
+    torch.manual_seed(1)  # the draws that follow leave the branches out for one sample of two
+    before, partly, after = three_outputs(busy_unet, DepthSampler)
+    differs = (before - partly).abs().amax((1, 2, 3)) > 1e-3 * before.abs().max()
+    assert sorted(differs.tolist()) == [False, True]
+    assert torch.equal(before, after)
+
+
+def test_without_skip_connections_the_input_shows_only_through_the_lowest_level(busy_unet):
+    sampler = SkipSampler(busy_unet)  # keeps none
+    handle = busy_unet.mid_block.register_forward_hook(lambda _m, _a, output: 0 * output)
+    step, states = torch.tensor([500]), torch.randn(1, 24, 64)
+    with torch.no_grad():
+        one, two = (busy_unet(torch.randn(1, 4, 32, 32), step, states).sample for _ in range(2))
+    handle.remove()
+    sampler.detach()
+    assert torch.equal(one, two)

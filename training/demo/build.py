@@ -10,10 +10,11 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("demo-work"), help="intermediate results")
     parser.add_argument("--images", type=Path, help="write the sample images into this folder")
     parser.add_argument("--autoencoder-minutes", type=float, default=10.0)
-    parser.add_argument("--denoiser-minutes", type=float, default=55.0)
+    parser.add_argument("--denoiser-minutes", type=float, default=108.0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -105,7 +106,7 @@ def denoiser_stage(
     """Train U-Net and text encoder, watching the mid block, and export their moving averages."""
     tokenizer = write_tokenizer(captions, work / "tokenizer")
     recipe = Recipe(seconds=seconds)
-    state = State.fresh(new_text_encoder(tokenizer), recipe)
+    state = State.fresh(new_text_encoder(tokenizer))
     checkpoint = work / "denoiser.pt"
     if checkpoint.exists():
         state.load(checkpoint)
@@ -119,7 +120,7 @@ def denoiser_stage(
         tokenize(tokenizer, captions),
         tokenize(tokenizer, [""]),
         recipe,
-        {200.0: save, 240.0: mid_monitor(vae, tokenizer)},
+        {200.0: save, 600.0: mid_monitor(vae, tokenizer)},
     )
     save(state)
 
@@ -163,7 +164,7 @@ def export(
     unet: torch.nn.Module,
 ) -> None:
     """Save in diffusers' layout; the models handed in stay as they are."""
-    parts = [type(model).from_config(model.config) for model in (vae, unet)]
+    parts = [type(model).from_config(_without_path(model.config)) for model in (vae, unet)]
     for part, model in zip(parts, (vae, unet), strict=True):
         part.load_state_dict(model.state_dict())
     text_copy = CLIPTextModel(text.config)
@@ -186,6 +187,10 @@ def export(
     if folder.exists():
         shutil.rmtree(folder)
     fresh.replace(folder)
+
+
+def _without_path(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
 def _edit_json(path: Path, **changes: str) -> None:

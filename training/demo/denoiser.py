@@ -1,20 +1,27 @@
 """Training of the demo's U-Net: Stable Diffusion 1.5's topology at small width.
 
-Trained plainly for a short time, a small U-Net of this shape leaves its lowest level unused: the
-skip connections and the transformers above carry all that is needed, and pruning experiments on a
-dead block prove nothing. So the detours are closed for a part of every batch: those samples go
-without the transformers above the mid block (stochastic depth, Huang et al. 2016) and without the
-skip connections below the highest level, so that layout and prompt reach them through the lowest
-level only. The others use the whole network, as inference does. This also saves time, since the
-transformers of the upper levels are by far the most expensive part on a CPU. Residual branches
+Trained plainly for as long as a CPU allows, a small U-Net of this shape leaves its lowest level
+unused: skip connections and the transformers above carry all that is needed, and pruning
+experiments on a dead block prove nothing. So the lowest level learns first, and alone:
+
+1. Without skip connections, and with no transformer but the mid block's, the U-Net is a denoising
+   autoencoder with a bottleneck of 4x4. It learns to predict the image (that part of the noise
+   prediction that is not the noisy input itself).
+2. The skip connections of the highest level open. With the noisy input in sight the same
+   prediction, from below, becomes a prediction of the noise.
+3. The other skip connections and transformers open, with weights that start at zero.
+
+A few samples of every batch stay in stage 1 to the end. Within the lowest level the ResBlocks
+beside the mid block are left out for half of the samples (stochastic depth, Huang et al. 2016):
+seven ResBlocks can do each other's work there, and the outer ones learn faster. Residual branches
 start at zero, as in latent diffusion's own code, and the loss is weighted towards heavy noise,
-where global things have to be inferred.
+where global things have to be inferred. Leaving transformers out also saves most of the time.
 """
 
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +32,7 @@ from transformers import CLIPTextModel
 
 log = logging.getLogger(__name__)
 
-WIDTHS = (16, 32, 64, 128)
+WIDTHS = (12, 32, 64, 144)
 HEADS = (1, 2, 4, 8)
 SCHEDULE = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -33,24 +40,37 @@ SCHEDULE = dict(
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Shares of each batch with all skip connections, with at least those of the highest level,
+    and with the transformers of levels 0, 1 and 2."""
+
+    all_skips: float
+    top_skips: float
+    transformers: tuple[float, float, float]
+
+
+BOTTLENECK = Stage(0.0, 0.0, (0.0, 0.0, 0.0))
+FROM_BELOW = Stage(0.0, 0.75, (0.0, 0.0, 0.0))
+WHOLE = Stage(0.75, 0.875, (0.25, 0.5, 0.75))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Settings of the denoiser's training."""
 
-    seconds: float = 6600.0  # wall-clock budget
+    seconds: float = 6480.0  # wall-clock budget
     batch: int = 16
     peak_rate: float = 1.5e-3
-    mid_rate_factor: float = 2.0  # the mid block learns faster
+    bottleneck_weight: float = 0.2  # of the loss of samples without any skip connection
     caption_dropout: float = 0.1
-    ema_decay: float = 0.999
+    ema_decay: float = 0.998
     seed: int = 0
 
-    def transformer_shares(self, progress: float) -> tuple[float, float, float]:
-        """Share of each batch that passes through the transformers of levels 0, 1 and 2."""
-        return (0.125, 0.25, 0.5) if progress < 0.75 else (0.25, 0.5, 0.75)
-
-    def detour_share(self, progress: float) -> float:
-        """Share of each batch that goes without the skip connections below the highest level."""
-        return 0.5 if progress < 0.75 else 0.25
+    def stage(self, progress: float) -> Stage:
+        """What is open at a share of the training."""
+        if progress < 0.27:
+            return BOTTLENECK
+        return FROM_BELOW if progress < 0.6 else WHOLE
 
 
 @dataclass
@@ -65,18 +85,9 @@ class State:
     elapsed: float = 0.0
 
     @classmethod
-    def fresh(cls, text: CLIPTextModel, recipe: Recipe) -> "State":
+    def fresh(cls, text: CLIPTextModel) -> "State":
         unet = new_unet(text.config.hidden_size)
-        mid = list(unet.mid_block.parameters())
-        special = {id(p) for p in mid}
-        rest = [p for p in unet.parameters() if id(p) not in special]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [*rest, *text.parameters()], "factor": 1.0},
-                {"params": mid, "factor": recipe.mid_rate_factor},
-            ],
-            betas=(0.9, 0.99),
-        )
+        optimizer = torch.optim.AdamW([*unet.parameters(), *text.parameters()], betas=(0.9, 0.99))
         ema = copy.deepcopy(nn.ModuleList([unet, text])).requires_grad_(False)
         return cls(unet, text, ema, optimizer)
 
@@ -103,7 +114,10 @@ class State:
 
 
 def new_unet(text_width: int) -> UNet2DConditionModel:
-    """An untrained U-Net: SD1.5's blocks, four levels from 32x32 to 4x4, silent residuals."""
+    """An untrained U-Net: SD1.5's blocks, four levels from 32x32 to 4x4.
+
+    Residual branches and what reads the skip connections below the highest level start at zero.
+    """
     unet = UNet2DConditionModel(
         sample_size=32,
         in_channels=4,
@@ -120,7 +134,23 @@ def new_unet(text_width: int) -> UNet2DConditionModel:
         if name.endswith((".conv2", ".proj_out")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+    for resnet, hidden, level in up_resnets(unet):
+        if level > 0:
+            nn.init.zeros_(resnet.conv1.weight[:, hidden:])
+            nn.init.zeros_(resnet.conv_shortcut.weight[:, hidden:])
     return unet
+
+
+def up_resnets(unet: UNet2DConditionModel) -> Iterator[tuple[nn.Module, int, int]]:
+    """The ResBlocks of the up path with their level and the width of their hidden state.
+
+    The input is [hidden, skip]; the hidden state comes at the width of the ResBlock before.
+    """
+    width = WIDTHS[-1]
+    for number, block in enumerate(unet.up_blocks):
+        for resnet in block.resnets:
+            yield resnet, width, len(unet.up_blocks) - 1 - number
+            width = resnet.out_channels
 
 
 def new_scheduler() -> PNDMScheduler:
@@ -147,20 +177,25 @@ def train_denoiser(
     noiser = DDPMScheduler(**SCHEDULE)
     samplers = [TransformerSampler(state.unet, level) for level in (0, 1, 2)]
     skips = SkipSampler(state.unet)
+    depth = DepthSampler(state.unet)
     due = {period: state.elapsed + period for period in every}
     torch.manual_seed(recipe.seed + state.step)
     while state.elapsed < recipe.seconds:
         began = time.monotonic()
         progress = state.elapsed / recipe.seconds
         _set_rate(state, recipe, progress)
-        for sampler, share in zip(samplers, recipe.transformer_shares(progress), strict=True):
+        stage = recipe.stage(progress)
+        for sampler, share in zip(samplers, stage.transformers, strict=True):
             sampler.count = round(recipe.batch * share)
-        skips.count = round(recipe.batch * (1 - recipe.detour_share(progress)))
+        skips.count = round(recipe.batch * stage.all_skips)
+        skips.top_count = round(recipe.batch * stage.top_skips)
         picks = torch.randint(len(latents), (recipe.batch,))
         kept_ids = torch.where(
             torch.rand(recipe.batch, 1) < recipe.caption_dropout, empty_ids, ids[picks]
         )
-        loss = _loss(state, noiser, latents[picks], kept_ids)
+        loss = _loss(
+            state, noiser, latents[picks], kept_ids, skips.top_count, recipe.bottleneck_weight
+        )
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([*state.unet.parameters(), *state.text.parameters()], 1.0)
@@ -172,7 +207,7 @@ def train_denoiser(
             if state.elapsed >= due[period]:
                 due[period] = state.elapsed + period
                 callback(state)
-    for sampler in (*samplers, skips):
+    for sampler in (*samplers, skips, depth):
         sampler.detach()
 
 
@@ -205,23 +240,46 @@ class TransformerSampler:
             del block.forward
 
 
-class SkipSampler:
-    """Keeps the skip connections below the highest level for the first `count` samples only."""
+class DepthSampler:
+    """Leaves out the residual branches beside the mid block, for half of the samples of a batch.
+
+    The seven ResBlocks of the lowest level can do each other's work, and the outer ones learn
+    faster; without them the mid block has to do it.
+    """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.count = 0
-        width = WIDTHS[-1]  # of the hidden state; the skip tensor is concatenated behind it
-        self.handles = []
-        for block in unet.up_blocks[:-1]:
-            for resnet in block.resnets:
-                self.handles.append(resnet.register_forward_pre_hook(self._cut(width)))
-                width = resnet.out_channels
+        self._kept = torch.ones(0)
+        blocks = [*unet.down_blocks[-1].resnets, *unet.up_blocks[0].resnets]
+        self.handles = [unet.register_forward_pre_hook(self._draw)]
+        self.handles += [block.conv2.register_forward_hook(self._drop) for block in blocks]
 
-    def _cut(self, width: int) -> Callable[[nn.Module, tuple], tuple]:
+    def _draw(self, _module: nn.Module, inputs: tuple) -> None:
+        self._kept = torch.rand(len(inputs[0]), 1, 1, 1) < 0.5
+
+    def _drop(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        return output * self._kept
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class SkipSampler:
+    """Keeps all skip connections for the first `count` samples of a batch only, and those of the
+    highest level for the first `top_count`."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.count = self.top_count = 0
+        self.handles = [
+            resnet.register_forward_pre_hook(self._cut(hidden, level == 0))
+            for resnet, hidden, level in up_resnets(unet)
+        ]
+
+    def _cut(self, width: int, top: bool) -> Callable[[nn.Module, tuple], tuple]:
         def cut(_module: nn.Module, inputs: tuple) -> tuple:
             hidden, *rest = inputs
-            n = self.count
-            if n == len(hidden):
+            n = self.top_count if top else self.count
+            if n >= len(hidden):
                 return inputs
             open_part, closed = hidden[:n], hidden[n:]
             closed = torch.cat([closed[:, :width], torch.zeros_like(closed[:, width:])], 1)
@@ -234,26 +292,43 @@ class SkipSampler:
             handle.remove()
 
 
-def _loss(state: State, noiser: DDPMScheduler, latents: Tensor, ids: Tensor) -> Tensor:
-    """Epsilon loss weighted by sqrt((1-a)/a) within [0.5, 4], between noise and image space."""
-    steps = torch.randint(1000, (len(latents),))
-    high = torch.rand(len(latents)) < 0.4
+def _loss(
+    state: State,
+    noiser: DDPMScheduler,
+    latents: Tensor,
+    ids: Tensor,
+    direct: int,
+    bottleneck_weight: float,
+) -> Tensor:
+    """Epsilon loss weighted by sqrt((1-a)/a) within [0.5, 4], between noise and image space.
+
+    Samples from `direct` on have no skip connections, so they can't know the noise: of
+    eps = (x_t - sqrt(a) x_0) / sqrt(1 - a) they learn the part that speaks of the image.
+    """
+    count = len(latents)
+    steps = torch.randint(1000, (count,))
+    high = torch.rand(count) < 0.4
     steps[high] = torch.randint(400, 1000, (int(high.sum()),))
+    steps[direct:] = torch.randint(200, 1000, (count - direct,))
     noise = torch.randn_like(latents)
     noisy = noiser.add_noise(latents, noise, steps)
     with torch.autocast("cpu", torch.bfloat16):
         states = state.text(ids).last_hidden_state
         predicted = state.unet(noisy, steps, states).sample
     kept = noiser.alphas_cumprod[steps]
-    weight = ((1 - kept) / kept).sqrt().clamp(0.5, 4.0)
-    return (weight * (predicted.float() - noise).pow(2).mean((1, 2, 3))).mean()
+    ratio = ((1 - kept) / kept).sqrt()
+    target = torch.cat([noise[:direct], -latents[direct:] / ratio[direct:, None, None, None]])
+    weight = ratio.clamp(0.5, 4.0)
+    if direct:
+        weight[direct:] *= bottleneck_weight
+    return (weight * (predicted.float() - target).pow(2).mean((1, 2, 3))).mean()
 
 
 def _set_rate(state: State, recipe: Recipe, progress: float) -> None:
     warm = min(1.0, (state.step + 1) / 100)
     decay = min(1.0, 2.0 * (1 - progress)) + 0.01
     for group in state.optimizer.param_groups:
-        group["lr"] = recipe.peak_rate * group["factor"] * warm * decay
+        group["lr"] = recipe.peak_rate * warm * decay
 
 
 @torch.no_grad()
