@@ -162,6 +162,18 @@ def test_the_weights_left_out_really_leave_the_device(
     assert record.saved_bytes >= 0.95 * expected
 
 
+def test_the_peak_falls_too_with_selection_and_restoring_included(comfy, model, layer, run, memory):
+    one = layer()
+    patched = comfy.patch.attach(model, one)
+    peaks = []
+    run(model, side=40, steps=1)
+    for variant in (model, patched):
+        memory.reset_peak()
+        run(variant, side=40, steps=1)
+        peaks.append(memory.peak())
+    assert peaks[0] - peaks[1] >= 0.9 * weights_left_out(one)
+
+
 def test_the_numbers_do_not_depend_on_where_the_weights_are(comfy, model, small_model, layer, run):
     at_home = small_model()
     expected = run(comfy.patch.attach(at_home, layer()))
