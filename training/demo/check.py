@@ -45,6 +45,13 @@ class Effect:
     increase: float
     error: float
 
+    @classmethod
+    def of(cls, changed: Tensor, intact: Tensor) -> "Effect":
+        """Of the losses of the same samples, `[N]`, with a change and without."""
+        difference = changed - intact
+        error = difference.std() / len(difference) ** 0.5
+        return cls((difference.mean() / intact.mean()).item(), (error / intact.mean()).item())
+
     def __str__(self) -> str:
         return f"{100 * self.increase:+.3f} % ± {100 * self.error:.3f}"
 
@@ -89,14 +96,15 @@ def noisy_probe(latents: Tensor, states: Tensor, lowest_step: int) -> Probe:
 
 
 @torch.no_grad()
-def losses(unet: UNet2DConditionModel, probe: Probe, batch: int = 16) -> Tensor:
+def predictions(unet: UNet2DConditionModel, probe: Probe, batch: int = 16) -> Tensor:
+    """The predicted noise, `[N, 4, 32, 32]`."""
+    slices = [slice(i, i + batch) for i in range(0, len(probe.steps), batch)]
+    return torch.cat([unet(probe.noisy[s], probe.steps[s], probe.states[s]).sample for s in slices])
+
+
+def losses(unet: UNet2DConditionModel, probe: Probe) -> Tensor:
     """Mean squared error of the predicted noise, per sample, `[N]`."""
-    parts = []
-    for i in range(0, len(probe.steps), batch):
-        chosen = slice(i, i + batch)
-        predicted = unet(probe.noisy[chosen], probe.steps[chosen], probe.states[chosen]).sample
-        parts.append((predicted - probe.noise[chosen]).pow(2).mean((1, 2, 3)))
-    return torch.cat(parts)
+    return (predictions(unet, probe) - probe.noise).pow(2).mean((1, 2, 3))
 
 
 @contextmanager
@@ -113,9 +121,7 @@ def zeroed(unet: UNet2DConditionModel, *names: str) -> Iterator[None]:
 def effect(unet: UNet2DConditionModel, probe: Probe, intact: Tensor, *names: str) -> Effect:
     """What zeroing the named modules does to the loss; `intact` is `losses(unet, probe)`."""
     with zeroed(unet, *names):
-        difference = losses(unet, probe) - intact
-    error = difference.std() / len(difference) ** 0.5
-    return Effect((difference.mean() / intact.mean()).item(), (error / intact.mean()).item())
+        return Effect.of(losses(unet, probe), intact)
 
 
 def layer_names(unet: UNet2DConditionModel) -> list[str]:
@@ -144,15 +150,16 @@ def main() -> None:
         f"both mid ResBlocks, t >= 500, {args.mid_samples} portraits: loss {intact.mean():.5f}, "
         f"{effect(pipe.unet, wide, intact, *MID)}"
     )
-    probes = [make_probe(pipe, args.samples, lowest) for lowest in (500, 0)]
-    intacts = [losses(pipe.unet, probe) for probe in probes]
-    print(f"{'zeroed layer':58} {'t >= 500':>22} {'all t':>22}")
+    probe = make_probe(pipe, args.samples, 500)
+    dense = predictions(pipe.unet, probe)
+    intact = (dense - probe.noise).pow(2).mean((1, 2, 3))
+    print(f"{'zeroed layer, t >= 500':58} {'increase of the loss':>22} {'output moved (MSE)':>20}")
     for name in layer_names(pipe.unet):
-        columns = [
-            str(effect(pipe.unet, probe, intact, name))
-            for probe, intact in zip(probes, intacts, strict=True)
-        ]
-        print(f"{name:58} {columns[0]:>22} {columns[1]:>22}", flush=True)
+        with zeroed(pipe.unet, name):
+            output = predictions(pipe.unet, probe)
+        increase = Effect.of((output - probe.noise).pow(2).mean((1, 2, 3)), intact)
+        moved = (output - dense).pow(2).mean().item()
+        print(f"{name:58} {increase!s:>22} {moved:>20.1e}", flush=True)
 
 
 if __name__ == "__main__":
