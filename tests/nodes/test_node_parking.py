@@ -365,6 +365,19 @@ def test_low_vram_loading_needs_no_parking_and_keeps_its_marks(
     assert torch.equal(run(model), plain)
 
 
+def test_modules_that_comfyui_casts_although_they_are_loaded_keep_their_marks(
+    comfy, model, layer, run
+):
+    model.force_cast_weights = True
+    run(model)
+    before = state(model)
+    assert all(vars(conv)["comfy_cast_weights"] for conv in convs(model))
+    patched = comfy.patch.attach(model, layer())
+    run(patched)
+    assert comfy.patch.attached(patched).record.kept_full == ""
+    assert state(model) == before
+
+
 def test_weights_that_hooks_change_are_not_parked(comfy, model, layer, run, conditioning, device):
     hooks = comfy.root.hooks.create_hook_lora(None, 1.0, 0.0)
     (hook,) = hooks.hooks
