@@ -38,7 +38,7 @@ from .resblock import (
     masked_forward,
 )
 from .schedule import ALWAYS, NEVER, Schedule, ScheduleError, StepRange, step_index
-from .sites import DEFAULT_SCOPE, SCOPES, SD15, ResBlock, Site, Topology
+from .sites import DEFAULT_SCOPE, SCOPES, SD15, ResBlock, Site, Topology, blocks_of
 
 __all__ = [
     "ALIGNMENT",
@@ -77,6 +77,7 @@ __all__ = [
     "Topology",
     "aligned_counts",
     "block_gates",
+    "blocks_of",
     "build_report",
     "expected_output",
     "fingerprint",

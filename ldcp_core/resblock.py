@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gates import ALIGNMENT, Padding
-from .sites import SiteKind
+from .sites import SiteKind, blocks_of
 
 #: bytes of weights convolved at once on a CPU
 CPU_PIECE = 24 * 2**20
@@ -341,7 +341,6 @@ def block_gates(
     keep_sets: Mapping[str, Tensor], constants: Mapping[str, Tensor], padding: Padding
 ) -> dict[str, BlockGate]:
     """Group per-site keep-sets by ResBlock: block name -> `BlockGate`."""
-    blocks = dict.fromkeys(site.rsplit(".", 1)[0] for site in keep_sets)
     return {
         block: BlockGate(
             padding,
@@ -350,5 +349,5 @@ def block_gates(
             keep_sets.get(f"{block}.conv2"),
             constants.get(f"{block}.conv2"),
         )
-        for block in blocks
+        for block in blocks_of(keep_sets)
     }

@@ -7,7 +7,7 @@ scope is one line in `SCOPES`. Hosts map these names to their own modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -152,3 +152,12 @@ class Topology:
 
 
 SD15 = Topology()
+
+
+def blocks_of(sites: Iterable[str]) -> list[str]:
+    """The ResBlocks that these sites lie in, each once, in the order of the sites.
+
+    >>> blocks_of(["mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"])
+    ['mid_block.resnets.0']
+    """
+    return list(dict.fromkeys(site.rsplit(".", 1)[0] for site in sites))

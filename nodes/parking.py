@@ -98,14 +98,13 @@ class Parking:
         for parked in self._parked:
             try:
                 self._restore(model, parked)
-            except torch.OutOfMemoryError:
+            except Exception as error:  # out of memory, above all, whatever PyTorch calls it
                 log.warning(
-                    "LDCP: no room to bring a pruned layer's full weights back to %s; they stay "
+                    "LDCP: a pruned layer's full weights can't come back to %s (%s); they stay "
                     "offloaded, which is right but slower, until the model is loaded again",
                     self.places.load,
+                    error,
                 )
-            except Exception:
-                log.exception("LDCP: a pruned layer's full weights stay offloaded")
         self._parked.clear()
 
     def surrender(self) -> None:

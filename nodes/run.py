@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ldcp_core import ALWAYS, BlockGate, Gates, Schedule, step_index
+from ..ldcp_core import ALWAYS, BlockGate, Gates, Schedule, blocks_of, step_index
 from .blocks import Compact, Forward, compact, override
 from .parking import FullWeights, Parking, nbytes
 from .record import RunRecord
@@ -41,7 +41,7 @@ class Layer:
     full_weights: FullWeights = "auto"
 
     def prunes(self, block: str) -> bool:
-        return any(site.rsplit(".", 1)[0] == block for site in self.keep_sets)
+        return block in blocks_of(self.keep_sets)
 
 
 class Run:
@@ -143,8 +143,7 @@ class Run:
             if active[number]
             for site in layer.keep_sets
         }
-        blocks = dict.fromkeys(site.rsplit(".", 1)[0] for site in owner)
-        return {b: (owner.get(f"{b}.conv1"), owner.get(f"{b}.conv2")) for b in blocks}
+        return {b: (owner.get(f"{b}.conv1"), owner.get(f"{b}.conv2")) for b in blocks_of(owner)}
 
     def _gate(self, block: str, owners: Owners) -> BlockGate:
         """The gate of one block, each site as its layer has it."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..ldcp_core import Gates, Topology
+from ..ldcp_core import Gates, Topology, blocks_of
 from .blocks import check_block
 
 
@@ -110,7 +110,7 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, nn.Module]:
                 f"architecture (gates: widths {gates.topology.widths}, model: "
                 f"{topology.widths}). Choose gates that were trained for this model"
             )
-    named = {site.rsplit(".", 1)[0] for site in gates.scores}
+    named = blocks_of(gates.scores)
     found = {}
     for block in topology.res_blocks():
         if block.name in named:

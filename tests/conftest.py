@@ -79,6 +79,6 @@ def comfyui_path() -> Path | None:
 @pytest.fixture(scope="session")
 def comfyui_python() -> Path | None:
     """The Python to run ComfyUI with; skips where the node tests run in this one."""
-    if IN_PROCESS:
+    if IN_PROCESS:  # nothing is left out: a second pytest would run the same tests again
         pytest.skip(f"the node tests run in this Python, inside {COMFYUI}")
     return None if COMFYUI is None else find_comfyui_python(COMFYUI)

@@ -52,11 +52,10 @@ from training.benchmarking.variants import (
 )
 from training.errors import UserError
 from training.gating import topology_of
-from training.models import load_model
+from training.models import DTYPES, load_model
 
 log = logging.getLogger("training.benchmark")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: what --quick stands for; options that are given still count
 QUICK: dict[str, Any] = {
     "resolution": 64,
@@ -72,8 +71,9 @@ BLOCK_ROUNDS = 4
 
 EPILOG = """\
 On a CPU under Linux, glibc may give every block of memory above 32 MB back at once and have it
-zeroed again at the next call. The convolutions of the mid block need such blocks when dense and, at
-50% sparsity, stay below that limit, so that pruning can look twice as good as the work it saves.
+zeroed again at the next call. The convolutions of the mid block need such blocks when dense; pruned
+ones are computed in pieces that stay below that limit, so that pruning can look twice as good as
+the work it saves.
 To time the work alone, start with
   MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 in the environment; the report says whether the first of them was set.

@@ -53,12 +53,11 @@ from training.learning import (
     new_optimizer,
     noise_scale,
 )
-from training.models import load_model
+from training.models import DTYPES, load_model
 from training.report import History, plot_curves, plot_scores
 
 log = logging.getLogger("training.fit")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEMO = Path(__file__).parent / "demo"
 #: what --demo stands for; every option can still be given
 DEMO_SETTINGS: dict[str, Any] = {

@@ -24,6 +24,7 @@ from ldcp_core import (
     SoftGate,
     Topology,
     block_gates,
+    blocks_of,
     masked_forward,
 )
 from training.errors import UserError
@@ -122,8 +123,7 @@ def masked(unet: UNet2DConditionModel, gates: Mapping[str, SoftGate], padding: P
 
         return forward
 
-    blocks = dict.fromkeys(site.rsplit(".", 1)[0] for site in gates)
-    return overridden(unet, {block: forward_of(block) for block in blocks})
+    return overridden(unet, {block: forward_of(block) for block in blocks_of(gates)})
 
 
 def compact_blocks(

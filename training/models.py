@@ -41,6 +41,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from training.configs import SD15, folder, single_file
 from training.errors import UserError
 
+#: the precisions of the U-Net by the names that command lines take
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXPECTED = (
     "a diffusers folder, a Stable Diffusion 1.5 checkpoint (.safetensors or .ckpt), or a hub id "
     "such as stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -39,7 +39,7 @@ def comfy(comfyui_path, report_note):
         import folder_paths
 
         import nodes
-    except ImportError as error:
+    except ImportError as error:  # this Python lacks one of ComfyUI's requirements
         sys.path.remove(str(comfyui_path))
         message = f"NODE TESTS SKIPPED: {comfyui_path} does not import here: {error}"
         report_note.append(message)

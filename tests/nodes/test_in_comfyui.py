@@ -19,7 +19,7 @@ REPOSITORY = HERE.parents[1]
 
 
 def test_the_node_tests_pass_inside_comfyui(comfyui_path, comfyui_python, report_note, tmp_path):
-    if comfyui_python is None:
+    if comfyui_python is None:  # ComfyUI is no requirement of this repository
         missing = "a ComfyUI" if comfyui_path is None else f"a Python that can run {comfyui_path}"
         message = (
             f"NODE TESTS SKIPPED: {missing} was not found; set COMFYUI_PATH to a ComfyUI and "

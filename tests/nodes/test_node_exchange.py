@@ -21,7 +21,7 @@ TIMESTEP = 500  # that of tests/nodes/exchange.py
 @pytest.fixture(scope="module")
 def folder(report_note):
     named = os.environ.get("LDCP_TEST_EXCHANGE")
-    if named is None:
+    if named is None:  # ComfyUI's Python has no diffusers to make them with
         message = (
             "EXCHANGE TEST SKIPPED: make the files with `python -m tests.nodes.exchange FOLDER` in "
             "the training environment and set LDCP_TEST_EXCHANGE to FOLDER"

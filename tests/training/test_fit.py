@@ -152,6 +152,7 @@ def test_a_broken_image_is_skipped_and_named(
     assert "1 of 9 images could not be read and were skipped" in capsys.readouterr().out
 
 
+# the point is a kill that no handler sees, and Windows has no signal of that kind
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL on Windows")
 def test_killed_at_any_time_the_old_gate_file_stays_whole(
     pipeline: Path, images: Path, tmp_path: Path

@@ -27,6 +27,7 @@ from ldcp_core import (
     Padding,
     Site,
     aligned_counts,
+    blocks_of,
     top_channels,
 )
 from training.benchmarking.timing import DENSE, Variant, synchronize
@@ -117,7 +118,7 @@ class Pruning:
     @property
     def blocks(self) -> list[str]:
         """The ResBlocks these sites lie in."""
-        return list(dict.fromkeys(site.rsplit(".", 1)[0] for site in self.keep_sets))
+        return blocks_of(self.keep_sets)
 
 
 def random_pruning(sites: Sequence[Site], sparsity: float, seed: int) -> Pruning:

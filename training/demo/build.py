@@ -80,19 +80,27 @@ def draw_training_set(work: Path) -> list[str]:
 def autoencoder_stage(work: Path, seconds: float) -> tuple[AutoencoderKL, Tensor]:
     """Train the autoencoder and encode the training set, or load both."""
     folder, latents_path = work / "vae", work / "latents.pt"
-    images = np.load(work / "images.npy", mmap_mode="r")
-    if not folder.exists():
-        vae = train_autoencoder(images, 0.6 * seconds, seed=0)
-        raw = encode_all(vae, images)
-        targets = standardise_(vae, raw)
-        targets[:, weakest_channel(raw)] = colour_targets(images)
-        add_colour_channel_(vae, images, targets, 0.4 * seconds, seed=1)
-        vae.register_to_config(scaling_factor=1 / encode_all(vae, images[:1000]).std().item())
-        vae.save_pretrained(folder)
-    vae = AutoencoderKL.from_pretrained(folder)
     if not latents_path.exists():
-        torch.save(encode_all(vae, images), latents_path)
+        images = np.load(work / "images.npy", mmap_mode="r")
+        if folder.exists():  # put there by hand: only the denoiser is to be trained
+            vae = AutoencoderKL.from_pretrained(folder)
+        else:
+            vae = _new_autoencoder(images, seconds)
+        latents = encode_all(vae, images)
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        vae.save_pretrained(folder)
+        torch.save(latents, latents_path)
+    vae = AutoencoderKL.from_pretrained(folder)
     return vae, torch.load(latents_path, weights_only=True) * vae.config.scaling_factor
+
+
+def _new_autoencoder(images: np.ndarray, seconds: float) -> AutoencoderKL:
+    vae = train_autoencoder(images, 0.6 * seconds, seed=0)
+    raw = encode_all(vae, images)
+    targets = standardise_(vae, raw)
+    targets[:, weakest_channel(raw)] = colour_targets(images)
+    add_colour_channel_(vae, images, targets, 0.4 * seconds, seed=1)
+    return vae
 
 
 def denoiser_stage(
