@@ -110,7 +110,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A short hash of the gated convolutions' base weights, to recognise the model.
+    """A short hash of the gated layers' base weights, to recognise the model.
 
     Sampled evenly and rounded to float16, so that a float32 model and its float16 copy agree.
     """
