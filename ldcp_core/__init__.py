@@ -15,6 +15,7 @@ from .criteria import (
     hidden_rows,
     magnitude,
     scores_at,
+    scores_by_rank,
 )
 from .feedforward import (
     CompactFeedForward,
@@ -129,6 +130,7 @@ __all__ = [
     "save_gates",
     "savings",
     "scores_at",
+    "scores_by_rank",
     "short_name",
     "sites_of",
     "step_index",

@@ -83,11 +83,11 @@ def scores_at(
     groups = [relative] if ranking == "global" else [{site: i} for site, i in relative.items()]
     scores: dict[str, Tensor] = {}
     for group in groups:
-        scores |= _scores_by_rank(group, keep_by_rank(group, sparsity, floor=floor))
+        scores |= scores_by_rank(group, keep_by_rank(group, sparsity, floor=floor))
     return scores
 
 
-def _scores_by_rank(
+def scores_by_rank(
     ranked: Mapping[str, Tensor], keep_sets: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Scores whose order is the common rank and whose cut at 0.5 is ``keep_sets``.

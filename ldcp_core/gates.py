@@ -66,7 +66,8 @@ class Gates:
 
     ``scores[site]`` and the optional ``constants[site]`` are float32 tensors [C]; a site without
     constants uses zero. ``padding`` is the rule the gates were made for. ``info`` is free-form
-    JSON-able provenance: criterion, λ, target sparsity, data, seed, versions.
+    JSON-able provenance: criterion, λ, target sparsity, data, seed, versions. ``importances[site]``
+    (optional, float32 [C]) is what a criterion measured before it became a score.
     """
 
     scores: Mapping[str, Tensor]
@@ -74,6 +75,7 @@ class Gates:
     padding: Padding = "zero"
     topology: Topology = SD15
     info: Mapping[str, Any] = field(default_factory=dict)
+    importances: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
