@@ -27,6 +27,7 @@ Criterion = Literal[
     "magnitude-l1",
     "magnitude-l2",
     "random",
+    "own-effect",
     "taylor",
     "diff-pruning",
     "diversity",
@@ -209,6 +210,35 @@ def _owned_parameters(unet: nn.Module, sites: Sequence[Site]) -> list[nn.Paramet
     for site in sites:
         owned(unet, site, remember)
     return list(found.values())
+
+
+def own_effect(
+    denoising: Denoising,
+    problems: Sequence[Problem],
+    sites: Sequence[Site],
+    constants: Importances,
+    padding: Padding,
+    seed: int,
+) -> Importances:
+    """E‖∂ε_θ/∂m‖²: what replacing a channel alone does to the output, to first order.
+
+    The diagonal of the Gauss-Newton matrix of the reconstruction loss, estimated with one random
+    projection of the output per batch (Hutchinson 1990): E_v (∂(v·ε_θ)/∂m)² = ‖∂ε_θ/∂m‖².
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total: Importances = {site.name: torch.zeros(site.channels) for site in sites}
+    for problem in problems:
+        probe = torch.randn(problem.noisy.shape, generator=generator).to(problem.noisy)
+        found = gate_gradients(
+            denoising,
+            problem,
+            sites,
+            constants,
+            padding,
+            lambda output, probe=probe: (output * probe).float().sum(),
+        )
+        total = {name: total[name] + found[name].square() for name in total}
+    return {name: values / len(problems) for name, values in total.items()}
 
 
 @dataclass(frozen=True)

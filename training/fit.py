@@ -36,16 +36,19 @@ from ldcp_core import (
     Topology,
     fingerprint,
     gates_report,
+    least_kept,
     save_gates,
 )
 from training.budget import Budget, BudgetKind
 from training.config import PRESETS, Constant, FitConfig, Precision, Reconstruction
+from training.criteria import own_effect
 from training.data import Batch, ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
 from training.gating import ChannelMeans, deviation, hard_gates, topology_of
 from training.learning import (
     TARGET_TOLERANCE,
+    TRAVEL,
     Alignment,
     GateLearner,
     Landing,
@@ -98,19 +101,19 @@ def fit(config: FitConfig) -> FitResult:
     sites = _sites(topology, config.scope)
     side = data.resolution // model.vae_scale_factor
     budget = Budget(config.budget, sites, config.padding, Latent(side, side))
-    learner = GateLearner(sites, config.seed, budget, config.floor).to(device)
-    _check_target(config, learner)
+    _check_target(config, budget, sites)
     denoising = Denoising(model, config.seed)
     stream = data.batches(train, config.batch_size, seed=config.seed, epochs=None)
 
     log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
-    constants, effect = _calibrate(config, denoising, sites, stream)
+    constants, effect, effects = _calibrate(config, denoising, sites, stream)
     log.info(
         "%d channels at %d sites; pruning all of them moves the output by %.3g (MSE)",
         sum(site.channels for site in sites),
         len(sites),
         effect,
     )
+    learner = GateLearner(sites, config.seed, budget, config.floor, effects).to(device)
     history = _learn(config, denoising, learner, constants, effect, stream, len(train))
 
     alignment = aligned_scores(learner.scores(), config.target_sparsity, budget, learner.least)
@@ -200,11 +203,12 @@ def _learn(
 
 def _calibrate(
     config: FitConfig, denoising: Denoising, sites: list[Site], stream: Iterator[Batch]
-) -> tuple[dict[str, Tensor], float]:
-    """What stands in for pruned channels, and the deviation from dense with every gate closed.
+) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
+    """What stands in for pruned channels, the effect of closing all gates, and of closing each.
 
-    The first is the channels' mean over the data, or zero; the second is the unit of the
-    reconstruction loss.
+    The first is the channels' mean over the data, or zero; the second, the deviation from dense
+    with every gate closed, is the unit of the reconstruction loss; the third is where learning
+    starts (see `training.criteria.own_effect`).
     """
     problems = [denoising.problem(next(stream)) for _ in range(config.calibration_batches)]
     with ChannelMeans(denoising.model.unet, sites) as means:
@@ -227,7 +231,8 @@ def _calibrate(
             "a scope that does something",
             "check that the model's weights are intact",
         )
-    return constants, effect
+    effects = own_effect(denoising, problems, sites, constants, config.padding, config.seed)
+    return constants, effect, effects
 
 
 def _validate(
@@ -331,9 +336,9 @@ def _sites(topology: Topology, scope: str) -> list[Site]:
         raise UserError(f"--scope is {scope!r}: {error}.", "", "change --scope") from error
 
 
-def _check_target(config: FitConfig, learner: GateLearner) -> None:
+def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
     """The target must leave every site its floor (and rule ``zero`` its pruned columns)."""
-    most = learner.budget.most(learner.least)
+    most = budget.most({site.name: least_kept(site.channels, config.floor) for site in sites})
     if config.target_sparsity is not None and config.target_sparsity > most:
         raise UserError(
             f"--target-sparsity is {config.target_sparsity:g}, but with --floor {config.floor:g} "
@@ -423,7 +428,7 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
     add("--resolution", type=int, help="pixels (default: the model's own)")
     add("--batch-size", type=int, help=f"images per forward ({defaults['batch_size']})")
     add("--gradient-accumulation", type=int, help="batches per step (4)")
-    add("--learning-rate", type=float, help="of the logits (20 / steps)")
+    add("--learning-rate", type=float, help=f"of the logits ({TRAVEL:g} / steps)")
     add("--epochs", type=float, help="end after so many passes over the images")
     add("--max-steps", type=int, help=f"end after so many steps ({defaults['max_steps']})")
     add("--precision", choices=get_args(Precision), help="of the frozen U-Net (fp32)")

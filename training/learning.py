@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ldcp_core import THRESHOLD, ChannelGate, Site, aligned_counts, least_kept, top_channels
 from training.budget import Budget
 
-#: every channel starts kept, its logit uniform between these: equal ones would fall together
+#: every channel starts kept, its logit between these: equal ones would fall together. Random where
+#: nothing is known of the channels, by the rank of what each does alone where that was measured
 START_LOGITS = (0.8, 1.2)
+RANKED_LOGITS = (0.2, 1.8)
 #: logits stay within this, so that a channel can always come back
 LOGIT_BOUND = 3.0
 #: the least logit of the channels that a floor keeps
@@ -35,8 +37,8 @@ NOISE, LAST_NOISE = 0.5, 0.03
 RAMP_END, FADE_START, FADE_END = 0.4, 0.45, 0.75
 #: learning rate at the end of the run, as a share of the first
 LAST_LEARNING_RATE = 0.2
-#: how far a logit can go over a run: several times the way from bound to bound
-TRAVEL = 20.0
+#: how far a logit can go over a run: the way from bound to bound. With more, the last steps decide
+TRAVEL = 6.0
 #: gains of the λ controller, per unit of sparsity (the integral over the whole run)
 PROPORTIONAL, INTEGRAL = 60.0, 400.0
 #: how closely a learned sparsity must meet its target
@@ -46,22 +48,37 @@ TARGET_TOLERANCE = 0.01
 class GateLearner(nn.Module):
     """One `ChannelGate` per site, with the masks of the current step.
 
-    Of every site at least the share ``floor`` is kept.
+    Of every site at least the share ``floor`` is kept. ``effects`` (site name -> [C], of any scale)
+    is how much each channel does alone: the least important ones start nearest to the threshold.
     """
 
     def __init__(
-        self, sites: Sequence[Site], seed: int, budget: Budget | None = None, floor: float = 0.0
+        self,
+        sites: Sequence[Site],
+        seed: int,
+        budget: Budget | None = None,
+        floor: float = 0.0,
+        effects: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.sites = [site.name for site in sites]
         self.budget = budget or Budget("channels", sites)
         self.least = {site.name: least_kept(site.channels, floor) for site in sites}
         self.generator = torch.Generator().manual_seed(seed)
-        low, high = START_LOGITS
-        self.gates = nn.ModuleList(
-            ChannelGate(low + (high - low) * torch.rand(site.channels, generator=self.generator))
-            for site in sites
-        )
+        self.gates = nn.ModuleList(map(ChannelGate, self._start(sites, effects)))
+
+    def _start(self, sites: Sequence[Site], effects: Mapping[str, Tensor] | None) -> list[Tensor]:
+        """The first logits of every site, between `START_LOGITS` or `RANKED_LOGITS`."""
+        widths = [site.channels for site in sites]
+        if effects is None:
+            low, high = START_LOGITS
+            share = torch.rand(sum(widths), generator=self.generator)
+        else:
+            low, high = RANKED_LOGITS
+            order = torch.cat([effects[site.name] for site in sites]).argsort()
+            share = torch.empty(sum(widths))
+            share[order] = torch.arange(sum(widths)) / sum(widths)
+        return list(torch.split(low + (high - low) * share, widths))
 
     def masks(self, noise_scale: float) -> dict[str, Tensor]:
         """Site name -> mask [C]; exact (the file's rule) when ``noise_scale`` is 0."""

@@ -208,6 +208,12 @@ def measure(
     whole = _joined(ladders)
     if name == "taylor":
         return criteria.taylor(whole, sites, constants, padding), {}
+    if name == "own-effect":
+        problems = [problem for ladder in ladders for problem in ladder]
+        found = criteria.own_effect(
+            whole.denoising, problems, sites, constants, padding, config.seed
+        )
+        return found, {}
     if name == "flap":
         return criteria.flap(whole, sites), {}
     if name == "diff-pruning":
