@@ -36,6 +36,7 @@ from .gates import (
     aligned_counts,
     keep_by_rank,
     least_kept,
+    moving_cost,
     top_channels,
 )
 from .gating import block_gates
@@ -126,6 +127,7 @@ __all__ = [
     "magnitude",
     "masked_feed_forward",
     "masked_forward",
+    "moving_cost",
     "report_image",
     "save_gates",
     "savings",

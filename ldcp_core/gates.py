@@ -7,7 +7,7 @@ The rule between them is the same everywhere: a channel is kept iff its score ex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,7 +133,9 @@ def keep_by_rank(
     kept = torch.zeros(ranked.numel(), dtype=torch.bool)
     kept[order[:total]] = True
     wanted = [int(part.sum()) for part in torch.split(kept, widths)]
-    counts = aligned_counts(wanted, widths, total, multiple, least=least)
+    cut = float(ranked[order[total - 1]]) if total else math.inf
+    cost = moving_cost(list(scores.values()), cut) if math.isfinite(cut) else None
+    counts = aligned_counts(wanted, widths, total, multiple, least=least, cost=cost)
     return {
         site: top_channels(score, k)
         for (site, score), k in zip(scores.items(), counts, strict=True)
@@ -164,41 +166,61 @@ def aligned_counts(
     *,
     least: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
+    cost: Callable[[int, int], float] | None = None,
 ) -> list[int]:
     """Round per-site counts to multiples of ``multiple`` while holding their sum near ``total``.
 
     A site may also keep all of its channels, or as few as ``least`` says (default: none; a
     multiple). ``weights`` says what a channel of each site counts (default: 1, then ``total`` is
-    in channels). Starting from the rounded-down counts, the sites with the largest remainders are
-    rounded up until the sum is as near to ``total`` as it gets: no single step brings it closer.
+    in channels), ``cost(site, count)`` how bad a count is (default: how far from ``wanted``; see
+    `moving_cost`). Starting from the cheaper neighbour of every count, the cheapest steps are taken
+    until the sum is as near to ``total`` as it gets: no single step brings it closer.
 
     >>> aligned_counts([451, 445, 450, 446], [640] * 4, 1792)
     [448, 448, 448, 448]
     """
-    least = [0] * len(widths) if least is None else least
-    weights = [1] * len(widths) if weights is None else weights
+    floors = [0] * len(widths) if least is None else least
+    shares: Sequence[float] = [1] * len(widths) if weights is None else weights
+    bad = cost or (lambda site, count: abs(count - wanted[site]))
 
-    def step_up(count: int, width: int) -> int:
+    def up(count: int, width: int) -> int:
         return min(count - count % multiple + multiple, width)
 
-    def step_down(count: int, floor: int) -> int:
+    def down(count: int, floor: int) -> int:
         return max((count - 1) // multiple * multiple, min(floor, count))
 
-    counts = [
-        w if w == width else max(w - w % multiple, floor)
-        for w, width, floor in zip(wanted, widths, least, strict=True)
-    ]
+    def nearest(site: int, count: int) -> int:
+        count = max(count, floors[site])
+        if count % multiple == 0 or count == widths[site]:
+            return count
+        around = (down(count, floors[site]), up(count, widths[site]))
+        return min(around, key=lambda c: bad(site, c))
+
+    counts = [nearest(site, count) for site, count in enumerate(wanted)]
     while True:
-        gap = total - sum(c * weight for c, weight in zip(counts, weights, strict=True))
+        gap = total - sum(c * share for c, share in zip(counts, shares, strict=True))
         moves = [
-            (step_up(c, width) if gap > 0 else step_down(c, floor)) - c
-            for c, width, floor in zip(counts, widths, least, strict=True)
+            (up(c, width) if gap > 0 else down(c, floor)) - c
+            for c, width, floor in zip(counts, widths, floors, strict=True)
         ]
         useful = [
-            i for i, move in enumerate(moves) if move and abs(gap - move * weights[i]) < abs(gap)
+            i for i, move in enumerate(moves) if move and abs(gap - move * shares[i]) < abs(gap)
         ]
         if not useful:
             return counts
-        # the site whose new count strays least from what was wanted for it
-        best = min(useful, key=lambda i: (abs(counts[i] + moves[i] - wanted[i]), i))
+        best = min(useful, key=lambda i: (bad(i, counts[i] + moves[i]) - bad(i, counts[i]), i))
         counts[best] += moves[best]
+
+
+def moving_cost(values: Sequence[Tensor], cut: float) -> Callable[[int, int], float]:
+    """What it costs to keep the best ``count`` of a site instead of those above ``cut``.
+
+    The sum over the channels that change sides of how far from the cut their values [C] are.
+    """
+    tables = []
+    for value in values:
+        ordered = torch.sort(value.double().cpu(), descending=True).values - cut
+        below = torch.cat([ordered.new_zeros(1), (-ordered).clamp(min=0).cumsum(0)])
+        above = torch.cat([ordered.new_zeros(1), ordered.clamp(min=0).cumsum(0)])
+        tables.append((below + (above[-1] - above)).tolist())
+    return lambda site, count: float(tables[site][count])

@@ -47,6 +47,7 @@ from training.denoising import Denoising, HeldOut
 from training.errors import UserError
 from training.gating import ChannelMeans, deviation, hard_gates, topology_of
 from training.learning import (
+    SEED_WEIGHT,
     TARGET_TOLERANCE,
     TRAVEL,
     Alignment,
@@ -58,6 +59,7 @@ from training.learning import (
     learning_rate_factor,
     new_optimizer,
     noise_scale,
+    price_of,
 )
 from training.models import DTYPES, load_model
 from training.report import History, plot_curves, plot_scores
@@ -114,7 +116,8 @@ def fit(config: FitConfig) -> FitResult:
         effect,
     )
     learner = GateLearner(sites, config.seed, budget, config.floor, effects).to(device)
-    history = _learn(config, denoising, learner, constants, effect, stream, len(train))
+    unit = price_of(effects, budget) / SEED_WEIGHT
+    history = _learn(config, denoising, learner, constants, unit, stream, len(train))
 
     alignment = aligned_scores(learner.scores(), config.target_sparsity, budget, learner.least)
     gates = Gates(
@@ -141,7 +144,7 @@ def _learn(
     denoising: Denoising,
     learner: GateLearner,
     constants: dict[str, Tensor],
-    effect: float,
+    unit: float,
     stream: Iterator[Batch],
     images: int,
 ) -> History:
@@ -168,7 +171,7 @@ def _learn(
             target = problem.noise if config.reconstruction == "noise" else denoising.dense(problem)
             masks = learner.masks(noise_scale(step, steps))
             gates = {site: SoftGate(mask, constants[site]) for site, mask in masks.items()}
-            mse = deviation(denoising.gated(problem, gates, config.padding), target) / effect
+            mse = deviation(denoising.gated(problem, gates, config.padding), target) / unit
             scaler.scale(mse / config.gradient_accumulation).backward()
             reconstruction += mse.item() / config.gradient_accumulation
         if not math.isfinite(reconstruction):
@@ -206,9 +209,9 @@ def _calibrate(
 ) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
     """What stands in for pruned channels, the effect of closing all gates, and of closing each.
 
-    The first is the channels' mean over the data, or zero; the second, the deviation from dense
-    with every gate closed, is the unit of the reconstruction loss; the third is where learning
-    starts (see `training.criteria.own_effect`).
+    The first is the channels' mean over the data, or zero; the second the deviation from dense with
+    every gate closed; the third, as a mean squared error too, is where learning starts (see
+    `training.criteria.own_effect`).
     """
     problems = [denoising.problem(next(stream)) for _ in range(config.calibration_batches)]
     with ChannelMeans(denoising.model.unet, sites) as means:
@@ -232,7 +235,8 @@ def _calibrate(
             "check that the model's weights are intact",
         )
     effects = own_effect(denoising, problems, sites, constants, config.padding, config.seed)
-    return constants, effect, effects
+    size = problems[0].noisy.numel()  # the loss is a mean over the batch's outputs
+    return constants, effect, {site: total / size for site, total in effects.items()}
 
 
 def _validate(

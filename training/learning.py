@@ -20,15 +20,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldcp_core import THRESHOLD, ChannelGate, Site, aligned_counts, least_kept, top_channels
+from ldcp_core import (
+    THRESHOLD,
+    ChannelGate,
+    Site,
+    aligned_counts,
+    least_kept,
+    moving_cost,
+    top_channels,
+)
 from training.budget import Budget
 
-#: every channel starts kept, its logit between these: equal ones would fall together. Random where
-#: nothing is known of the channels, by the rank of what each does alone where that was measured
+#: every channel starts kept, its logit random between these: equal ones would fall together
 START_LOGITS = (0.8, 1.2)
-RANKED_LOGITS = (0.2, 1.8)
+#: where it is known what each channel does alone, logits start here: cheapest, at the price, and by
+#: how much per e-fold above it, so that what matters most is never tried closed
+CHEAPEST_LOGIT, PRICE_LOGIT, LOGIT_PER_FOLD = 0.2, 1.0, 0.5
 #: logits stay within this, so that a channel can always come back
-LOGIT_BOUND = 3.0
+LOGIT_BOUND = 5.0
+#: the original project's balanced setting: this λ prunes this share
+SEED_WEIGHT, SEED_SPARSITY = 0.01, 0.3
 #: the least logit of the channels that a floor keeps
 FLOOR_LOGIT = 0.01
 #: scale of the logistic noise on the logits: while exploring, and at the end
@@ -72,13 +83,17 @@ class GateLearner(nn.Module):
         widths = [site.channels for site in sites]
         if effects is None:
             low, high = START_LOGITS
-            share = torch.rand(sum(widths), generator=self.generator)
-        else:
-            low, high = RANKED_LOGITS
-            order = torch.cat([effects[site.name] for site in sites]).argsort()
-            share = torch.empty(sum(widths))
-            share[order] = torch.arange(sum(widths)) / sum(widths)
-        return list(torch.split(low + (high - low) * share, widths))
+            random = torch.rand(sum(widths), generator=self.generator)
+            return list(torch.split(low + (high - low) * random, widths))
+        worth = torch.cat(list(worths(effects, self.budget).values()))
+        price = price_of(effects, self.budget)
+        below = worth < price
+        rank = torch.empty_like(worth)
+        rank[worth.argsort()] = torch.arange(len(worth), dtype=worth.dtype)
+        ranked = CHEAPEST_LOGIT + (PRICE_LOGIT - CHEAPEST_LOGIT) * rank / max(int(below.sum()), 1)
+        folds = (worth / price).clamp(min=1.0).log()
+        logits = torch.where(below, ranked, PRICE_LOGIT + LOGIT_PER_FOLD * folds)
+        return list(torch.split(logits.clamp(max=LOGIT_BOUND).float(), widths))
 
     def masks(self, noise_scale: float) -> dict[str, Tensor]:
         """Site name -> mask [C]; exact (the file's rule) when ``noise_scale`` is 0."""
@@ -120,6 +135,30 @@ class GateLearner(nn.Module):
             return None
         uniform = torch.rand(gate.logits.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
         return (scale * torch.logit(uniform)).to(gate.logits.device)
+
+
+def worths(effects: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
+    """What each channel does alone per share of the budget it takes: site name -> float64 [C]."""
+    full = {site: effect.numel() for site, effect in effects.items()}
+    weights = dict(zip(full, budget.weights(full), strict=True))
+    return {site: effect.double() / weights[site] for site, effect in effects.items()}
+
+
+def price_of(
+    effects: Mapping[str, Tensor], budget: Budget, sparsity: float = SEED_SPARSITY
+) -> float:
+    """The worth below which channels make up ``sparsity`` of the budget: what λ has to be there.
+
+    To first order, each channel taken alone, λ · unit of such a price prunes that share.
+    """
+    found = worths(effects, budget)
+    full = {site: worth.numel() for site, worth in found.items()}
+    weights = dict(zip(full, budget.weights(full), strict=True))
+    worth = torch.cat(list(found.values()))
+    shares = torch.cat([torch.full((n,), weights[site]) for site, n in full.items()])
+    order = worth.argsort()
+    passed = shares[order].cumsum(0) >= sparsity * shares.sum()
+    return max(float(worth[order][passed][0]), 1e-30)
 
 
 @dataclass
@@ -261,6 +300,7 @@ def aligned_scores(
         total,
         least=None if least is None else [least[site] for site in scores],
         weights=weights,
+        cost=moving_cost([torch.logit(score, eps=1e-6) for score in scores.values()], 0.0),
     )
     aligned: dict[str, Tensor] = {}
     moved = 0

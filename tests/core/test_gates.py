@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldcp_core import ALIGNMENT, ChannelGate, Gates, aligned_counts, keep_by_rank, top_channels
+from ldcp_core import (
+    ALIGNMENT,
+    ChannelGate,
+    Gates,
+    aligned_counts,
+    keep_by_rank,
+    moving_cost,
+    top_channels,
+)
 
 A, B, C = (f"mid_block.resnets.{r}.conv{c}" for r, c in ((0, 1), (0, 2), (1, 1)))
 
@@ -221,14 +229,28 @@ def test_aligned_a_higher_sparsity_keeps_no_more_and_nests_site_by_site(
     assert sum(int(k.sum()) for k in more.values()) >= sum(int(k.sum()) for k in fewer.values())
 
 
-def test_aligned_one_site_can_grow_while_the_sparsity_rises() -> None:
-    # 9 of 32 stay, wanted 4 + 5: the second site gets the eight. 8 of 32 stay, wanted 4 + 4: a
-    # tie of remainders, the first site gets them.
+def test_alignment_moves_the_channels_nearest_to_the_cut() -> None:
+    # wanted 4 + 5, then 4 + 4 of 16 each, only 8 or 0 can stay: the second has a better fifth
     first, second = torch.zeros(16), torch.zeros(16)
     first[:4], second[:4], second[4] = 1.0, 1.0, 0.9
     g = Gates({A: first, B: second})
     assert [len(k) for k in kept(g.keep_sets_at(23 / 32))] == [0, 8]
-    assert [len(k) for k in kept(g.keep_sets_at(24 / 32))] == [8, 0]
+    assert [len(k) for k in kept(g.keep_sets_at(24 / 32))] == [0, 8]
+
+
+def test_alignment_does_not_prune_what_matters_to_round_a_count() -> None:
+    # 11 of 12 stay at the first, 5 of 64 too many at the second: rounding down would lose three
+    scores = {
+        "a": torch.cat([torch.full((11,), 9.0), torch.zeros(1)]),
+        "b": torch.linspace(0, 1, 64),
+    }
+    found = keep_by_rank(scores, (76 - 11 - 59) / 76)
+    assert [int(keep.sum()) for keep in found.values()] == [12, 56]
+
+
+def test_the_cost_of_a_count_is_how_far_the_moved_channels_are_from_the_cut() -> None:
+    cost = moving_cost([torch.tensor([0.9, 0.2, 0.6])], 0.5)
+    assert [cost(0, count) for count in range(4)] == pytest.approx([0.5, 0.1, 0.0, 0.3])
 
 
 # --- alignment alone ------------------------------------------------------------------------------
