@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,10 @@ FORMAT = "ldcp.gates"
 VERSION = 1
 #: more than ten times the file of a U-Net with every channel gated
 MAX_BYTES = 64 * 1024 * 1024
+#: more than twice as many as the largest topology has sites and parts
+MAX_TENSORS = 1000
+#: characters of a file's own words in a message: a dialog shows it
+QUOTED = 400
 #: weights sampled per convolution for the fingerprint
 FINGERPRINT_SAMPLES = 4096
 
@@ -72,6 +77,10 @@ def load_gates(path: str | Path) -> Gates:
         raise GateFileError(
             f"{path}: this is a folder; choose a gate file (.safetensors) inside it"
         )
+    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer
+        raise GateFileError(
+            f"{path}: this is not a regular file; choose a gate file made by training.fit"
+        )
     if path.stat().st_size > MAX_BYTES:
         raise GateFileError(
             f"{path}: {path.stat().st_size:,} bytes is too large for a gate file (at most "
@@ -81,12 +90,16 @@ def load_gates(path: str | Path) -> Gates:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             description = _description(metadata, path)
+            if len(file.keys()) > MAX_TENSORS:  # each costs time, even an empty one
+                raise _damaged(
+                    path, f"{len(file.keys()):,} tensors are more than a U-Net has sites"
+                )
             # cloned: the originals are a view of the file, and would change when it is overwritten
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no dict
     except SafetensorError as error:
         raise GateFileError(
-            f"{path}: not a readable .safetensors file ({error}); it may be truncated or a web "
-            "page saved under this name, download or copy it again"
+            f"{path}: not a readable .safetensors file ({_brief(str(error))}); it may be truncated "
+            "or a web page saved under this name, download or copy it again"
         ) from error
     gates = _validated(tensors, description, path)
     if metadata.get("checksum") != _checksum(metadata["gates"], tensors):
@@ -146,12 +159,13 @@ def _description(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     found = metadata.get("format")
     if found != FORMAT:
         raise GateFileError(
-            f"{path}: this is not a gate file (format {found!r}, expected {FORMAT!r}); gate files "
-            "are made by training.fit, and belong in models/ldcp_gates"
+            f"{path}: this is not a gate file (format {_brief(repr(found))}, expected {FORMAT!r}); "
+            "gate files are made by training.fit, and belong in models/ldcp_gates"
         )
-    if metadata.get("version") != str(VERSION):
+    version = metadata.get("version")
+    if version != str(VERSION):
         raise GateFileError(
-            f"{path}: gate file version {metadata.get('version')!r}, this LDCP reads version "
+            f"{path}: gate file version {_brief(repr(version))}, this LDCP reads version "
             f"{VERSION}; update the node pack or train the gates again"
         )
     try:
@@ -167,10 +181,11 @@ def _validated(tensors: Mapping[str, Tensor], description: dict[str, Any], path:
     try:
         topology = Topology.from_json(description.get("topology"))
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, _brief(str(error))) from error
     padding, info = description.get("padding"), description.get("info")
     if padding not in PADDINGS:
-        raise _damaged(path, f"padding rule {padding!r}, expected one of {', '.join(PADDINGS)}")
+        expected = ", ".join(PADDINGS)
+        raise _damaged(path, f"padding rule {_brief(repr(padding))}, expected one of {expected}")
     if not isinstance(info, dict):
         raise _damaged(path, "the 'info' object is missing")
 
@@ -180,7 +195,7 @@ def _validated(tensors: Mapping[str, Tensor], description: dict[str, Any], path:
         site, _, part = name.rpartition(".")
         if part not in found or site not in widths:
             raise GateFileError(
-                f"{path}: unknown tensor {name!r}; expected names such as "
+                f"{path}: unknown tensor {_brief(repr(name))}; expected names such as "
                 "'mid_block.resnets.0.conv1.score'. The file may be made by a newer version: "
                 "update the node pack"
             )
@@ -190,7 +205,7 @@ def _validated(tensors: Mapping[str, Tensor], description: dict[str, Any], path:
         raise _damaged(path, "it holds no scores")
     orphans = sorted({site for part in found.values() for site in part} - set(scores))
     if orphans:
-        raise _damaged(path, f"constants without scores for {', '.join(orphans)}")
+        raise _damaged(path, f"constants without scores for {_brief(', '.join(orphans))}")
 
     def ordered(part: str) -> dict[str, Tensor]:
         return {site: found[part][site] for site in widths if site in found[part]}
@@ -204,8 +219,8 @@ def _checked(tensor: Tensor, name: str, part: str, width: int, path: Path) -> Te
     if tensor.dtype != torch.float32 or tuple(tensor.shape) != (width,):
         raise _damaged(
             path,
-            f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected torch.float32 "
-            f"[{width}] as its own topology says",
+            f"tensor {name!r} is {tensor.dtype} {_brief(str(list(tensor.shape)))}, expected "
+            f"torch.float32 [{width}] as its own topology says",
         )
     if not bool(torch.isfinite(tensor).all()):
         raise _damaged(path, f"tensor {name!r} holds NaN or infinite values")
@@ -216,6 +231,11 @@ def _checked(tensor: Tensor, name: str, part: str, width: int, path: Path) -> Te
             "scores in [0, 1]",
         )
     return tensor
+
+
+def _brief(found: str) -> str:
+    """What a message quotes from a file: as it is, or its two ends."""
+    return found if len(found) <= QUOTED else f"{found[: QUOTED // 2]} ... {found[-QUOTED // 4 :]}"
 
 
 def _damaged(path: Path, what: str) -> GateFileError:

@@ -300,7 +300,9 @@ def _convolve(
     threshold for that buffer (32 MiB in glibc) fresh pages are mapped and cleared each time, which
     took as long as the convolution itself.
     """
-    pieces = -(-conv.weight.nbytes // CPU_PIECE) if conv.weight.device.type == "cpu" else 1
+    # not .nbytes: torch.compile knows no symbolic size of it
+    size = conv.weight.numel() * conv.weight.element_size()
+    pieces = -(-size // CPU_PIECE) if conv.weight.device.type == "cpu" else 1
     if pieces <= 1:
         return convolution(x, conv.weight, conv.bias)
     rows = -(-conv.weight.shape[0] // pieces)

@@ -129,7 +129,7 @@ class Topology:
             self.in_channels,
             self.out_channels,
         )
-        if not all(isinstance(n, int) and 0 < n <= 65536 for n in numbers):
+        if not all(type(n) is int and 0 < n <= 65536 for n in numbers):  # True is an int, too
             raise ValueError(f"widths and depths must be positive integers, found {numbers}")
         if self.layers_per_block > 8:
             raise ValueError(

@@ -39,6 +39,7 @@ from ldcp_core import (
     block_gates,
     masked_forward,
 )
+from ldcp_core.resblock import _convolve
 
 TOLERANCE = {
     torch.float64: 1e-5,  # the norm runs in float32 here too
@@ -833,3 +834,12 @@ def test_pruned_equals_diffusers_with_its_convolutions_masked_by_hooks(in_channe
     compact = CompactResBlock(BlockGate("zero", inner, mu, residual, mu), ops.first, ops.second)
     assert deviation(compact(ops, x, ops.emb(temb)), hooked, torch.float32) < 1e-6
     assert deviation(dense, hooked, torch.float32) > 1e-4
+
+
+def test_a_compiled_region_may_hold_blocks_of_several_widths() -> None:
+    """torch.compile makes a size symbolic when it has seen two; what it then can't read crashed."""
+    x = torch.randn(1, 8, 4, 4)
+    run = torch.compile(lambda conv: _convolve(torch_conv, x, conv), backend="eager")
+    for rows in (8, 16, 24):
+        conv = ConvWeights(torch.randn(rows, 8, 3, 3), None)
+        assert torch.equal(run(conv), torch_conv(x, conv.weight, None))

@@ -75,7 +75,7 @@ def small_model(comfy):
         model_config = comfy.root.supported_models.SD15({**narrow, **changes})
         model_config.set_inference_dtype(dtype, manual_cast)
         model = comfy.root.model_base.BaseModel(model_config, device=torch.device("cpu")).eval()
-        randomise_(model.diffusion_model, seed)
+        full_checkpoint.randomise_(model.diffusion_model, seed)
         cpu = torch.device("cpu")
         return comfy.root.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
@@ -86,18 +86,6 @@ def small_model(comfy):
 def model(small_model):
     """One small model for every test that leaves it as it was."""
     return small_model()
-
-
-def randomise_(module, seed):
-    """Random weights whose layers all matter: norms near one, the rest scaled by fan-in."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1:
-            noise = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
-        else:
-            noise *= parameter[0].numel() ** -0.5
-        parameter.data.copy_(noise)
 
 
 @pytest.fixture(scope="session")
@@ -126,16 +114,23 @@ def masked(comfy):
     """Context manager: the model computes everything, then pruned channels become constants."""
 
     @contextlib.contextmanager
-    def run(model, gates, keep_sets=None):
+    def run(model, gates, keep_sets=None, when=lambda: True):
         unet = model.model.diffusion_model
         handles = []
+
+        def add(conv, hook, **options):
+            def timed(*call):
+                return hook(*call) if when() else None
+
+            handles.append(conv.register_forward_hook(timed, **options))
+
         for site, keep in (keep_sets or gates.keep_sets()).items():
             layer = unet.get_submodule(comfy.sites.layer_path(site).removesuffix(".proj"))
-            handles.append(layer.register_forward_hook(replacer(keep, gates.constant(site))))
+            add(layer, replacer(keep, gates.constant(site)))
             if site.endswith("conv1") and gates.padding == "extend":
                 conv2 = unet.get_submodule(comfy.sites.layer_path(site[:-1] + "2"))
                 # before a residual gate replaces its rows
-                handles.append(conv2.register_forward_hook(extended(keep), prepend=True))
+                add(conv2, extended(keep), prepend=True)
         try:
             yield
         finally:

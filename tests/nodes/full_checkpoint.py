@@ -82,6 +82,18 @@ def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> t
     return 0.02 * noise + (1.0 if name.endswith("weight") else 0.0)
 
 
+def randomise_(module, seed):
+    """Random weights whose layers all matter: norms near one, the rest scaled by fan-in."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            noise = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
+        else:
+            noise *= parameter[0].numel() ** -0.5
+        parameter.data.copy_(noise)
+
+
 def make_checkpoint(path: Path, comfyui: Path) -> None:
     """Write the checkpoint (2.1 GB, half precision) to ``path``, which appears only complete."""
     from safetensors.torch import save_file

@@ -121,6 +121,63 @@ def test_a_missing_file_is_named_before_the_run(comfy, folder):
     assert "put a gate file made by training.fit into this folder" in message
 
 
+@pytest.fixture
+def outside(comfy, folder, make_gates, monkeypatch):
+    """A folder for gate files, and a good gate file right beside it that must not be reached."""
+    inside = folder / "models"
+    inside.mkdir()
+    entry = ([str(inside)], comfy.load_node.EXTENSIONS)
+    monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "ldcp_gates", entry)
+    path = folder / "outside.safetensors"
+    comfy.core.save_gates(make_gates(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "x/../../outside.safetensors",
+        "./../outside.safetensors",
+        "..\\outside.safetensors",
+        "../models/../outside.safetensors",
+        "{path}",  # absolute
+        "/{path}",
+        "file://{path}",
+        "{path}\0",
+        "../outside.safetensors\0.safetensors",
+        "",
+        ".",
+        "..",
+        "~/outside.safetensors",
+    ],
+)
+def test_the_loader_reads_nothing_outside_its_folder(comfy, outside, monkeypatch, name):
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+    name = name.format(path=outside)
+    opened = []
+    monkeypatch.setattr(comfy.load_node, "load_gates", opened.append)
+    assert "no gate file" in node.validate_inputs(name)
+    assert node.fingerprint_inputs(name) == ""
+    with pytest.raises(FileNotFoundError, match="no gate file"):
+        node.execute(name)
+    assert opened == []
+
+
+def test_folders_inside_and_links_that_the_user_made_are_followed(comfy, outside):
+    """Who can put a link into the models folder can put the file there as well."""
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+    inside = outside.parent / "models"
+    (inside / "faces").mkdir()
+    os.symlink(outside, inside / "link.safetensors")
+    os.rename(outside, inside / "faces" / "own.safetensors")
+    os.symlink(inside / "faces" / "own.safetensors", outside)
+    for name in ("link.safetensors", "faces/own.safetensors"):
+        assert node.validate_inputs(name) is True
+        (loaded,) = node.execute(name).args
+        assert loaded.channels == 512
+
+
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", b"\x08" + b"\0" * 40])
 def test_a_file_that_is_not_gates_is_refused(comfy, folder, content):
     (folder / "bad.safetensors").write_bytes(content)

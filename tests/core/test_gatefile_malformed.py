@@ -1,0 +1,84 @@
+"""Twelve thousand malformed gate files, read by a process with little memory and little time.
+
+An independent reader (struct, json and numpy, none of the code under test) says of every file
+whether it is valid and what it holds. What `load_gates` accepts must be valid and equal to that,
+bit for bit; everything else must be refused with GateFileError, quickly and in few words. Many
+mutations carry a fresh, correct checksum, as somebody who means harm would write it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import gatefile_mutations as mutations
+import pytest
+
+from ldcp_core import GateFileError, load_gates
+
+ROOT = Path(__file__).parents[2]
+FILES = 12_000
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits memory as POSIX does")
+def test_no_malformed_file_crashes_hangs_floods_memory_or_is_taken_for_another(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, mutations.__file__, str(FILES), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    counts = Counter(json.loads(run.stdout.splitlines()[-1]))
+    assert counts.total() == FILES and set(counts) == {"refused", "same", "another valid file"}
+    # enough of each that the mutations are neither all noise nor all harmless
+    assert counts["refused"] > 0.7 * FILES
+    assert counts["same"] > 100 and counts["another valid file"] > 100
+
+
+@pytest.mark.parametrize("kind", mutations.KINDS)
+def test_every_kind_of_mutation_is_told_by_the_independent_reader(
+    kind: str, tmp_path: Path
+) -> None:
+    """Few files of each kind here, with the reader's verdict beside that of `load_gates`."""
+    path = tmp_path / "gates.safetensors"
+    accepted = refused = 0
+    for data in mutations.files(40, kinds=(kind,)):
+        path.write_bytes(data)
+        try:
+            found = mutations.contents(load_gates(path))
+        except GateFileError:
+            refused += 1
+        else:
+            assert found == mutations.independently_read(data)
+            accepted += 1
+    assert refused + accepted == 40
+    assert accepted > 0 or kind not in mutations.HARMLESS
+    assert refused > 0 or kind in mutations.HARMLESS
+
+
+def test_the_independent_reader_reads_what_is_saved() -> None:
+    for data in mutations.originals():
+        assert mutations.independently_read(data) is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX only")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "gates.safetensors"
+    os.mkfifo(pipe)
+    code = f"from ldcp_core import load_gates; load_gates({str(pipe)!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "GateFileError" in run.stderr and "not a regular file" in run.stderr
+
+
+def test_a_million_tensors_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "gates.safetensors"
+    path.write_bytes(mutations.many_tensors(300_000))
+    with pytest.raises(GateFileError) as error:
+        load_gates(path)
+    assert len(str(error.value)) < 1000 + len(str(path))
