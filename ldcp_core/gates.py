@@ -135,7 +135,10 @@ def keep_by_rank(
     wanted = [int(part.sum()) for part in torch.split(kept, widths)]
     cut = float(ranked[order[total - 1]]) if total else math.inf
     cost = moving_cost(list(scores.values()), cut) if math.isfinite(cut) else None
-    counts = aligned_counts(wanted, widths, total, multiple, least=least, cost=cost)
+    # the last few channels are not worth a costly step of a site whose width is no multiple
+    counts = aligned_counts(
+        wanted, widths, total, multiple, least=least, cost=cost, slack=multiple / 2
+    )
     return {
         site: top_channels(score, k)
         for (site, score), k in zip(scores.items(), counts, strict=True)
@@ -167,6 +170,7 @@ def aligned_counts(
     least: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     cost: Callable[[int, int], float] | None = None,
+    slack: float = 0.0,
 ) -> list[int]:
     """Round per-site counts to multiples of ``multiple`` while holding their sum near ``total``.
 
@@ -174,7 +178,8 @@ def aligned_counts(
     multiple). ``weights`` says what a channel of each site counts (default: 1, then ``total`` is
     in channels), ``cost(site, count)`` how bad a count is (default: how far from ``wanted``; see
     `moving_cost`). Starting from the cheaper neighbour of every count, the cheapest steps are taken
-    until the sum is as near to ``total`` as it gets: no single step brings it closer.
+    until the sum is within ``slack`` of ``total``, or as near as it gets: no single step brings it
+    closer.
 
     >>> aligned_counts([451, 445, 450, 446], [640] * 4, 1792)
     [448, 448, 448, 448]
@@ -206,7 +211,7 @@ def aligned_counts(
         useful = [
             i for i, move in enumerate(moves) if move and abs(gap - move * shares[i]) < abs(gap)
         ]
-        if not useful:
+        if not useful or abs(gap) <= slack:
             return counts
         best = min(useful, key=lambda i: (bad(i, counts[i] + moves[i]) - bad(i, counts[i]), i))
         counts[best] += moves[best]

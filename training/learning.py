@@ -52,8 +52,8 @@ LAST_LEARNING_RATE = 0.2
 TRAVEL = 6.0
 #: gains of the λ controller, per unit of sparsity (the integral over the whole run)
 PROPORTIONAL, INTEGRAL = 60.0, 400.0
-#: how closely a learned sparsity must meet its target
-TARGET_TOLERANCE = 0.01
+#: how closely a learned sparsity must meet its target, and how far alignment may leave it
+TARGET_TOLERANCE, ALIGNMENT_SLACK = 0.01, 0.0025
 
 
 class GateLearner(nn.Module):
@@ -300,6 +300,7 @@ def aligned_scores(
         total,
         least=None if least is None else [least[site] for site in scores],
         weights=weights,
+        slack=ALIGNMENT_SLACK,
         cost=moving_cost([torch.logit(score, eps=1e-6) for score in scores.values()], 0.0),
     )
     aligned: dict[str, Tensor] = {}
