@@ -4,13 +4,16 @@ Depends on torch, numpy and safetensors alone; ComfyUI's nodes and the training 
 on this one definition, so that what is trained is what runs.
 """
 
+from .calibration import Calibration, Moments
 from .cost import Cost, Latent, Savings, SiteSaving, savings, unet_cost
 from .criteria import (
     MAGNITUDES,
     RANKINGS,
     Magnitude,
     Ranking,
+    column_norms,
     expected_output,
+    fluctuation,
     magnitude,
     scores_at,
 )
@@ -52,6 +55,7 @@ __all__ = [
     "SD15",
     "THRESHOLD",
     "BlockGate",
+    "Calibration",
     "ChannelGate",
     "CompactResBlock",
     "ConvWeights",
@@ -60,6 +64,7 @@ __all__ = [
     "Gates",
     "Latent",
     "Magnitude",
+    "Moments",
     "Padding",
     "Ranking",
     "Report",
@@ -79,8 +84,10 @@ __all__ = [
     "block_gates",
     "blocks_of",
     "build_report",
+    "column_norms",
     "expected_output",
     "fingerprint",
+    "fluctuation",
     "gates_report",
     "keep_by_rank",
     "load_gates",

@@ -29,6 +29,7 @@ from .apply_node import show_on_node
 from .blocks import captured, norm_affine
 from .identity import own_fingerprint
 from .io_types import CATEGORY, GatesType
+from .schema import schema
 from .sites import find_blocks, model_topology
 
 log = logging.getLogger("ldcp")
@@ -99,7 +100,7 @@ def status(gates: Gates) -> list[str]:
 class LDCPEstimateGates(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LDCPEstimateGates",
             display_name="Estimate Gates from Model",
             category=CATEGORY,

@@ -6,7 +6,7 @@ their weights stay what they are, and afterwards nothing is left behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from ldcp_core import (
+    Calibration,
     CompactResBlock,
     ConvWeights,
     Padding,
@@ -25,6 +26,7 @@ from ldcp_core import (
     Topology,
     block_gates,
     blocks_of,
+    column_norms,
     masked_forward,
 )
 from training.errors import UserError
@@ -191,6 +193,35 @@ class ChannelMeans:
     def constants(self) -> dict[str, Tensor]:
         """Site name -> mean per channel, float32 [C]."""
         return {site: (total / self._count[site]).float() for site, total in self._sums.items()}
+
+
+@contextmanager
+def watched(unet: UNet2DConditionModel, sites: Iterable[str]) -> Iterator[Calibration]:
+    """What the channels of the sites do in all evaluations within the context."""
+    seen = Calibration()
+
+    def output_of(site: str) -> Callable[..., None]:
+        return lambda module, inputs, output: seen.saw_output(site, output)
+
+    def input_of(site: str) -> Callable[..., None]:
+        def see(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.saw_input(site, inputs[0])
+            seen.read_with(site, column_norms(module.weight))
+
+        return see
+
+    hooks = []
+    try:
+        for site in sites:
+            block, conv = site.rsplit(".", 1)
+            hooks.append(unet.get_submodule(site).register_forward_hook(output_of(site)))
+            if conv == "conv1":
+                reader = unet.get_submodule(f"{block}.conv2")
+                hooks.append(reader.register_forward_hook(input_of(site)))
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def deviation(output: Tensor, reference: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def save_latents(prompt):
 def test_the_workflows_are_offered_as_templates_and_the_nodes_have_help(server):
     assert b'"ldcp_step_schedule"' in server.get("/workflow_templates")
     pages = ("LoadGates", "ApplyDynamicPruning", "StepSchedule", "PruningReport")
-    for page in (*pages, "EstimateGates", "SaveGates"):
+    for page in (*pages, "EstimateGates", "CalibrateGates", "SaveGates"):
         assert server.get(f"/extensions/LDCP/docs/LDCP{page}.md")
 
 
