@@ -132,7 +132,7 @@ def state(model):
             dict(module._forward_hooks),
             dict(module._forward_pre_hooks),
         )
-        for name, module in model.model.named_modules()
+        for name, module in model.model.diffusion_model.named_modules()
     }
 
 
