@@ -35,7 +35,8 @@ STATE = """() => {
     const graph = window.app.graph;
     return {
         nodes: graph.nodes.map(n => ({
-            id: n.id, type: n.type, mode: n.mode, red: !!n.has_errors,
+            id: n.id, type: n.type, mode: n.mode,
+            red: !!n.has_errors || n.id in (window.app.lastNodeErrors ?? {}),
             known: n.type in window.LiteGraph.registered_node_types,
             widgets: Object.fromEntries((n.widgets ?? []).map(w => [w.name, w.value])),
         })),

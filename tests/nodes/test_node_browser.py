@@ -75,8 +75,8 @@ def expected(start):
 
 
 @pytest.fixture(scope="module")
-def server(start, expected):
-    """The server that the browser uses; two at a time would need twice the memory."""
+def server(start):
+    """The server that the browser uses."""
     with start("browser") as running:
         yield running
 
@@ -116,36 +116,8 @@ def in_order(state):
     assert state["dialogs"] == []
 
 
-@pytest.mark.parametrize("path", ui_workflow.FILES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("suffix", [".json", ".png"])
-def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep, path, suffix):
-    page.drop(path.with_suffix(suffix))
-    workflow, state = ui_workflow.read(path), page.state()
-    in_order(state)
-    assert len(state["links"]) == len(workflow["links"])
-    opened = {node["id"]: node for node in state["nodes"]}
-    for node in workflow["nodes"]:
-        assert opened[node["id"]]["type"] == node["type"]
-        if node["type"] not in ui_workflow.CANVAS_ONLY:
-            widgets = opened[node["id"]]["widgets"].values()
-            saved = node.get("widgets_values", [])
-            assert list(widgets)[: len(saved)] == saved
-    if suffix == ".png":  # the same graph: one run is enough
-        return
-    make_small(page)
-    run = page.queue()
-    in_order(page.state())
-    saved = [n for n in workflow["nodes"] if n["type"] == "SaveImage"]
-    images = page.images(run)
-    for node in saved:
-        assert pixels(images[node["widgets_values"][0]]).shape == (PIXELS, PIXELS, 3)
-    assert keep(page, path.stem).stat().st_size > 50_000
-    if "LDCP_TEST_PICTURES" in os.environ:
-        for own in {n["type"] for n in state["nodes"] if n["type"].startswith("LDCP")}:
-            keep(page, own, own)
-
-
-def test_what_happens_between_two_runs_does_not_show_in_the_images(page, expected):
+def test_what_happens_between_two_runs_does_not_show_in_the_images(expected, page):
+    # first in this file: the server that gives what is expected has ended before this one starts
     page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
     make_small(page)
 
@@ -186,6 +158,35 @@ def test_what_happens_between_two_runs_does_not_show_in_the_images(page, expecte
     assert difference(queued(), expected["two steps"]) == 0
     page.set_widgets("KSampler", steps=1)
     assert difference(queued(), expected["pruned"]) == 0
+
+
+@pytest.mark.parametrize("path", ui_workflow.FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("suffix", [".json", ".png"])
+def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep, path, suffix):
+    page.drop(path.with_suffix(suffix))
+    workflow, state = ui_workflow.read(path), page.state()
+    in_order(state)
+    assert len(state["links"]) == len(workflow["links"])
+    opened = {node["id"]: node for node in state["nodes"]}
+    for node in workflow["nodes"]:
+        assert opened[node["id"]]["type"] == node["type"]
+        if node["type"] not in ui_workflow.CANVAS_ONLY:
+            widgets = opened[node["id"]]["widgets"].values()
+            saved = node.get("widgets_values", [])
+            assert list(widgets)[: len(saved)] == saved
+    if suffix == ".png":  # the same graph: one run is enough
+        return
+    make_small(page)
+    run = page.queue()
+    in_order(page.state())
+    saved = [n for n in workflow["nodes"] if n["type"] == "SaveImage"]
+    images = page.images(run)
+    for node in saved:
+        assert pixels(images[node["widgets_values"][0]]).shape == (PIXELS, PIXELS, 3)
+    assert keep(page, path.stem).stat().st_size > 50_000
+    if "LDCP_TEST_PICTURES" in os.environ:
+        for own in {n["type"] for n in state["nodes"] if n["type"].startswith("LDCP")}:
+            keep(page, own, own)
 
 
 def test_a_refusal_reaches_the_user(page):
