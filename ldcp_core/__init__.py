@@ -5,21 +5,32 @@ on this one definition, so that what is trained is what runs.
 """
 
 from .calibration import Calibration, Moments
-from .cost import Cost, Latent, Savings, SiteSaving, savings, unet_cost
+from .cost import Cost, Latent, Savings, SiteSaving, block_cost, savings, unet_cost
 from .criteria import (
     MAGNITUDES,
     RANKINGS,
     Magnitude,
     Ranking,
     column_norms,
+    expected_hidden,
     expected_output,
     fluctuation,
+    hidden_rows,
     magnitude,
     scores_at,
+    scores_by_rank,
+)
+from .feedforward import (
+    CompactFeedForward,
+    FeedForwardGate,
+    LinearWeights,
+    geglu,
+    masked_feed_forward,
 )
 from .gatefile import GateFileError, fingerprint, load_gates, save_gates, write_atomically
 from .gates import (
     ALIGNMENT,
+    DEFAULT_FLOOR,
     PADDINGS,
     THRESHOLD,
     ChannelGate,
@@ -27,8 +38,10 @@ from .gates import (
     Padding,
     aligned_counts,
     keep_by_rank,
+    least_kept,
     top_channels,
 )
+from .gating import block_gates
 from .report import Report, ReportLayer, RunFacts, build_report, gates_report
 from .report_image import report_image
 from .resblock import (
@@ -37,32 +50,52 @@ from .resblock import (
     ConvWeights,
     ResBlockOps,
     SoftGate,
-    block_gates,
     masked_forward,
 )
 from .schedule import ALWAYS, NEVER, Schedule, ScheduleError, StepRange, step_index
-from .sites import DEFAULT_SCOPE, SCOPES, SD15, ResBlock, Site, Topology, blocks_of
+from .sites import (
+    DEFAULT_SCOPE,
+    SCOPES,
+    SD15,
+    SUFFIXES,
+    Block,
+    FeedForward,
+    ResBlock,
+    Site,
+    Topology,
+    block_of,
+    blocks_of,
+    short_name,
+    sites_of,
+)
 
 __all__ = [
     "ALIGNMENT",
     "ALWAYS",
+    "DEFAULT_FLOOR",
     "DEFAULT_SCOPE",
-    "NEVER",
     "MAGNITUDES",
+    "NEVER",
     "PADDINGS",
     "RANKINGS",
     "SCOPES",
     "SD15",
+    "SUFFIXES",
     "THRESHOLD",
+    "Block",
     "BlockGate",
     "Calibration",
     "ChannelGate",
+    "CompactFeedForward",
     "CompactResBlock",
     "ConvWeights",
     "Cost",
+    "FeedForward",
+    "FeedForwardGate",
     "GateFileError",
     "Gates",
     "Latent",
+    "LinearWeights",
     "Magnitude",
     "Moments",
     "Padding",
@@ -81,22 +114,32 @@ __all__ = [
     "StepRange",
     "Topology",
     "aligned_counts",
+    "block_cost",
     "block_gates",
+    "block_of",
     "blocks_of",
     "build_report",
     "column_norms",
+    "expected_hidden",
     "expected_output",
     "fingerprint",
     "fluctuation",
     "gates_report",
+    "geglu",
+    "hidden_rows",
     "keep_by_rank",
+    "least_kept",
     "load_gates",
     "magnitude",
+    "masked_feed_forward",
     "masked_forward",
     "report_image",
     "save_gates",
     "savings",
     "scores_at",
+    "scores_by_rank",
+    "short_name",
+    "sites_of",
     "step_index",
     "top_channels",
     "unet_cost",

@@ -7,11 +7,11 @@ of a convolution, linear layer or attention product, everything else is left out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .gates import Padding
-from .sites import ResBlock, Topology
+from .sites import Block, FeedForward, ResBlock, Topology
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,24 @@ def conv_pair_cost(
         rows1 + inner + rows2 + residual + columns + constants,
         2 * (rows1 + rows2) * positions + 2 * columns * latent.batch,
     )
+
+
+def feed_forward_cost(block: FeedForward, hidden: int, latent: Latent) -> Cost:
+    """A feed-forward with so many kept hidden channels: two rows and one column for each.
+
+    The constants of the others are part of the output bias.
+    """
+    channels, positions = block.channels, latent.positions(block.downsample)
+    return Cost(
+        2 * (channels + 1) * hidden + (hidden + 1) * channels, 6 * channels * hidden * positions
+    )
+
+
+def block_cost(block: Block, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:
+    """The gated layers of a block with so many channels kept at its sites, in their order."""
+    if isinstance(block, FeedForward):
+        return feed_forward_cost(block, kept[0], latent)
+    return conv_pair_cost(block, kept[0], kept[1], padding, latent)
 
 
 @dataclass(frozen=True)
@@ -132,17 +150,16 @@ def savings(
     if unknown:
         raise ValueError(f"no such sites: {', '.join(sorted(unknown))}")
     rows: list[SiteSaving] = []
-    for block in topology.res_blocks():
-        inner_name, residual_name = f"{block.name}.conv1", f"{block.name}.conv2"
-        channels = block.out_channels
-        inner, residual = kept.get(inner_name, channels), kept.get(residual_name, channels)
-        dense = conv_pair_cost(block, channels, channels, padding, latent)
-        without_inner = conv_pair_cost(block, inner, channels, padding, latent)
-        without_both = conv_pair_cost(block, inner, residual, padding, latent)
-        if inner_name in kept:
-            rows.append(SiteSaving(inner_name, inner, channels, dense - without_inner))
-        if residual_name in kept:
-            rows.append(SiteSaving(residual_name, residual, channels, without_inner - without_both))
+    for block in topology.blocks():
+        counts = [site.channels for site in block.sites]
+        before = block_cost(block, counts, padding, latent)
+        for place, site in enumerate(block.sites):
+            if site.name not in kept:
+                continue
+            counts[place] = kept[site.name]
+            after = block_cost(block, counts, padding, latent)
+            rows.append(SiteSaving(site.name, kept[site.name], site.channels, before - after))
+            before = after
     return Savings(tuple(rows), unet_cost(topology, latent))
 
 
@@ -197,6 +214,6 @@ def _transformer(c: int, downsample: int, context: int, latent: Latent, tokens: 
         + _linear(c, c, n)
         + Cost(0, 4 * n * tokens * c)
     )
-    feed_forward = _linear(c, 8 * c, n) + _linear(4 * c, c, n)
+    feed_forward = feed_forward_cost(FeedForward("", c, 4 * c, downsample), 4 * c, latent)
     norms = Cost(4 * 2 * c, 0)
     return _conv(c, c, n, taps=1) * 2 + self_attention + cross_attention + feed_forward + norms

@@ -16,6 +16,7 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
+from .feedforward import LinearWeights
 from .gates import THRESHOLD, keep_by_rank
 from .resblock import ConvWeights
 
@@ -74,8 +75,13 @@ def column_norms(weight: Tensor) -> Tensor:
     return columns.square().sum(1, dtype=torch.float64)
 
 
+def hidden_rows(proj: Tensor) -> Tensor:
+    """What each hidden channel owns of a GEGLU projection [2·H, C]: its two rows, as [H, 2·C]."""
+    return torch.cat(proj.chunk(2), dim=1)
+
+
 def scores_at(
-    importances: Mapping[str, Tensor], sparsity: float, ranking: Ranking
+    importances: Mapping[str, Tensor], sparsity: float, ranking: Ranking, floor: float = 0.0
 ) -> dict[str, Tensor]:
     """Site -> scores, float32 [C] in [0, 1], that keep (score > 0.5) all but ``sparsity``.
 
@@ -85,7 +91,8 @@ def scores_at(
     weights are says little about what it contributes, since a normalisation or a residual sum
     follows, and without the division the layer with the smallest ones would simply be emptied.
 
-    What is kept is `keep_by_rank`: counts are aligned, ties broken by site, then index. Scores
+    What is kept is `keep_by_rank`: of each site at least the share ``floor``, counts are aligned,
+    ties broken by site, then index. Scores
     follow the rank, not the size: magnitudes bunch around their mean, and ranks of different sites
     can be compared, so that a cut at another sparsity is the one that this ranking would make
     there, up to the alignment. The lowest rank is near 0, the cut at 0.5, the highest near 1;
@@ -107,11 +114,11 @@ def scores_at(
     groups = [relative] if ranking == "global" else [{site: i} for site, i in relative.items()]
     scores: dict[str, Tensor] = {}
     for group in groups:
-        scores |= _scores_by_rank(group, keep_by_rank(group, sparsity))
+        scores |= scores_by_rank(group, keep_by_rank(group, sparsity, floor=floor))
     return scores
 
 
-def _scores_by_rank(
+def scores_by_rank(
     ranked: Mapping[str, Tensor], keep_sets: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Scores whose order is the common rank and whose cut at 0.5 is ``keep_sets``.
@@ -148,6 +155,32 @@ def expected_output(conv: ConvWeights, gamma: Tensor, beta: Tensor) -> Tensor:
     if conv.bias is not None:
         mean = mean + conv.bias.detach().cpu().double()
     return mean.float()
+
+
+def expected_hidden(proj: LinearWeights, gamma: Tensor, beta: Tensor) -> Tensor:
+    """What a GEGLU of normalised vectors gives on average, float32 [H] on the CPU.
+
+    ``proj`` [2·H, C] reads a LayerNorm of weight ``gamma`` and bias ``beta`` [C]. If its normalised
+    inputs are independent and standard normal, a and g are jointly normal, a = E[a] + (cov/σ²)
+    (g − E[g]) + rest with the rest independent of g, and
+
+        μ = E[a · gelu(g)] = E[gelu(g) · (E[a] + cov(a, g) / σ_g² · (g − E[g]))]
+
+    which leaves an integral over g alone. Gauss-Hermite quadrature.
+    """
+    weight = proj.weight.detach().cpu().double()
+    gamma, beta = gamma.detach().cpu().double(), beta.detach().cpu().double()
+    means = weight @ beta
+    if proj.bias is not None:
+        means = means + proj.bias.detach().cpu().double()
+    mean_a, mean_g = means.chunk(2)
+    rows_a, rows_g = (weight * gamma).chunk(2)
+    deviation = rows_g.square().sum(1).sqrt()
+    slope = (rows_a * rows_g).sum(1) / deviation.clamp(min=1e-300)  # cov / σ_g
+    nodes, weights = _quadrature()
+    g = mean_g[:, None] + deviation[:, None] * nodes
+    a = mean_a[:, None] + slope[:, None] * nodes
+    return ((torch.nn.functional.gelu(g) * a) @ weights).float()
 
 
 def expected_silu(gamma: Tensor, beta: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Reading and writing gate files: one .safetensors that says everything about its gates.
 
-Tensors: ``<site>.score`` float32 [C] in [0, 1] and, optionally, ``<site>.constant`` float32 [C].
+Tensors: ``<site>.score`` float32 [C] in [0, 1] and, optionally, ``<site>.constant`` float32 [C]
+and ``<site>.importance`` float32 [C], what a criterion measured before it became a score.
 Metadata: ``format``, ``version``, ``gates`` (a JSON object with the U-Net's topology, the padding
 rule and free-form provenance) and ``checksum`` over that JSON and the tensors. A reader accepts a
 file whole or not at all; every refusal names the file, what was found, what was expected and what
@@ -47,6 +48,7 @@ def save_gates(gates: Gates, path: str | Path) -> None:
     path = Path(path)
     tensors = {f"{site}.score": score for site, score in gates.scores.items()}
     tensors |= {f"{site}.constant": constant for site, constant in gates.constants.items()}
+    tensors |= {f"{site}.importance": raw for site, raw in gates.importances.items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     description = {
         "topology": gates.topology.to_json(),
@@ -110,7 +112,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A short hash of the gated convolutions' base weights, to recognise the model.
+    """A short hash of the gated layers' base weights, to recognise the model.
 
     Sampled evenly and rounded to float16, so that a float32 model and its float16 copy agree.
     """
@@ -173,7 +175,7 @@ def _validated(tensors: Mapping[str, Tensor], description: dict[str, Any], path:
         raise _damaged(path, "the 'info' object is missing")
 
     widths = {site.name: site.channels for site in topology.all_sites()}
-    found: dict[str, dict[str, Tensor]] = {"score": {}, "constant": {}}
+    found: dict[str, dict[str, Tensor]] = {"score": {}, "constant": {}, "importance": {}}
     for name, tensor in tensors.items():
         site, _, part = name.rpartition(".")
         if part not in found or site not in widths:
@@ -183,19 +185,18 @@ def _validated(tensors: Mapping[str, Tensor], description: dict[str, Any], path:
                 "update the node pack"
             )
         found[part][site] = _checked(tensor, name, part, widths[site], path)
-    scores, constants = found["score"], found["constant"]
+    scores = found["score"]
     if not scores:
         raise _damaged(path, "it holds no scores")
-    orphans = sorted(set(constants) - set(scores))
+    orphans = sorted({site for part in found.values() for site in part} - set(scores))
     if orphans:
         raise _damaged(path, f"constants without scores for {', '.join(orphans)}")
-    ordered = [site for site in widths if site in scores]
+
+    def ordered(part: str) -> dict[str, Tensor]:
+        return {site: found[part][site] for site in widths if site in found[part]}
+
     return Gates(
-        {site: scores[site] for site in ordered},
-        {site: constants[site] for site in ordered if site in constants},
-        padding,
-        topology,
-        info,
+        ordered("score"), ordered("constant"), padding, topology, info, ordered("importance")
     )
 
 

@@ -6,6 +6,7 @@ The rule between them is the same everywhere: a channel is kept iff its score ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,8 @@ PADDINGS: tuple[Padding, ...] = ("zero", "extend")
 THRESHOLD = 0.5
 #: kept counts are multiples of this, so that the convolution backends take their fast paths
 ALIGNMENT = 8
+#: share of every site's channels that stays unless asked otherwise: no layer is emptied by accident
+DEFAULT_FLOOR = 0.05
 
 
 class ChannelGate(nn.Module):
@@ -63,7 +66,8 @@ class Gates:
 
     ``scores[site]`` and the optional ``constants[site]`` are float32 tensors [C]; a site without
     constants uses zero. ``padding`` is the rule the gates were made for. ``info`` is free-form
-    JSON-able provenance: criterion, λ, target sparsity, data, seed, versions.
+    JSON-able provenance: criterion, λ, target sparsity, data, seed, versions. ``importances[site]``
+    (optional, float32 [C]) is what a criterion measured before it became a score.
     """
 
     scores: Mapping[str, Tensor]
@@ -71,6 +75,7 @@ class Gates:
     padding: Padding = "zero"
     topology: Topology = SD15
     info: Mapping[str, Any] = field(default_factory=dict)
+    importances: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
@@ -81,6 +86,13 @@ class Gates:
         """Share of all gated channels that is pruned as learned, in [0, 1]."""
         kept = sum(int(keep.sum()) for keep in self.keep_sets().values())
         return 1.0 - kept / self.channels if self.channels else 0.0
+
+    @property
+    def floor(self) -> float:
+        """The share of every site's channels that stays whatever the ranking says, in [0, 1)."""
+        found = self.info.get("floor", 0.0)
+        valid = isinstance(found, (int, float)) and 0.0 <= found < 1.0
+        return float(found) if valid else 0.0
 
     def constant(self, site: str) -> Tensor:
         """What replaces a pruned channel of ``site``, float32 [C]."""
@@ -94,33 +106,47 @@ class Gates:
     def keep_sets_at(self, sparsity: float, multiple: int = ALIGNMENT) -> dict[str, Tensor]:
         """Kept channels when the lowest-ranked ``sparsity`` of all channels is pruned instead.
 
-        See `keep_by_rank`. Raises ValueError outside [0, 1].
+        See `keep_by_rank`; the gates' own floor holds. Raises ValueError outside [0, 1].
         """
-        return keep_by_rank(self.scores, sparsity, multiple)
+        return keep_by_rank(self.scores, sparsity, multiple, self.floor)
 
 
 def keep_by_rank(
-    scores: Mapping[str, Tensor], sparsity: float, multiple: int = ALIGNMENT
+    scores: Mapping[str, Tensor], sparsity: float, multiple: int = ALIGNMENT, floor: float = 0.0
 ) -> dict[str, Tensor]:
     """Site -> bool [C], false for the lowest-ranked ``sparsity`` of all channels of ``scores``.
 
     All sites are ranked together, ties broken by site and then by index (the earlier channel
-    stays). Per-site counts are then aligned to ``multiple`` (see `aligned_counts`). 0 keeps and 1
-    prunes everything. Raises ValueError outside [0, 1].
+    stays). Of every site at least the share ``floor`` stays (see `least_kept`). Per-site counts are
+    then aligned to ``multiple`` (see `aligned_counts`). 0 keeps and 1 prunes everything, whatever
+    the floor. Raises ValueError outside [0, 1].
     """
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity {sparsity:g} is outside 0.0 to 1.0")
     widths = [score.numel() for score in scores.values()]
+    least = [0 if sparsity == 1.0 else least_kept(width, floor, multiple) for width in widths]
     ranked = torch.cat(list(scores.values()))
-    total = round((1.0 - sparsity) * ranked.numel())
+    total = max(round((1.0 - sparsity) * ranked.numel()), sum(least))
+    safe = torch.cat([top_channels(s, n) for s, n in zip(scores.values(), least, strict=True)])
+    order = torch.sort(ranked, descending=True, stable=True).indices
+    order = torch.cat([order[safe[order]], order[~safe[order]]])
     kept = torch.zeros(ranked.numel(), dtype=torch.bool)
-    kept[torch.sort(ranked, descending=True, stable=True).indices[:total]] = True
+    kept[order[:total]] = True
     wanted = [int(part.sum()) for part in torch.split(kept, widths)]
-    counts = aligned_counts(wanted, widths, total, multiple)
+    counts = aligned_counts(wanted, widths, total, multiple, least=least)
     return {
         site: top_channels(score, k)
         for (site, score), k in zip(scores.items(), counts, strict=True)
     }
+
+
+def least_kept(width: int, floor: float, multiple: int = ALIGNMENT) -> int:
+    """The least that stays of ``width`` channels under a floor (a share), rounded up to a multiple.
+
+    >>> least_kept(1280, 0.05), least_kept(20, 0.5), least_kept(20, 0.0)
+    (64, 16, 0)
+    """
+    return min(-(-math.ceil(floor * width) // multiple) * multiple, width)
 
 
 def top_channels(score: Tensor, count: int) -> Tensor:
@@ -131,34 +157,46 @@ def top_channels(score: Tensor, count: int) -> Tensor:
 
 
 def aligned_counts(
-    wanted: Sequence[int], widths: Sequence[int], total: int, multiple: int = ALIGNMENT
+    wanted: Sequence[int],
+    widths: Sequence[int],
+    total: float,
+    multiple: int = ALIGNMENT,
+    *,
+    least: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[int]:
     """Round per-site counts to multiples of ``multiple`` while holding their sum near ``total``.
 
-    A site may also keep all of its channels, or none. Starting from the rounded-down counts, the
-    sites with the largest remainders are rounded up until the sum is as near to ``total`` as it
-    gets: no single step brings it closer.
+    A site may also keep all of its channels, or as few as ``least`` says (default: none; a
+    multiple). ``weights`` says what a channel of each site counts (default: 1, then ``total`` is
+    in channels). Starting from the rounded-down counts, the sites with the largest remainders are
+    rounded up until the sum is as near to ``total`` as it gets: no single step brings it closer.
 
     >>> aligned_counts([451, 445, 450, 446], [640] * 4, 1792)
     [448, 448, 448, 448]
     """
+    least = [0] * len(widths) if least is None else least
+    weights = [1] * len(widths) if weights is None else weights
 
     def step_up(count: int, width: int) -> int:
         return min(count - count % multiple + multiple, width)
 
-    def step_down(count: int) -> int:
-        return max(count - 1, 0) // multiple * multiple
+    def step_down(count: int, floor: int) -> int:
+        return max((count - 1) // multiple * multiple, min(floor, count))
 
     counts = [
-        w if w == width else w - w % multiple for w, width in zip(wanted, widths, strict=True)
+        w if w == width else max(w - w % multiple, floor)
+        for w, width, floor in zip(wanted, widths, least, strict=True)
     ]
     while True:
-        gap = total - sum(counts)
+        gap = total - sum(c * weight for c, weight in zip(counts, weights, strict=True))
         moves = [
-            (step_up(c, width) if gap > 0 else step_down(c)) - c
-            for c, width in zip(counts, widths, strict=True)
+            (step_up(c, width) if gap > 0 else step_down(c, floor)) - c
+            for c, width, floor in zip(counts, widths, least, strict=True)
         ]
-        useful = [i for i, move in enumerate(moves) if move and abs(gap - move) < abs(gap)]
+        useful = [
+            i for i, move in enumerate(moves) if move and abs(gap - move * weights[i]) < abs(gap)
+        ]
         if not useful:
             return counts
         # the site whose new count strays least from what was wanted for it

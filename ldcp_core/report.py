@@ -17,7 +17,7 @@ from torch import Tensor
 from .cost import Latent, Savings, SiteSaving, savings
 from .gates import THRESHOLD, Gates, Padding
 from .schedule import Schedule, StepRange
-from .sites import Topology
+from .sites import Topology, block_of, short_name, sites_of
 
 MIB = 2**20
 
@@ -45,7 +45,7 @@ class RunFacts(Protocol):
 
     @property
     def full_bytes(self) -> int:
-        """Bytes of the gated convolutions before pruning."""
+        """Bytes of the gated layers before pruning."""
 
     @property
     def resident_bytes(self) -> int:
@@ -181,10 +181,10 @@ def gates_report(gates: Gates, latent: Latent | None = None) -> Report:
 
 
 def _savings(topology: Topology, owner: Mapping[str, ReportLayer], latent: Latent) -> Savings:
-    """Savings of the effective sites; each block by the rule of the gates of its inner site."""
+    """Savings of the effective sites; each block by the rule of the gates of its first site."""
     by_rule: dict[Padding, dict[str, int]] = {"zero": {}, "extend": {}}
     for site, layer in owner.items():
-        inner = owner.get(f"{site.rsplit('.', 1)[0]}.conv1")
+        inner = owner.get(sites_of(block_of(site))[0])
         rule = "zero" if inner is None else inner.gates.padding
         by_rule[rule][site] = int(layer.keep_sets[site].sum())
     parts = [savings(topology, kept, rule, latent) for rule, kept in by_rule.items()]
@@ -199,7 +199,8 @@ def _table(found: Savings) -> list[str]:
     head = f"{'site':<32} {'kept':>11} {'pruned':>7} {'parameters':>12} {'MFLOP':>11}"
     rule, saved = "-" * len(head), found.saved
     rows = [
-        f"{row.site:<32} {row.kept:>5}/{row.channels:<5} {1 - row.kept / row.channels:>7.1%} "
+        f"{short_name(row.site):<32} {row.kept:>5}/{row.channels:<5} "
+        f"{1 - row.kept / row.channels:>7.1%} "
         f"{-row.saved.parameters:>12,} {-row.saved.flops / 1e6:>11,.1f}"
         for row in found.sites
     ]
@@ -224,13 +225,13 @@ def run_line(run: RunFacts) -> str:
 
 
 def bytes_lines(run: RunFacts) -> list[str]:
-    """What lay on the compute device of the gated convolutions, and why it was that much."""
+    """What lay on the compute device of the gated layers, and why it was that much."""
     if not run.pruned_evaluations:
         return []
     saved = run.full_bytes - run.resident_bytes
     change = f"{show_bytes(abs(saved))} {'less' if saved > 0 else 'more'}" if saved else "the same"
     lines = [
-        f"gated convolutions on {run.device}: {show_bytes(run.full_bytes)} in full, "
+        f"gated layers on {run.device}: {show_bytes(run.full_bytes)} in full, "
         f"{show_bytes(run.resident_bytes)} resident ({change})"
     ]
     return [*lines, f"full weights stayed: {run.kept_full}"] if run.kept_full else lines

@@ -13,6 +13,7 @@ import torch
 
 from .gates import THRESHOLD
 from .report import Report, RunFacts, bytes_lines, run_line, show_bytes, show_flops
+from .sites import short_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -176,11 +177,11 @@ def _sites_heading(report: Report, page: _Page) -> None:
 def _site_rows(report: Report, page: _Page) -> None:
     """A bar per site between its name and its counts."""
     _sites_heading(report, page)
-    names = max((page.width(row.site) for row in report.savings.sites), default=0.0)
+    names = max((page.width(short_name(row.site)) for row in report.savings.sites), default=0.0)
     start, end = LEFT + names + 14, RIGHT - page.width("0,000 of 0,000") - 14
     for row in report.savings.sites:
         middle = start + (end - start) * row.kept / row.channels
-        page.text(LEFT, page.y, row.site)
+        page.text(LEFT, page.y, short_name(row.site))
         page.box(start, page.y + 1, middle, page.y + 22, KEPT)
         page.box(middle, page.y + 1, end, page.y + 22, PRUNED)
         page.text(RIGHT, page.y, f"{row.kept:,} of {row.channels:,}", align="right")

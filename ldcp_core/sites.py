@@ -1,20 +1,44 @@
-"""The places of an SD1.5 U-Net whose output channels can be gated.
+"""The places of an SD1.5 U-Net whose channels can be gated.
 
-A site is one convolution, named as diffusers names it. The whole U-Net is described by a handful
-of widths (`Topology`), so the same code serves the full model and the small demo model, and a new
-scope is one line in `SCOPES`. Hosts map these names to their own modules.
+A site is a layer whose output channels can be gated, named as diffusers names it: the two
+convolutions of a ResBlock, and the GEGLU projection of a transformer's feed-forward. The whole
+U-Net is described by a handful of widths (`Topology`), so the same code serves the full model and
+the small demo model. Hosts map these names to their own modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-SiteKind = Literal["inner", "residual"]
+SiteKind = Literal["inner", "residual", "hidden"]
+#: what a site's name adds to that of its block
+SUFFIXES: Mapping[SiteKind, str] = {"inner": ".conv1", "residual": ".conv2", "hidden": ".net.0"}
 
-#: scope name -> prefixes of the block names it covers
-SCOPES: Mapping[str, tuple[str, ...]] = {"mid": ("mid_block.",)}
+#: part of the U-Net -> prefixes of the names of its blocks
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "mid": ("mid_block.",),
+    "up": ("up_blocks.",),
+    "down": ("down_blocks.",),
+    "all": ("down_blocks.", "mid_block.", "up_blocks."),
+}
+FEED_FORWARD = "ff"
+#: the scopes worth a name in a menu; `Topology.sites` takes more
+SCOPES: tuple[str, ...] = (
+    "mid",
+    "up",
+    "down",
+    "mid+up",
+    "all",
+    "mid+ff",
+    "up+ff",
+    "down+ff",
+    "mid+up+ff",
+    "all+ff",
+    "ff",
+)
 DEFAULT_SCOPE = "mid"
 
 
@@ -31,21 +55,48 @@ class ResBlock:
     out_channels: int
     downsample: int
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return Site(self, "inner"), Site(self, "residual")
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A transformer's feed-forward: GEGLU from ``channels`` to ``hidden``, then linear back."""
+
+    name: str
+    channels: int
+    hidden: int
+    downsample: int
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(self, "hidden"),)
+
+
+Block = ResBlock | FeedForward
+
 
 @dataclass(frozen=True)
 class Site:
-    """A gated convolution: conv1 of a ResBlock ("inner") or its conv2 ("residual")."""
+    """A gated layer: a ResBlock's conv1 ("inner") or conv2 ("residual"), or a GEGLU ("hidden")."""
 
-    block: ResBlock
+    block: Block
     kind: SiteKind
 
     @property
     def name(self) -> str:
-        return f"{self.block.name}.{'conv1' if self.kind == 'inner' else 'conv2'}"
+        return self.block.name + SUFFIXES[self.kind]
 
     @property
     def channels(self) -> int:
-        return self.block.out_channels
+        block = self.block
+        return block.hidden if isinstance(block, FeedForward) else block.out_channels
+
+    @property
+    def weight(self) -> str:
+        """The name of the layer's weight in diffusers' state dict."""
+        return f"{self.name}{'.proj' if self.kind == 'hidden' else ''}.weight"
 
 
 @dataclass(frozen=True)
@@ -110,54 +161,125 @@ class Topology:
             "out_channels": self.out_channels,
         }
 
-    def res_blocks(self) -> list[ResBlock]:
-        """All ResBlocks in the order in which they run (22 for SD1.5)."""
+    def blocks(self) -> list[Block]:
+        """All ResBlocks and feed-forwards in the order in which they run (22 and 16 for SD1.5)."""
         w, layers = self.widths, self.layers_per_block
-        blocks: list[ResBlock] = []
+        blocks: list[Block] = []
         skips = [w[0]]  # channels the down path hands over to the up path
         channels = w[0]
+
+        def attend(stage: str, number: int, width: int, downsample: int) -> None:
+            name = f"{stage}.attentions.{number}.transformer_blocks.0.ff"
+            blocks.append(FeedForward(name, width, 4 * width, downsample))
+
         for level, width in enumerate(w):
+            stage = f"down_blocks.{level}"
             for r in range(layers):
-                blocks.append(
-                    ResBlock(f"down_blocks.{level}.resnets.{r}", channels, width, 2**level)
-                )
+                blocks.append(ResBlock(f"{stage}.resnets.{r}", channels, width, 2**level))
+                if self.attention[level]:
+                    attend(stage, r, width, 2**level)
                 channels = width
                 skips.append(channels)
             if level < len(w) - 1:
                 skips.append(channels)
         deepest = 2 ** (len(w) - 1)
-        for r in range(2):
-            blocks.append(ResBlock(f"mid_block.resnets.{r}", w[-1], w[-1], deepest))
+        blocks.append(ResBlock("mid_block.resnets.0", w[-1], w[-1], deepest))
+        attend("mid_block", 0, w[-1], deepest)
+        blocks.append(ResBlock("mid_block.resnets.1", w[-1], w[-1], deepest))
         for up, (level, width) in enumerate(reversed(list(enumerate(w)))):
+            stage = f"up_blocks.{up}"
             for r in range(layers + 1):
-                blocks.append(
-                    ResBlock(f"up_blocks.{up}.resnets.{r}", channels + skips.pop(), width, 2**level)
-                )
+                wide = channels + skips.pop()
+                blocks.append(ResBlock(f"{stage}.resnets.{r}", wide, width, 2**level))
+                if self.attention[level]:
+                    attend(stage, r, width, 2**level)
                 channels = width
         return blocks
+
+    def res_blocks(self) -> list[ResBlock]:
+        """All ResBlocks in the order in which they run."""
+        return [block for block in self.blocks() if isinstance(block, ResBlock)]
 
     def sites(self, scope: str = DEFAULT_SCOPE) -> list[Site]:
         """The sites of a scope in the order in which they run.
 
-        Raises ValueError when the scope is unknown.
+        A scope is ``mid``, ``up``, ``down`` or ``all`` (the ResBlocks of that part of the U-Net),
+        several of them joined by ``+``, and ``+ff`` for the feed-forwards of the same parts;
+        ``ff`` alone is all feed-forwards. Or it is a list of site names, separated by commas, in
+        which ``*`` stands for anything. Raises ValueError for anything else, and for a name that
+        no site has.
         """
-        if scope not in SCOPES:
-            raise ValueError(f"unknown scope {scope!r}; known are {', '.join(sorted(SCOPES))}")
-        return [s for s in self.all_sites() if s.block.name.startswith(SCOPES[scope])]
+        words = scope.replace(" ", "").split("+")
+        if set(words) <= {*PARTS, FEED_FORWARD}:
+            parts = [PARTS[word] for word in words if word != FEED_FORWARD] or [PARTS["all"]]
+            prefixes = tuple(prefix for part in parts for prefix in part)
+            kinds = {"hidden"} if FEED_FORWARD in words else set()
+            kinds |= {"inner", "residual"} if words != [FEED_FORWARD] else set()
+            return [
+                site
+                for site in self.all_sites()
+                if site.kind in kinds and site.name.startswith(prefixes)
+            ]
+        patterns = [pattern.strip() for pattern in scope.split(",")]
+        named = {
+            pattern: {s.name for s in self.all_sites() if fnmatchcase(s.name, pattern)}
+            for pattern in patterns
+        }
+        for pattern, found in named.items():
+            if not found:
+                raise ValueError(
+                    f"unknown scope or site {pattern!r}; a scope is {', '.join(PARTS)}, several of "
+                    "them joined by '+', '+ff' with them, or site names such as "
+                    "'mid_block.resnets.0.conv1' separated by commas"
+                )
+        wanted = set().union(*named.values())
+        return [site for site in self.all_sites() if site.name in wanted]
 
     def all_sites(self) -> list[Site]:
         """Every site a gate file may name, in the order in which they run."""
-        kinds: Sequence[SiteKind] = ("inner", "residual")
-        return [Site(block, kind) for block in self.res_blocks() for kind in kinds]
+        return [site for block in self.blocks() for site in block.sites]
 
 
 SD15 = Topology()
 
 
+def block_of(site: str) -> str:
+    """The name of the block that a site lies in; raises ValueError for what names no site.
+
+    >>> block_of("mid_block.resnets.0.conv1")
+    'mid_block.resnets.0'
+    """
+    for suffix in SUFFIXES.values():
+        if site.endswith(suffix):
+            return site.removesuffix(suffix)
+    raise ValueError(f"{site!r} is not the name of a site")
+
+
 def blocks_of(sites: Iterable[str]) -> list[str]:
-    """The ResBlocks that these sites lie in, each once, in the order of the sites.
+    """The blocks that these sites lie in, each once, in the order of the sites.
 
     >>> blocks_of(["mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"])
     ['mid_block.resnets.0']
     """
-    return list(dict.fromkeys(site.rsplit(".", 1)[0] for site in sites))
+    return list(dict.fromkeys(map(block_of, sites)))
+
+
+def sites_of(block: str) -> tuple[str, ...]:
+    """The names of the sites that a block has.
+
+    >>> sites_of("mid_block.resnets.0")
+    ('mid_block.resnets.0.conv1', 'mid_block.resnets.0.conv2')
+    >>> sites_of("mid_block.attentions.0.transformer_blocks.0.ff")
+    ('mid_block.attentions.0.transformer_blocks.0.ff.net.0',)
+    """
+    kinds: tuple[SiteKind, ...] = ("hidden",) if block.endswith(".ff") else ("inner", "residual")
+    return tuple(block + SUFFIXES[kind] for kind in kinds)
+
+
+def short_name(site: str) -> str:
+    """A site's name without what all names of its kind share, for tables.
+
+    >>> short_name("mid_block.attentions.0.transformer_blocks.0.ff.net.0")
+    'mid_block.attentions.0.ff'
+    """
+    return site.replace(".transformer_blocks.0.ff.net.0", ".ff")

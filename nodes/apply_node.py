@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -22,12 +23,33 @@ AS_LEARNED = -1.0
 log = logging.getLogger("ldcp")
 
 
-def chosen_keep_sets(gates: Gates, sparsity: float) -> dict[str, Tensor]:
-    """The learned keep-sets, or those of the override; raises ValueError between -1 and 0."""
+def chosen_keep_sets(gates: Gates, sparsity: float, sites: str = "") -> dict[str, Tensor]:
+    """The learned keep-sets, or those of the override, of the ``sites`` of a scope (empty: all).
+
+    Raises ValueError for a sparsity between -1 and 0, an unknown scope, or one without gates.
+    """
     problem = sparsity_problem(sparsity)
     if problem:
         raise ValueError(f"LDCP: {problem}")
+    if sites.strip():
+        gates = within(gates, sites)
     return gates.keep_sets() if sparsity == AS_LEARNED else gates.keep_sets_at(sparsity)
+
+
+def within(gates: Gates, sites: str) -> Gates:
+    """The part of ``gates`` that lies in a scope; raises ValueError where there is none."""
+    try:
+        named = {site.name for site in gates.topology.sites(sites)}
+    except ValueError as error:
+        raise ValueError(f"LDCP: {error}") from error
+    scores = {site: score for site, score in gates.scores.items() if site in named}
+    if not scores:
+        parts = ", ".join(dict.fromkeys(site.split(".")[0] for site in gates.scores))
+        raise ValueError(
+            f"LDCP: these gates have no site in {sites!r}, only in {parts}; leave 'sites' empty to "
+            "prune all that they have, or load gates of a larger scope"
+        )
+    return replace(gates, scores=scores)
 
 
 def sparsity_problem(sparsity: float) -> str | None:
@@ -101,6 +123,15 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
                     "memory each time, which is slower. keep: they stay, and the pruned copies "
                     "take extra memory. The image is the same; on a CPU nothing can leave.",
                 ),
+                io.String.Input(
+                    "sites",
+                    default="",
+                    optional=True,
+                    tooltip="Prune only this part of what the gates have: mid, up, down, all, ff "
+                    "(the feed-forward layers), several joined by +, or site names such as "
+                    "mid_block.resnets.0.conv1 separated by commas. Empty: everything. With two "
+                    "Apply nodes in a row, each part can have its own schedule.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model, pruned while it samples.")],
             hidden=[io.Hidden.unique_id],
@@ -119,8 +150,9 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
         sparsity: float,
         schedule: Schedule | None = None,
         full_weights: FullWeights = "auto",
+        sites: str = "",
     ) -> io.NodeOutput:
-        keep_sets = chosen_keep_sets(gates, sparsity)
+        keep_sets = chosen_keep_sets(gates, sparsity, sites)
         layer = Layer(gates, keep_sets, ALWAYS if schedule is None else schedule, full_weights)
         patched = attach(model, layer)
         if differs_from_training(model, gates):

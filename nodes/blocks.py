@@ -1,10 +1,7 @@
-"""ComfyUI's ResBlock, seen as the operations that `ldcp_core` prunes.
+"""ComfyUI's ResBlocks and feed-forwards, seen as what `ldcp_core` prunes.
 
-Everything that depends on how ComfyUI stores and casts weights is here. Weights are taken as the
-host itself would use them: the convolution's own forward runs on an empty input while its
-``_conv_forward`` is replaced by a function that catches weight and bias. What arrives includes
-LoRA, hooks, low-VRAM casts and quantised formats. Convolutions run through ``_conv_forward``, so
-that extensions which override it (seamless tiling, say) keep working.
+Convolutions run through ``_conv_forward``, so that extensions which override it (seamless tiling,
+say) keep working.
 """
 
 from __future__ import annotations
@@ -15,9 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ldcp_core import BlockGate, CompactResBlock, ConvWeights
+from ..ldcp_core import (
+    Block,
+    BlockGate,
+    CompactFeedForward,
+    CompactResBlock,
+    ConvWeights,
+    FeedForward,
+    FeedForwardGate,
+    ResBlock,
+)
+from .weights import captured, captured_linear, folds, norm_affine
 
-Forward = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[..., Tensor]
 
 
 class ComfyResBlockOps:
@@ -51,65 +58,89 @@ class ComfyResBlockOps:
         return self._conv2._conv_forward(x, weight, bias)
 
 
-def check_block(block: nn.Module, in_channels: int, out_channels: int) -> str | None:
-    """Why this module is not a ResBlock that can be pruned; None when it is."""
-    convs = [getattr(block, name, [None])[-1] for name in ("in_layers", "out_layers")]
+def check_block(module: nn.Module, block: Block) -> str | None:
+    """Why this module is not the block that can be pruned; None when it is."""
+    if isinstance(block, FeedForward):
+        return _check_feed_forward(module, block)
+    return _check_res_block(module, block)
+
+
+def _check_res_block(module: nn.Module, block: ResBlock) -> str | None:
+    convs = [getattr(module, name, [None])[-1] for name in ("in_layers", "out_layers")]
     if not all(isinstance(conv, nn.Conv2d) for conv in convs):
-        return f"it is a {type(block).__name__} without the two 2D convolutions of a ResBlock"
+        return f"it is a {type(module).__name__} without the two 2D convolutions of a ResBlock"
     widths = [(conv.in_channels, conv.out_channels) for conv in convs]
-    if widths != [(in_channels, out_channels), (out_channels, out_channels)]:
-        return f"its convolutions have widths {widths}, expected {in_channels} to {out_channels}"
+    inputs, outputs = block.in_channels, block.out_channels
+    if widths != [(inputs, outputs), (outputs, outputs)]:
+        return f"its convolutions have widths {widths}, expected {inputs} to {outputs}"
     if any((c.kernel_size, c.stride, c.groups) != ((3, 3), (1, 1), 1) for c in convs):
         return "its convolutions are not plain 3x3 ones"
-    if block.updown or block.use_scale_shift_norm:
+    if module.updown or module.use_scale_shift_norm:
         return "it resamples inside or scales by the embedding"
-    if block.skip_t_emb or block.exchange_temb_dims or hasattr(block, "time_stack"):
+    if module.skip_t_emb or module.exchange_temb_dims or hasattr(module, "time_stack"):
         return "it belongs to a video model or takes no time embedding"
     return None
 
 
-def override(block: nn.Module) -> str | None:
+def _check_feed_forward(module: nn.Module, block: FeedForward) -> str | None:
+    net = list(getattr(module, "net", ()))
+    kinds = [type(part).__name__ for part in net]
+    linear = [getattr(net[0], "proj", None), net[2]] if len(net) == 3 else []
+    if not linear or kinds[0] != "GEGLU" or not all(isinstance(li, nn.Linear) for li in linear):
+        return f"it is a {type(module).__name__} of {kinds}, not GEGLU, dropout and a linear layer"
+    widths = [(layer.in_features, layer.out_features) for layer in linear]
+    expected = [(block.channels, 2 * block.hidden), (block.hidden, block.channels)]
+    if widths != expected:
+        return f"its linear layers have widths {widths}, expected {expected}"
+    return None
+
+
+def override(module: nn.Module) -> str | None:
     """Which of the modules that pruning bypasses somebody else has changed; None: none.
 
     An extension that puts its own ``forward`` or a hook on them (ComfyUI's bypass LoRA does) would
     silently lose its effect, so such a block is left to run as it is.
     """
-    if "forward" in vars(block):
+    if "forward" in vars(module):
         return "its forward"
-    for path in ("in_layers.2", "out_layers.0", "out_layers.3"):
-        module = block.get_submodule(path)
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+    res_block = hasattr(module, "in_layers")
+    paths = ("in_layers.2", "out_layers.0", "out_layers.3")
+    for path in paths if res_block else ("net", "net.0", "net.0.proj", "net.2"):
+        part = module.get_submodule(path)
+        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
             return path
     return None
 
 
-def folds(conv: nn.Conv2d) -> bool:
-    """Whether the convolution pads one ring of zeros, as the folded form assumes."""
-    own = "_conv_forward" in vars(conv) or type(conv)._conv_forward is not nn.Conv2d._conv_forward
-    padding = (conv.padding_mode, conv.padding, conv.dilation)
-    return not own and padding == ("zeros", (1, 1), (1, 1))
-
-
 @dataclass(frozen=True)
 class Compact:
-    """A pruned forward of one ResBlock and what it needs of the compute device."""
+    """A pruned forward of one block and what it needs of the compute device."""
 
     forward: Forward
     #: what it holds there
     tensors: list[Tensor]
-    #: the convolutions it prunes
-    pruned: list[nn.Conv2d]
+    #: the layers it prunes
+    pruned: list[nn.Module]
     #: those of them whose full weights it no longer needs
-    replaced: list[nn.Conv2d]
+    replaced: list[nn.Module]
 
 
 def compact(
+    module: nn.Module, gate: BlockGate | FeedForwardGate, device: torch.device, dtype: torch.dtype
+) -> Compact | None:
+    """This block computing only what ``gate`` keeps; None when that is all of it.
+
+    ``device`` and ``dtype`` are those of the maps in the run that is about to start. Raises
+    NotCaptured when the weights can't be had.
+    """
+    if isinstance(gate, FeedForwardGate):
+        return _compact_feed_forward(module, gate, device, dtype)
+    return _compact_res_block(module, gate, device, dtype)
+
+
+def _compact_res_block(
     block: nn.Module, gate: BlockGate, device: torch.device, dtype: torch.dtype
 ) -> Compact | None:
-    """This ResBlock computing only what ``gate`` keeps; None when that is all of it.
-
-    ``device`` and ``dtype`` are those of the maps in the run that is about to start.
-    """
     prunes1, prunes2 = _prunes(gate.inner), _prunes(gate.residual)
     if not (prunes1 or prunes2):
         return None
@@ -130,49 +161,15 @@ def compact(
     return Compact(forward, core.tensors(), pruned, replaced)
 
 
+def _compact_feed_forward(
+    block: nn.Module, gate: FeedForwardGate, device: torch.device, dtype: torch.dtype
+) -> Compact | None:
+    if not _prunes(gate.hidden):
+        return None
+    layers = [block.net[0].proj, block.net[2]]
+    core = CompactFeedForward(gate, *(captured_linear(layer, device, dtype) for layer in layers))
+    return Compact(core, core.tensors(), layers, layers)
+
+
 def _prunes(keep: Tensor | None) -> bool:
     return keep is not None and not bool(keep.all())
-
-
-def captured(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype) -> ConvWeights:
-    """Weight and bias with which the host would now run ``conv`` on such an input."""
-    found: list[ConvWeights] = []
-
-    def catch(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> Tensor:
-        # a cast weight may lie in a buffer that the host uses again: keep a copy
-        kept = weight if weight is conv.weight else weight.clone()
-        found.append(ConvWeights(kept.detach(), None if bias is None else bias.detach().clone()))
-        return x
-
-    earlier = vars(conv).get("_conv_forward")
-    conv._conv_forward = catch
-    try:
-        type(conv).forward(conv, torch.empty(0, conv.in_channels, 1, 1, device=device, dtype=dtype))
-    finally:
-        del conv._conv_forward
-        if earlier is not None:
-            conv._conv_forward = earlier
-    return found[0]
-
-
-def norm_affine(
-    norm: nn.GroupNorm, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a GroupNorm through the host's own casting, as copies.
-
-    The one place that knows `comfy.ops.cast_bias_weight`. Newer hosts lend an offloaded weight and
-    want it back (``offloadable``, ``uncast_bias_weight``); older ones know neither.
-    """
-    if not hasattr(norm, "comfy_cast_weights"):
-        return norm.weight.detach().to(device, dtype), norm.bias.detach().to(device, dtype)
-    import comfy.ops
-
-    hands_back = getattr(comfy.ops, "uncast_bias_weight", None)
-    offloadable = {"offloadable": True} if hands_back else {}
-    lent = comfy.ops.cast_bias_weight(
-        norm, dtype=dtype, bias_dtype=dtype, device=device, **offloadable
-    )
-    weight, bias = (t.detach().clone() for t in lent[:2])
-    if hands_back:
-        hands_back(norm, *lent)
-    return weight, bias

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from comfy_api.latest import io
 
 from ..ldcp_core import (
+    DEFAULT_FLOOR,
     DEFAULT_SCOPE,
     PADDINGS,
     RANKINGS,
@@ -91,13 +92,15 @@ def calibrate(
 def fluctuation_gates(model: Any, choice: Choice, seen: Calibration, sites: Sequence[str]) -> Gates:
     """Gates that prune the channels whose mean says most about them."""
     importances = seen.importances()
-    scores = scores_at({s: importances[s] for s in sites}, choice.sparsity, choice.ranking)
+    ordered = {site: importances[site] for site in sites}
+    scores = scores_at(ordered, choice.sparsity, choice.ranking, DEFAULT_FLOOR)
     gates = Gates(scores, padding=choice.padding, topology=model_topology(model.model))
     info = {
         "criterion": choice.criterion,
         "ranking": choice.ranking,
         "scope": choice.scope,
         "target_sparsity": choice.sparsity,
+        "floor": DEFAULT_FLOOR,
         "achieved_sparsity": gates.sparsity,
     }
     base = own_fingerprint(model, gates)
@@ -227,7 +230,8 @@ class LDCPCalibrateGates(io.ComfyNode):
                     options=list(SCOPES),
                     default=DEFAULT_SCOPE,
                     tooltip="Which layers are gated. mid: the four 3x3 convolutions of the middle "
-                    "block.",
+                    "block; up, down, all: those of these parts of the U-Net; +ff: also the "
+                    "feed-forward layers of the transformers there.",
                 ),
                 GatesType.Input(
                     "gates",

@@ -11,26 +11,29 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from ..ldcp_core import (
+    DEFAULT_FLOOR,
     DEFAULT_SCOPE,
     MAGNITUDES,
     PADDINGS,
     RANKINGS,
     SCOPES,
-    ConvWeights,
     Gates,
     Magnitude,
     Padding,
     Ranking,
+    expected_hidden,
     expected_output,
+    hidden_rows,
     magnitude,
     scores_at,
+    sites_of,
 )
 from .apply_node import show_on_node
-from .blocks import captured, norm_affine
 from .identity import own_fingerprint
 from .io_types import CATEGORY, GatesType
 from .schema import schema
-from .sites import find_blocks, model_topology
+from .sites import find_blocks, model_topology, module_path, unet
+from .weights import captured, captured_linear, norm_affine
 
 log = logging.getLogger("ldcp")
 
@@ -58,16 +61,17 @@ def estimate(
     comfy.model_management.load_models_gpu([model])
     importances: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
-    for name, conv, affine in _gated_convolutions(model, blocks):
-        if name in ungated.scores:
-            importances[name] = magnitude(conv.weight, criterion)
-            constants[name] = expected_output(conv, *affine)
-    scores = scores_at(importances, sparsity, ranking)
+    for site, weight, constant in _gated_layers(model, blocks):
+        if site in ungated.scores:
+            importances[site] = magnitude(weight, criterion)
+            constants[site] = constant
+    scores = scores_at(importances, sparsity, ranking, DEFAULT_FLOOR)
     info = {
         "criterion": criterion,
         "ranking": ranking,
         "scope": scope,
         "target_sparsity": sparsity,
+        "floor": DEFAULT_FLOOR,
         "achieved_sparsity": Gates(scores).sparsity,
         "calibrated": "data-free",
     }
@@ -77,14 +81,20 @@ def estimate(
     return Gates(scores, constants, padding, topology, info)
 
 
-def _gated_convolutions(
-    model: Any, blocks: dict[str, nn.Module]
-) -> Iterator[tuple[str, ConvWeights, tuple[Tensor, Tensor]]]:
-    """Site, weights and the weight and bias of the norm before it, one convolution at a time."""
+def _gated_layers(model: Any, blocks: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Site, what each of its channels owns [C, ...] and constants [C], one site at a time."""
     host = (model.load_device, model.model.manual_cast_dtype or model.model.get_dtype())
+    layers = model_topology(model.model).layers_per_block
     for name, block in blocks.items():
-        for part, layers in (("conv1", block.in_layers), ("conv2", block.out_layers)):
-            yield f"{name}.{part}", captured(layers[-1], *host), norm_affine(layers[0], *host)
+        if hasattr(block, "in_layers"):
+            for site, part in zip(sites_of(name), (block.in_layers, block.out_layers), strict=True):
+                conv = captured(part[-1], *host)
+                yield site, conv.weight, expected_output(conv, *norm_affine(part[0], *host))
+        else:
+            proj = captured_linear(block.net[0].proj, *host)
+            path = module_path(name, layers).removesuffix("ff") + "norm3"
+            affine = norm_affine(unet(model.model).get_submodule(path), *host)
+            yield sites_of(name)[0], hidden_rows(proj.weight), expected_hidden(proj, *affine)
 
 
 def status(gates: Gates) -> list[str]:
@@ -149,7 +159,8 @@ class LDCPEstimateGates(io.ComfyNode):
                     options=list(SCOPES),
                     default=DEFAULT_SCOPE,
                     tooltip="Which layers are gated. mid: the four 3x3 convolutions of the middle "
-                    "block.",
+                    "block; up, down, all: those of these parts of the U-Net; +ff: also the "
+                    "feed-forward layers of the transformers there.",
                 ),
             ],
             outputs=[

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..ldcp_core import Gates, fingerprint
-from .sites import conv_path, model_topology, unet
+from .sites import layer_path, model_topology, unet
 
 #: dtypes that round to the same float16 samples as the weights the gates were trained on
 COMPARABLE = (torch.float32, torch.float16)
 
 
 def differs_from_training(model: Any, gates: Gates) -> bool:
-    """True when the gated convolutions are known to differ from those of the training.
+    """True when the gated layers are known to differ from those of the training.
 
     False also where it cannot be told: no fingerprint in the file, or weights in another dtype.
     """
@@ -28,7 +28,7 @@ def differs_from_training(model: Any, gates: Gates) -> bool:
 
 
 def own_fingerprint(model: Any, gates: Gates) -> str | None:
-    """The fingerprint of the convolutions that ``gates`` names, LoRA left aside.
+    """The fingerprint of the layers that ``gates`` names, LoRA left aside.
 
     None where it could not be compared: weights in a dtype that rounds otherwise, or not loaded.
     """
@@ -39,11 +39,11 @@ def own_fingerprint(model: Any, gates: Gates) -> str | None:
 
 
 def base_weights(model: Any, gates: Gates) -> dict[str, Tensor]:
-    """Site -> convolution weight of a ModelPatcher without the LoRA that may be merged into it."""
+    """Site -> weight of a ModelPatcher without the LoRA that may be merged into it."""
     layers = model_topology(model.model).layers_per_block
     found = {}
     for site in gates.scores:
-        path = conv_path(site, layers)
+        path = layer_path(site, layers)
         original = model.backup.get(f"diffusion_model.{path}.weight")
         if original is None:
             found[site] = unet(model.model).get_submodule(path).weight

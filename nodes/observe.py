@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ldcp_core import Calibration, Gates, Site, Topology, column_norms
-from .blocks import captured
 from .patch import detached
 from .sites import ModelError, find_blocks
+from .weights import captured, captured_linear
 
 KEY = "ldcp_calibration"
 #: ComfyUI's key of the wrapper that puts a compiled model in place; compiled layers call no hooks
@@ -42,7 +42,9 @@ class Watched:
 
 
 def watched(site: Site, block: nn.Module) -> Watched:
-    """The places to watch for a site of a ResBlock of the host."""
+    """The places to watch for a site of a ResBlock or feed-forward of the host."""
+    if site.kind == "hidden":
+        return Watched(block.net[0], block.net[2], channels=-1)
     if site.kind == "inner":
         return Watched(block.in_layers[-1], block.out_layers[-1])
     return Watched(block.out_layers[-1], None)
@@ -127,8 +129,9 @@ class Observer:
         dtype = model.manual_cast_dtype or model.get_dtype()
         for site, place in self._places.items():
             if place.reader is not None:
-                weight = captured(place.reader, device, dtype).weight
-                self._columns[site] = column_norms(weight)
+                linear = isinstance(place.reader, nn.Linear)
+                read = captured_linear if linear else captured
+                self._columns[site] = column_norms(read(place.reader, device, dtype).weight)
 
 
 def observed(model: Any, sites: Sequence[Site], topology: Topology) -> tuple[Any, Observer]:

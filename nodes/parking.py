@@ -1,6 +1,6 @@
 """Moving full weights off the compute device while their compact copies do the work.
 
-Compact copies beside the full weights would add memory. So the convolutions that run compact are
+Compact copies beside the full weights would add memory. So the layers that run compact are
 *parked* for the length of a run: their weights go to the host's offload device and the modules
 are marked the way ComfyUI marks its own offloaded modules (cast on use), so that whoever still
 evaluates one gets right numbers, only slower. When the run ends they come back. ComfyUI counts
@@ -56,35 +56,35 @@ CAST, CAST_BEFORE = "comfy_cast_weights", "prev_comfy_cast_weights"
 
 @dataclass
 class _Parked:
-    conv: nn.Module
+    layer: nn.Module
     bytes: int
     casts: bool
     marks: dict[str, Any]
 
 
 class Parking:
-    """The parked convolutions of one run. ``model`` is the host's BaseModel throughout."""
+    """The parked layers of one run. ``model`` is the host's BaseModel throughout."""
 
     def __init__(self, places: Places) -> None:
         self.places = places
         self._parked: list[_Parked] = []
 
-    def park(self, model: Any, conv: nn.Module) -> bool:
-        """Move a convolution's weights to the offload device; whether they are there now.
+    def park(self, model: Any, layer: nn.Module) -> bool:
+        """Move a layer's weights to the offload device; whether they are there now.
 
         One that the host has offloaded already needs nothing. One that it can't cast on use stays.
         """
-        if self.places.obstacle or not hasattr(conv, CAST):
+        if self.places.obstacle or not hasattr(layer, CAST):
             return False
-        if conv.weight.device != self.places.load:
-            return bool(conv.weight.device == self.places.offload)
-        if getattr(conv, "comfy_patched_weights", None) is not True:
+        if layer.weight.device != self.places.load:
+            return bool(layer.weight.device == self.places.offload)
+        if getattr(layer, "comfy_patched_weights", None) is not True:
             return False  # not loaded by the host, which keeps no account of it
-        marks = {name: vars(conv)[name] for name in (CAST, CAST_BEFORE) if name in vars(conv)}
-        parked = _Parked(conv, nbytes(conv), getattr(conv, CAST), marks)
-        conv.to(self.places.offload)
-        setattr(conv, CAST_BEFORE, marks.get(CAST_BEFORE, parked.casts))
-        setattr(conv, CAST, True)
+        marks = {name: vars(layer)[name] for name in (CAST, CAST_BEFORE) if name in vars(layer)}
+        parked = _Parked(layer, nbytes(layer), getattr(layer, CAST), marks)
+        layer.to(self.places.offload)
+        setattr(layer, CAST_BEFORE, marks.get(CAST_BEFORE, parked.casts))
+        setattr(layer, CAST, True)
         model.model_loaded_weight_memory -= parked.bytes
         self._parked.append(parked)
         return True
@@ -112,20 +112,20 @@ class Parking:
         self._parked.clear()
 
     def _restore(self, model: Any, parked: _Parked) -> None:
-        conv, loaded = parked.conv, getattr(parked.conv, "comfy_patched_weights", None)
+        layer, loaded = parked.layer, getattr(parked.layer, "comfy_patched_weights", None)
         if loaded is False:
             # The host offloaded the module once more: it took the bytes off its count a second
             # time, and our mark for the module's normal state.
             model.model_loaded_weight_memory += parked.bytes
-            setattr(conv, CAST_BEFORE, parked.casts)
+            setattr(layer, CAST_BEFORE, parked.casts)
             return
-        if loaded is True and conv.weight.device == self.places.offload:
-            conv.to(self.places.load)
+        if loaded is True and layer.weight.device == self.places.offload:
+            layer.to(self.places.load)
             model.model_loaded_weight_memory += parked.bytes
         # otherwise the host has unloaded the whole model, and counts from zero
         for name in (CAST, CAST_BEFORE):
-            vars(conv).pop(name, None)
-        vars(conv).update(parked.marks)
+            vars(layer).pop(name, None)
+        vars(layer).update(parked.marks)
 
 
 def nbytes(module: nn.Module) -> int:

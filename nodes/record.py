@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 class RunRecord:
     """One run: which evaluations were pruned, and what lay on the compute device meanwhile.
 
-    Bytes concern weights and biases of the gated convolutions that the run has pruned: all of them
+    Bytes concern weights and biases of the gated layers that the run has pruned: all of them
     before, and what was resident of them, in full or compact form, during the pruned evaluations
     (the most of any).
     """
@@ -29,5 +29,5 @@ class RunRecord:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes by which the gated convolutions took less room (negative: more)."""
+        """Bytes by which the gated layers took less room (negative: more)."""
         return self.full_bytes - self.resident_bytes

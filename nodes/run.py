@@ -15,16 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ldcp_core import ALWAYS, BlockGate, Gates, Schedule, blocks_of, step_index
+from ..ldcp_core import (
+    ALWAYS,
+    BlockGate,
+    FeedForwardGate,
+    Gates,
+    Schedule,
+    block_gates,
+    blocks_of,
+    sites_of,
+    step_index,
+)
 from .blocks import Compact, Forward, compact, override
 from .parking import FullWeights, Parking, nbytes
 from .record import RunRecord
 from .sites import find_blocks
+from .weights import NotCaptured
 
 log = logging.getLogger("ldcp")
 
-#: an inner and a residual gate of one block, as positions of the layers they come from
-Owners = tuple[int | None, int | None]
+#: for each site of one block the position of the layer that its gate comes from
+Owners = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Run:
     def forwards(
         self, model: Any, device: torch.device, active: list[bool]
     ) -> list[tuple[nn.Module, Forward]]:
-        """ResBlocks and their forwards for one evaluation; selects weights where still missing."""
+        """Blocks and their forwards for one evaluation; selects weights where still missing."""
         for layer in self.layers if not self._blocks else ():
             self._blocks |= find_blocks(model, layer.gates)
         found = []
@@ -136,38 +147,42 @@ class Run:
         return layer.schedule.is_active(step, sigma, percent_to_sigma)
 
     def _owners(self, active: list[bool]) -> dict[str, Owners]:
-        """Block name -> the last active layer that names its inner and its residual site."""
+        """Block name -> for each of its sites the last active layer that names it."""
         owner = {
             site: number
             for number, layer in enumerate(self.layers)
             if active[number]
             for site in layer.keep_sets
         }
-        return {b: (owner.get(f"{b}.conv1"), owner.get(f"{b}.conv2")) for b in blocks_of(owner)}
+        return {block: tuple(map(owner.get, sites_of(block))) for block in blocks_of(owner)}
 
-    def _gate(self, block: str, owners: Owners) -> BlockGate:
+    def _gate(self, block: str, owners: Owners) -> BlockGate | FeedForwardGate:
         """The gate of one block, each site as its layer has it."""
-        found: list[tuple[Tensor | None, Tensor | None]] = []
-        for number, conv in zip(owners, ("conv1", "conv2"), strict=True):
-            site = f"{block}.{conv}"
-            layer = None if number is None else self.layers[number]
-            found.append(
-                (layer.keep_sets[site], layer.gates.constant(site)) if layer else (None, None)
-            )
-        # the padding rule concerns the inner gate alone
+        found = {
+            site: self.layers[number]
+            for site, number in zip(sites_of(block), owners, strict=True)
+            if number is not None
+        }
+        # the padding rule concerns the first site alone
         padding = "zero" if owners[0] is None else self.layers[owners[0]].gates.padding
-        return BlockGate(padding, *found[0], *found[1])
+        keep_sets = {site: layer.keep_sets[site] for site, layer in found.items()}
+        constants = {site: layer.gates.constant(site) for site, layer in found.items()}
+        return block_gates(keep_sets, constants, padding)[block]
 
     def _select(self, model: Any, device: torch.device, name: str, owners: Owners) -> None:
         """Select one block's compact weights, and park the full ones that nobody needs now."""
         gate, dtype = self._gate(name, owners), _compute_dtype(model)
-        selected = compact(self._blocks[name], gate, device, dtype)
+        try:
+            selected = compact(self._blocks[name], gate, device, dtype)
+        except NotCaptured as error:
+            self._warn_once(f"LDCP: {name} runs unpruned, because it has {error}")
+            selected = None
         self._compacts[name, owners] = selected
         if selected is None:
             return
         reason = self._keeps_full(model, name)
         if not reason and self.parking is not None:
-            parked = [conv for conv in selected.replaced if self.parking.park(model, conv)]
+            parked = [part for part in selected.replaced if self.parking.park(model, part)]
             if len(parked) < len(selected.pruned):
                 reason = "another extension holds or replaces some of these layers"
         self.record.kept_full = self.record.kept_full or reason
@@ -195,16 +210,16 @@ class Run:
         )
 
     def _account(self, device: torch.device) -> None:
-        """Count the pruned convolutions' bytes, and those that are on the compute device."""
+        """Count the pruned layers' bytes, and those that are on the compute device."""
         selected = [c for c in self._compacts.values() if c is not None]
-        convs = list(dict.fromkeys(conv for c in selected for conv in c.pruned))
-        full = [conv for conv in convs if conv.weight.device == device]
-        weights = {conv.weight.data_ptr() for conv in full}
+        pruned = list(dict.fromkeys(part for c in selected for part in c.pruned))
+        full = [part for part in pruned if part.weight.device == device]
+        weights = {part.weight.data_ptr() for part in full}
         copies = {t.data_ptr(): t.nbytes for c in selected for t in c.tensors}
-        resident = sum(nbytes(conv) for conv in full)
+        resident = sum(nbytes(part) for part in full)
         resident += sum(size for pointer, size in copies.items() if pointer not in weights)
         self.record.device = str(device)
-        self.record.full_bytes = sum(nbytes(conv) for conv in convs)
+        self.record.full_bytes = sum(nbytes(part) for part in pruned)
         self.record.resident_bytes = max(self.record.resident_bytes, resident)
 
     def _warn_once(self, message: str) -> None:

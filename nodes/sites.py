@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..ldcp_core import Gates, Topology, blocks_of
+from ..ldcp_core import SUFFIXES, Gates, Topology, block_of, blocks_of
 from .blocks import check_block
 
 
@@ -21,32 +21,41 @@ class ModelError(ValueError):
 
 
 def module_path(block: str, layers_per_block: int = 2) -> str:
-    """ComfyUI's path of a ResBlock below ``diffusion_model``, from its diffusers name.
+    """ComfyUI's path of a block below ``diffusion_model``, from its diffusers name.
 
     >>> module_path("mid_block.resnets.1"), module_path("down_blocks.1.resnets.0")
     ('middle_block.2', 'input_blocks.4.0')
     >>> module_path("up_blocks.3.resnets.2")
     'output_blocks.11.0'
+    >>> module_path("up_blocks.1.attentions.0.transformer_blocks.0.ff")
+    'output_blocks.3.1.transformer_blocks.0.ff'
     """
-    stage, *numbers = (part for part in block.split(".") if part != "resnets")
-    level, layer = (0, int(numbers[0])) if stage == "mid_block" else map(int, numbers)
+    stage, *parts = block.split(".")
     stride = layers_per_block + 1  # the downsampler or upsampler of a level takes one place
     if stage == "mid_block":
-        return f"middle_block.{2 * layer}"
-    if stage == "down_blocks":
-        return f"input_blocks.{stride * level + 1 + layer}.0"
-    return f"output_blocks.{stride * level + layer}.0"
+        kind, number, *inside = parts
+        places = {("resnets", "0"): 0, ("attentions", "0"): 1, ("resnets", "1"): 2}
+        path = f"middle_block.{places[kind, number]}"
+    else:
+        level, kind, number, *inside = parts
+        first = 1 if stage == "down_blocks" else 0  # the input convolution comes first
+        place = stride * int(level) + first + int(number)
+        stages = {"down_blocks": "input_blocks", "up_blocks": "output_blocks"}
+        path = f"{stages[stage]}.{place}.{0 if kind == 'resnets' else 1}"
+    return ".".join([path, *inside])
 
 
-def conv_path(site: str, layers_per_block: int = 2) -> str:
-    """ComfyUI's path of a gated convolution below ``diffusion_model``.
+def layer_path(site: str, layers_per_block: int = 2) -> str:
+    """ComfyUI's path of a gated layer below ``diffusion_model``: the one that owns the weight.
 
-    >>> conv_path("mid_block.resnets.0.conv1"), conv_path("mid_block.resnets.0.conv2")
+    >>> layer_path("mid_block.resnets.0.conv1"), layer_path("mid_block.resnets.0.conv2")
     ('middle_block.0.in_layers.2', 'middle_block.0.out_layers.3')
+    >>> layer_path("mid_block.attentions.0.transformer_blocks.0.ff.net.0")
+    'middle_block.1.transformer_blocks.0.ff.net.0.proj'
     """
-    block, conv = site.rsplit(".", 1)
-    path = module_path(block, layers_per_block)
-    return f"{path}.in_layers.2" if conv == "conv1" else f"{path}.out_layers.3"
+    layers = {"inner": "in_layers.2", "residual": "out_layers.3", "hidden": "net.0.proj"}
+    kind = next(kind for kind, suffix in SUFFIXES.items() if site.endswith(suffix))
+    return f"{module_path(block_of(site), layers_per_block)}.{layers[kind]}"
 
 
 def unet(base_model: Any) -> nn.Module:
@@ -96,7 +105,7 @@ def _not_sd15(config: Mapping[str, Any]) -> str | None:
 
 
 def find_blocks(base_model: Any, gates: Gates) -> dict[str, nn.Module]:
-    """Block name -> ResBlock of the model, for every block that ``gates`` names.
+    """Block name -> module of the model, for every block that ``gates`` names.
 
     Raises ModelError for another family, another width, or a block this host builds differently.
     """
@@ -112,11 +121,11 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, nn.Module]:
             )
     named = blocks_of(gates.scores)
     found = {}
-    for block in topology.res_blocks():
+    for block in topology.blocks():
         if block.name in named:
             path = module_path(block.name, topology.layers_per_block)
             found[block.name] = _module(unet(base_model), path)
-            problem = check_block(found[block.name], block.in_channels, block.out_channels)
+            problem = check_block(found[block.name], block)
             if problem:
                 raise ModelError(
                     f"LDCP: the model's {path} ({block.name}) cannot be pruned: {problem}; remove "

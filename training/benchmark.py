@@ -5,8 +5,9 @@
     python -m training.benchmark --gates gates.safetensors --model v1-5-pruned-emaonly.safetensors
 
 Without --model the U-Net has SD1.5's size and random weights, which take as long as trained ones.
-Two tables: one evaluation of the whole U-Net, and the mid-block ResBlocks by themselves. Speed is
-compared within rounds, and a ratio that does not rise above the noise is refused.
+Two tables: one evaluation of the whole U-Net, and (for scope mid) the mid-block ResBlocks by
+themselves. Speed is compared within rounds, and a ratio that does not rise above the noise is
+refused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ldcp_core import PADDINGS, Padding, load_gates, write_atomically
+from ldcp_core import DEFAULT_SCOPE, PADDINGS, Padding, load_gates, write_atomically
 from training.benchmarking import machine
 from training.benchmarking.markdown import render
 from training.benchmarking.peers import peer_variants
@@ -42,7 +43,7 @@ from training.benchmarking.variants import (
     Pruning,
     block_stopwatch,
     block_variants,
-    convolution_bytes,
+    layer_bytes,
     mid_resnets,
     pruned_variants,
     random_pruning,
@@ -90,6 +91,7 @@ class BenchmarkConfig:
 
     model: str | None = None
     gates: str | None = None
+    scope: str = DEFAULT_SCOPE
     resolution: int = 512
     batch: int = 2
     precision: str = "fp32"
@@ -158,7 +160,7 @@ def chosen_prunings(
     Raises UserError when the gate file was made for another model.
     """
     if config.gates is None:
-        sites = topology_of(unet).sites()
+        sites = topology_of(unet).sites(config.scope)
         prunings = [random_pruning(sites, share, config.seed) for share in config.sparsity]
         return prunings, config.padding or PADDINGS
     gates = load_gates(config.gates)
@@ -183,16 +185,20 @@ def benchmark(config: BenchmarkConfig, unet: UNet2DConditionModel, command: str)
         random_pruning(mid_resnets(unet), share, config.seed) for share in config.sparsity
     ]
     random_paddings = config.padding or PADDINGS
-    return {
+    result = {
         "format": "ldcp.benchmark",
         "version": 1,
         "command": command,
         "machine": machine.describe(unet.device),
         "options": asdict(config) | {"padding": config.padding and list(config.padding)},
         "model": config.model or "SD1.5's U-Net with random weights",
-        "gates": config.gates or "random channels of the mid block, zero constants",
+        "gates": config.gates or f"random channels of scope {config.scope}, zero constants",
         "criterion": CRITERION,
         "unet": _time_unet(config, unet, inputs),
+    }
+    if config.scope != DEFAULT_SCOPE:
+        return result
+    return result | {
         "block_alone": _time_block(config, unet, random_inner, random_paddings),
         "blocks_inside": _time_inside(config, unet, inputs, random_inner, random_paddings),
     }
@@ -205,7 +211,7 @@ def _time_unet(
     start = time.perf_counter()
     variants = unet_variants(unet, inputs, prunings, paddings)
     selection = (time.perf_counter() - start) / (1 + len(prunings) * len(paddings))
-    gated = convolution_bytes(unet, prunings[0].blocks)
+    gated = layer_bytes(unet, prunings[0].blocks)
     peers, absent = peer_variants(unet, inputs, gated)
     variants += peers
     facts = _facts(variants, unet, unet_bytes(unet) - gated)
@@ -309,6 +315,7 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
     )
     add("--model", help="time this model's U-Net (folder, checkpoint or hub id)")
     add("--gates", help="prune the whole U-Net by this gate file, not at random")
+    add("--scope", help=f"which layers of the U-Net, as in training.fit ({default.scope})")
     add("--resolution", type=int, help=f"pixels (default {default.resolution})")
     add("--batch", type=int, help=f"(default {default.batch}: one image with guidance)")
     add("--precision", choices=list(DTYPES), help=f"(default {default.precision})")

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ldcp_core import Gates, load_gates, top_channels
+from ldcp_core import SUFFIXES, Gates, block_of, hidden_rows, load_gates, top_channels
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
@@ -35,20 +35,27 @@ def l1_importance(model: DiffusionModel, sites: Sequence[str]) -> dict[str, Tens
     """L1 norm of the weights a channel owns, each in units of its layer's mean (Li et al. 2017).
 
     Inner channel c owns row c of conv1 and column c of conv2: ‖W1[c]‖₁ + ‖W2[:, c]‖₁. Residual
-    channel c owns row c of conv2: ‖W2[c]‖₁.
+    channel c owns row c of conv2: ‖W2[c]‖₁. A hidden channel of a feed-forward owns two rows of
+    the projection and a column of the layer after it.
     """
 
     def relative(norms: Tensor) -> Tensor:
         return norms / norms.mean()
 
+    def weight(name: str) -> Tensor:
+        return model.unet.get_submodule(name).weight.detach().float().cpu()
+
     found = {}
     for site in sites:
-        block, conv = site.rsplit(".", 1)
-        weight = model.unet.get_submodule(site).weight.detach().float().cpu()
-        found[site] = relative(weight.abs().sum((1, 2, 3)))
-        if conv == "conv1":
-            after = model.unet.get_submodule(f"{block}.conv2").weight.detach().float().cpu()
-            found[site] = found[site] + relative(after.abs().sum((0, 2, 3)))
+        block = block_of(site)
+        if site == block + SUFFIXES["hidden"]:
+            rows, after = hidden_rows(weight(f"{site}.proj")), weight(f"{block}.net.2")
+        else:
+            rows = weight(site)
+            after = weight(f"{block}.conv2") if site == block + SUFFIXES["inner"] else None
+        found[site] = relative(rows.abs().flatten(1).sum(1))
+        if after is not None:
+            found[site] = found[site] + relative(after.abs().transpose(0, 1).flatten(1).sum(1))
     return found
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ldcp_core import DEFAULT_SCOPE, PADDINGS, SCOPES, Padding
+from ldcp_core import DEFAULT_FLOOR, DEFAULT_SCOPE, PADDINGS, Padding
+from training.budget import BudgetKind
 from training.errors import UserError
 
 Constant = Literal["mean", "zero"]
@@ -26,8 +27,10 @@ class FitConfig:
     model: str
     data: str
     output: str
-    scope: str = DEFAULT_SCOPE
+    scope: str = DEFAULT_SCOPE  # which sites: see `Topology.sites`
     target_sparsity: float | None = 0.3  # None: λ stays fixed and the sparsity is what comes out
+    budget: BudgetKind = "channels"  # what the target sparsity is a share of
+    floor: float = DEFAULT_FLOOR  # share of every site's channels that stays
     sparsity_weight: float = 0.01  # the seed's λ; with a target, where its controller starts
     padding: Padding = "zero"
     constant: Constant = "mean"
@@ -46,7 +49,9 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require(self.scope in SCOPES, "scope", f"one of {', '.join(SCOPES)}")
+        budgets = get_args(BudgetKind)
+        self._require(self.budget in budgets, "budget", f"one of {', '.join(budgets)}")
+        self._require(0 <= self.floor < 1, "floor", "from 0 up to 1")
         self._require(self.padding in PADDINGS, "padding", f"one of {', '.join(PADDINGS)}")
         target = self.target_sparsity
         self._require(target is None or 0 < target < 1, "target_sparsity", "between 0 and 1")

@@ -125,14 +125,26 @@ class HeldOut:
             ]
         return torch.cat([part.mean((1, 2, 3)) for part in parts]).cpu()
 
+    @property
+    def timesteps(self) -> Tensor:
+        """The timestep of each held-out sample, int64 [N]."""
+        return torch.cat([problem.timesteps for problem in self._problems]).cpu()
+
     def noise_loss(self, gates: dict[str, SoftGate] | None, padding: Padding) -> float:
-        """The usual denoising loss (MSE against the true noise); ``gates=None``: dense."""
+        """Mean of `losses`."""
+        return float(self.losses(gates, padding).mean())
+
+    def losses(self, gates: dict[str, SoftGate] | None, padding: Padding) -> Tensor:
+        """The usual denoising loss (MSE against the true noise) of each sample, float32 [N].
+
+        ``gates=None``: of the dense model.
+        """
         losses = []
         with torch.no_grad():
             for problem, dense in zip(self._problems, self._dense, strict=True):
                 output = dense if gates is None else self._denoising.gated(problem, gates, padding)
                 losses.append((output - problem.noise).float().square().mean((1, 2, 3)))
-        return float(torch.cat(losses).mean())
+        return torch.cat(losses).cpu()
 
 
 def _at_least(

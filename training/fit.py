@@ -30,19 +30,25 @@ from ldcp_core import (
     PADDINGS,
     SCOPES,
     Gates,
+    Latent,
     Site,
     SoftGate,
+    Topology,
     fingerprint,
     gates_report,
+    least_kept,
     save_gates,
 )
+from training.budget import Budget, BudgetKind
 from training.config import PRESETS, Constant, FitConfig, Precision, Reconstruction
+from training.criteria import own_effect
 from training.data import Batch, ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
 from training.gating import ChannelMeans, deviation, hard_gates, topology_of
 from training.learning import (
     TARGET_TOLERANCE,
+    TRAVEL,
     Alignment,
     GateLearner,
     Landing,
@@ -92,28 +98,31 @@ def fit(config: FitConfig) -> FitResult:
     _check_resolution(data.resolution, model.vae_scale_factor)
 
     topology = topology_of(model.unet)
-    sites = topology.sites(config.scope)
+    sites = _sites(topology, config.scope)
+    side = data.resolution // model.vae_scale_factor
+    budget = Budget(config.budget, sites, config.padding, Latent(side, side))
+    _check_target(config, budget, sites)
     denoising = Denoising(model, config.seed)
     stream = data.batches(train, config.batch_size, seed=config.seed, epochs=None)
 
     log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
-    constants, effect = _calibrate(config, denoising, sites, stream)
+    constants, effect, effects = _calibrate(config, denoising, sites, stream)
     log.info(
         "%d channels at %d sites; pruning all of them moves the output by %.3g (MSE)",
         sum(site.channels for site in sites),
         len(sites),
         effect,
     )
-    learner = GateLearner(sites, config.seed).to(device)
+    learner = GateLearner(sites, config.seed, budget, config.floor, effects).to(device)
     history = _learn(config, denoising, learner, constants, effect, stream, len(train))
 
-    alignment = aligned_scores(learner.scores(), config.target_sparsity)
+    alignment = aligned_scores(learner.scores(), config.target_sparsity, budget, learner.least)
     gates = Gates(
         alignment.scores,
         constants if config.constant == "mean" else {},
         config.padding,
         topology,
-        _info(config, data, history, model.unet, sites, alignment.scores),
+        _info(config, data, history, model.unet, sites, budget, alignment.scores),
     )
     heldout = None
     if held_out:
@@ -123,7 +132,7 @@ def fit(config: FitConfig) -> FitResult:
     save_gates(gates, output)
     plot_curves(history, output.with_suffix(".curves.png"))
     plot_scores(gates, output.with_suffix(".scores.png"))
-    _say_result(config, gates, history, alignment, output, data)
+    _say_result(config, gates, history, alignment, budget, output, data)
     return FitResult(gates, history, heldout)
 
 
@@ -168,8 +177,8 @@ def _learn(
                 "a finite loss",
                 "use --precision fp32 or bf16, or look for damaged model weights",
             )
-        scores = learner.mean_score()
-        scaler.scale(controller.weight * scores).backward()
+        penalty = learner.penalty()
+        scaler.scale(controller.weight * penalty).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -177,12 +186,12 @@ def _learn(
         learner.clamp_()
 
         sparsity = learner.sparsity()
-        history.add(reconstruction, scores.item(), controller.weight, sparsity)
+        history.add(reconstruction, penalty.item(), controller.weight, sparsity)
         controller.update(step, sparsity)
         landing.watch(step, sparsity)
         bar.set_postfix(
             mse=f"{reconstruction:.2e}",
-            l1=f"{scores.item():.3f}",
+            l1=f"{penalty.item():.3f}",
             λ=f"{controller.weight:.1e}",
             sparsity=f"{sparsity:.1%}",
         )
@@ -194,11 +203,12 @@ def _learn(
 
 def _calibrate(
     config: FitConfig, denoising: Denoising, sites: list[Site], stream: Iterator[Batch]
-) -> tuple[dict[str, Tensor], float]:
-    """What stands in for pruned channels, and the deviation from dense with every gate closed.
+) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
+    """What stands in for pruned channels, the effect of closing all gates, and of closing each.
 
-    The first is the channels' mean over the data, or zero; the second is the unit of the
-    reconstruction loss.
+    The first is the channels' mean over the data, or zero; the second, the deviation from dense
+    with every gate closed, is the unit of the reconstruction loss; the third is where learning
+    starts (see `training.criteria.own_effect`).
     """
     problems = [denoising.problem(next(stream)) for _ in range(config.calibration_batches)]
     with ChannelMeans(denoising.model.unet, sites) as means:
@@ -221,7 +231,8 @@ def _calibrate(
             "a scope that does something",
             "check that the model's weights are intact",
         )
-    return constants, effect
+    effects = own_effect(denoising, problems, sites, constants, config.padding, config.seed)
+    return constants, effect, effects
 
 
 def _validate(
@@ -255,6 +266,7 @@ def _say_result(
     gates: Gates,
     history: History,
     alignment: Alignment,
+    budget: Budget,
     output: Path,
     data: ImageData,
 ) -> None:
@@ -264,9 +276,12 @@ def _say_result(
         f"{history.changed} of {channels} channels changed state through learning since the start "
         f"(all kept); alignment to multiples of 8 moved {alignment.moved} more."
     )
-    if target is not None and abs(gates.sparsity - target) > TARGET_TOLERANCE:
+    achieved = budget.pruned(gates.keep_sets())
+    if budget.kind != "channels":
+        print(f"Of the gated layers' {budget.kind} {achieved:.1%} are pruned.")
+    if target is not None and abs(achieved - target) > TARGET_TOLERANCE:
         print(
-            f"The sparsity is {gates.sparsity:.1%}, not within one point of the target "
+            f"The sparsity is {achieved:.1%}, not within one point of the target "
             f"{target:.1%}: learning ended at {alignment.learned:.1%}. Give it more --max-steps "
             "(or a larger --learning-rate); if the widths are small, multiples of 8 may not allow "
             "a closer value."
@@ -283,17 +298,21 @@ def _info(
     history: History,
     unet: torch.nn.Module,
     sites: list[Site],
+    budget: Budget,
     scores: dict[str, Tensor],
 ) -> dict[str, Any]:
     """Everything needed to know later what the gate file is."""
-    sparsity = Gates(scores).sparsity
-    weights = {site.name: unet.get_submodule(site.name).weight for site in sites}
+    gates = Gates(scores)
+    weights = {site.name: unet.get_parameter(site.weight) for site in sites}
     packages = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
     return {
         "criterion": "learned",
         "scope": config.scope,
         "target_sparsity": config.target_sparsity,
-        "achieved_sparsity": sparsity,
+        "achieved_sparsity": gates.sparsity,
+        "budget": config.budget,
+        "achieved_budget": budget.pruned(gates.keep_sets()),
+        "floor": config.floor,
         "steps": len(history.sparsity),
         "changed_channels": history.changed,
         "seed": config.seed,
@@ -308,6 +327,25 @@ def _info(
         "versions": {name: version(name) for name in packages},
         "created": time.strftime("%Y-%m-%d"),
     }
+
+
+def _sites(topology: Topology, scope: str) -> list[Site]:
+    try:
+        return topology.sites(scope)
+    except ValueError as error:
+        raise UserError(f"--scope is {scope!r}: {error}.", "", "change --scope") from error
+
+
+def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
+    """The target must leave every site its floor (and rule ``zero`` its pruned columns)."""
+    most = budget.most({site.name: least_kept(site.channels, config.floor) for site in sites})
+    if config.target_sparsity is not None and config.target_sparsity > most:
+        raise UserError(
+            f"--target-sparsity is {config.target_sparsity:g}, but with --floor {config.floor:g} "
+            f"at most {most:.1%} of the {config.budget} of scope {config.scope!r} can be pruned.",
+            f"a target up to {math.floor(100 * most) / 100:g}",
+            "lower --target-sparsity or --floor",
+        )
 
 
 def _optimizer_steps(config: FitConfig, images: int) -> int:
@@ -377,14 +415,20 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         help="share of channels to prune; 'none' leaves λ fixed (default 0.3)",
     )
     add("--sparsity-weight", type=float, help="λ of the L1 penalty (default 0.01)")
-    add("--scope", choices=SCOPES, help=f"which sites (default {defaults['scope']})")
+    add(
+        "--scope",
+        help=f"which layers: {', '.join(SCOPES)}, or site names separated by commas, in which * "
+        f"stands for anything (default {defaults['scope']})",
+    )
+    add("--budget", choices=get_args(BudgetKind), help="what the target is a share of (channels)")
+    add("--floor", type=float, help=f"share of each layer that stays ({defaults['floor']})")
     add("--padding", choices=PADDINGS, help="how constants meet the border (default zero)")
     add("--constant", choices=get_args(Constant), help="stand-in of a pruned channel (mean)")
     add("--reconstruction", choices=get_args(Reconstruction), help="MSE target (teacher)")
     add("--resolution", type=int, help="pixels (default: the model's own)")
     add("--batch-size", type=int, help=f"images per forward ({defaults['batch_size']})")
     add("--gradient-accumulation", type=int, help="batches per step (4)")
-    add("--learning-rate", type=float, help="of the logits (20 / steps)")
+    add("--learning-rate", type=float, help=f"of the logits ({TRAVEL:g} / steps)")
     add("--epochs", type=float, help="end after so many passes over the images")
     add("--max-steps", type=int, help=f"end after so many steps ({defaults['max_steps']})")
     add("--precision", choices=get_args(Precision), help="of the frozen U-Net (fp32)")

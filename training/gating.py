@@ -1,7 +1,7 @@
 """Gates on a diffusers U-Net: put in, measured, and taken out again.
 
-A gated ResBlock gets an instance-level ``forward`` for the time of one evaluation; the modules and
-their weights stay what they are, and afterwards nothing is left behind.
+A gated block (a ResBlock or a feed-forward) gets an instance-level ``forward`` for the time of one
+evaluation; the modules and their weights stay what they are, and afterwards nothing is left.
 """
 
 from __future__ import annotations
@@ -13,21 +13,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from ldcp_core import (
+    SUFFIXES,
     Calibration,
+    CompactFeedForward,
     CompactResBlock,
     ConvWeights,
+    FeedForwardGate,
+    LinearWeights,
     Padding,
     Site,
     SoftGate,
     Topology,
     block_gates,
+    block_of,
     blocks_of,
     column_norms,
+    masked_feed_forward,
     masked_forward,
+    sites_of,
 )
 from training.errors import UserError
 
@@ -91,23 +100,37 @@ class DiffusersResBlock:
         return ConvWeights(conv1.weight, conv1.bias), ConvWeights(conv2.weight, conv2.bias)
 
 
-BlockForward = Callable[[DiffusersResBlock, Tensor, Tensor], Tensor]
+class DiffusersFeedForward:
+    """The weights of a diffusers FeedForward with GEGLU."""
+
+    def __init__(self, name: str, block: FeedForward) -> None:
+        if not isinstance(block.net[0], GEGLU) or len(block.net) != 3:
+            raise UserError(f"{name} is not a feed-forward of the SD1.5 kind.", "GEGLU, linear")
+        self._proj, self._out = block.net[0].proj, block.net[2]
+
+    def weights(self) -> tuple[LinearWeights, LinearWeights]:
+        proj, out = self._proj, self._out
+        return LinearWeights(proj.weight, proj.bias), LinearWeights(out.weight, out.bias)
+
+
+def _adapter(name: str, block: Any) -> DiffusersResBlock | DiffusersFeedForward:
+    if isinstance(block, FeedForward):
+        return DiffusersFeedForward(name, block)
+    return DiffusersResBlock(name, block)
+
+
+CompactBlock = CompactResBlock | CompactFeedForward
+#: the forward of a block of the U-Net, in its own signature
+BlockForward = Callable[..., Tensor]
 
 
 @contextmanager
 def overridden(unet: UNet2DConditionModel, forwards: Mapping[str, BlockForward]) -> Iterator[None]:
-    """Run the named ResBlocks through ``forwards[name](ops, x, emb)`` within the context."""
+    """Run the named blocks through ``forwards[name]`` within the context."""
     blocks: dict[str, Any] = {name: unet.get_submodule(name) for name in forwards}
-
-    def bind(ops: DiffusersResBlock, forward: BlockForward) -> Callable[..., Tensor]:
-        def run(x: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return forward(ops, x, ops.embed(temb))
-
-        return run
-
     try:
         for name, block in blocks.items():
-            block.forward = bind(DiffusersResBlock(name, block), forwards[name])
+            block.forward = forwards[name]
         yield
     finally:
         for block in blocks.values():
@@ -117,15 +140,18 @@ def overridden(unet: UNet2DConditionModel, forwards: Mapping[str, BlockForward])
 def masked(unet: UNet2DConditionModel, gates: Mapping[str, SoftGate], padding: Padding) -> Any:
     """Context in which the U-Net runs the masked reference of ``gates`` (site name -> gate)."""
 
-    def forward_of(block: str) -> BlockForward:
-        inner, residual = gates.get(f"{block}.conv1"), gates.get(f"{block}.conv2")
+    def forward_of(name: str) -> BlockForward:
+        block = _adapter(name, unet.get_submodule(name))
+        found = [gates.get(site) for site in sites_of(name)]
+        if isinstance(block, DiffusersFeedForward):
+            return lambda x: masked_feed_forward(x, *block.weights(), *found)
 
-        def forward(ops: DiffusersResBlock, x: Tensor, emb: Tensor) -> Tensor:
-            return masked_forward(ops, x, emb, *ops.weights(), inner, residual, padding)
+        def forward(x: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return masked_forward(block, x, block.embed(temb), *block.weights(), *found, padding)
 
         return forward
 
-    return overridden(unet, {block: forward_of(block) for block in blocks_of(gates)})
+    return overridden(unet, {name: forward_of(name) for name in blocks_of(gates)})
 
 
 def compact_blocks(
@@ -133,12 +159,30 @@ def compact_blocks(
     keep_sets: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
     padding: Padding,
-) -> dict[str, CompactResBlock]:
-    """Block name -> its kept rows and columns; `overridden` runs the U-Net through them."""
-    return {
-        name: CompactResBlock(gate, *DiffusersResBlock(name, unet.get_submodule(name)).weights())
-        for name, gate in block_gates(keep_sets, constants, padding).items()
-    }
+) -> dict[str, CompactBlock]:
+    """Block name -> its kept rows and columns; `running` runs the U-Net through them.
+
+    Blocks that lose nothing are left out.
+    """
+    found: dict[str, CompactBlock] = {}
+    pruned = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
+    for name, gate in block_gates(pruned, constants, padding).items():
+        weights = _adapter(name, unet.get_submodule(name)).weights()
+        kind = CompactFeedForward if isinstance(gate, FeedForwardGate) else CompactResBlock
+        found[name] = kind(gate, *weights)
+    return found
+
+
+def running(unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock]) -> Any:
+    """Context in which the U-Net runs through compact blocks."""
+
+    def forward_of(name: str, compact: CompactBlock) -> BlockForward:
+        if isinstance(compact, CompactFeedForward):
+            return compact
+        ops = DiffusersResBlock(name, unet.get_submodule(name))
+        return lambda x, temb, *args, **kwargs: compact(ops, x, ops.embed(temb))
+
+    return overridden(unet, {name: forward_of(name, block) for name, block in blocks.items()})
 
 
 def compacted(
@@ -148,7 +192,17 @@ def compacted(
     padding: Padding,
 ) -> Any:
     """Context in which the U-Net computes only the kept channels; equal to `masked`."""
-    return overridden(unet, compact_blocks(unet, keep_sets, constants, padding))
+    return running(unet, compact_blocks(unet, keep_sets, constants, padding))
+
+
+def gated_layers(unet: UNet2DConditionModel, blocks: Iterable[str]) -> list[torch.nn.Module]:
+    """The layers of the named blocks that pruning takes rows or columns from."""
+    found: list[torch.nn.Module] = []
+    for name in blocks:
+        block = unet.get_submodule(name)
+        feed_forward = isinstance(block, FeedForward)
+        found += [block.net[0].proj, block.net[2]] if feed_forward else [block.conv1, block.conv2]
+    return found
 
 
 def hard_gates(
@@ -162,15 +216,16 @@ def hard_gates(
 
 
 class ChannelMeans:
-    """Mean output of the gated convolutions per channel, over all evaluations within the context.
+    """Mean output of the gated layers per channel, over all evaluations within the context.
 
     The mean is what stands in for a pruned channel: of all constants it has the least squared
-    error at the convolution's output.
+    error at the layer's output.
     """
 
     def __init__(self, unet: UNet2DConditionModel, sites: Sequence[Site]) -> None:
         self._modules = {site.name: unet.get_submodule(site.name) for site in sites}
         self._sums = {site.name: torch.zeros(site.channels, dtype=torch.float64) for site in sites}
+        self._axis = {site.name: -1 if site.kind == "hidden" else 1 for site in sites}
         self._count = dict.fromkeys(self._sums, 0)
 
     def __enter__(self) -> ChannelMeans:
@@ -185,8 +240,9 @@ class ChannelMeans:
 
     def _hook(self, site: str) -> Callable[[Any, Any, Tensor], None]:
         def add(module: Any, inputs: Any, output: Tensor) -> None:
-            self._sums[site] += output.detach().float().sum((0, 2, 3)).double().cpu()
-            self._count[site] += output.numel() // output.shape[1]
+            rows = output.detach().float().movedim(self._axis[site], 0).flatten(1)
+            self._sums[site] += rows.sum(1).double().cpu()
+            self._count[site] += rows.shape[1]
 
         return add
 
@@ -200,12 +256,12 @@ def watched(unet: UNet2DConditionModel, sites: Iterable[str]) -> Iterator[Calibr
     """What the channels of the sites do in all evaluations within the context."""
     seen = Calibration()
 
-    def output_of(site: str) -> Callable[..., None]:
-        return lambda module, inputs, output: seen.saw_output(site, output)
+    def output_of(site: str, channels: int) -> Callable[..., None]:
+        return lambda module, inputs, output: seen.saw_output(site, output, channels)
 
-    def input_of(site: str) -> Callable[..., None]:
+    def input_of(site: str, channels: int) -> Callable[..., None]:
         def see(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.saw_input(site, inputs[0])
+            seen.saw_input(site, inputs[0], channels)
             seen.read_with(site, column_norms(module.weight))
 
         return see
@@ -213,11 +269,14 @@ def watched(unet: UNet2DConditionModel, sites: Iterable[str]) -> Iterator[Calibr
     hooks = []
     try:
         for site in sites:
-            block, conv = site.rsplit(".", 1)
-            hooks.append(unet.get_submodule(site).register_forward_hook(output_of(site)))
-            if conv == "conv1":
-                reader = unet.get_submodule(f"{block}.conv2")
-                hooks.append(reader.register_forward_hook(input_of(site)))
+            block = block_of(site)
+            hidden = site == block + SUFFIXES["hidden"]
+            channels = -1 if hidden else 1
+            output = output_of(site, channels)
+            hooks.append(unet.get_submodule(site).register_forward_hook(output))
+            if site != block + SUFFIXES["residual"]:
+                reader = unet.get_submodule(f"{block}.net.2" if hidden else f"{block}.conv2")
+                hooks.append(reader.register_forward_hook(input_of(site, channels)))
         yield seen
     finally:
         for hook in hooks:

@@ -1,6 +1,7 @@
 """Learning the gates: two losses that compete, and what keeps the competition fair.
 
-The loss is the seed's: MSE reconstruction + λ · mean score (the L1 of the scores). Three things
+The loss is the seed's: MSE reconstruction + λ · mean score (the L1 of the scores; with a budget in
+parameters or FLOPs every score counts as much as its channel costs). Three things
 make it learnable. The reconstruction is measured in units of the scope's whole effect (its loss
 with every gate closed), so that λ means the same for every model. While learning, logistic noise
 opens and closes channels near the threshold: under a hard straight-through gate alone a kept
@@ -13,26 +14,31 @@ the keep-set itself is never cut to a count.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ldcp_core import THRESHOLD, ChannelGate, Site, aligned_counts, top_channels
+from ldcp_core import THRESHOLD, ChannelGate, Site, aligned_counts, least_kept, top_channels
+from training.budget import Budget
 
-#: every channel starts kept, its logit uniform between these: equal ones would fall together
+#: every channel starts kept, its logit between these: equal ones would fall together. Random where
+#: nothing is known of the channels, by the rank of what each does alone where that was measured
 START_LOGITS = (0.8, 1.2)
+RANKED_LOGITS = (0.2, 1.8)
 #: logits stay within this, so that a channel can always come back
 LOGIT_BOUND = 3.0
+#: the least logit of the channels that a floor keeps
+FLOOR_LOGIT = 0.01
 #: scale of the logistic noise on the logits: while exploring, and at the end
 NOISE, LAST_NOISE = 0.5, 0.03
 #: shares of the run: the target is reached, noise and learning rate begin to fall, noise is least
 RAMP_END, FADE_START, FADE_END = 0.4, 0.45, 0.75
 #: learning rate at the end of the run, as a share of the first
 LAST_LEARNING_RATE = 0.2
-#: how far a logit can go over a run: several times the way from bound to bound
-TRAVEL = 20.0
+#: how far a logit can go over a run: the way from bound to bound. With more, the last steps decide
+TRAVEL = 6.0
 #: gains of the λ controller, per unit of sparsity (the integral over the whole run)
 PROPORTIONAL, INTEGRAL = 60.0, 400.0
 #: how closely a learned sparsity must meet its target
@@ -40,17 +46,39 @@ TARGET_TOLERANCE = 0.01
 
 
 class GateLearner(nn.Module):
-    """One `ChannelGate` per site, with the masks of the current step."""
+    """One `ChannelGate` per site, with the masks of the current step.
 
-    def __init__(self, sites: Sequence[Site], seed: int) -> None:
+    Of every site at least the share ``floor`` is kept. ``effects`` (site name -> [C], of any scale)
+    is how much each channel does alone: the least important ones start nearest to the threshold.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        seed: int,
+        budget: Budget | None = None,
+        floor: float = 0.0,
+        effects: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.sites = [site.name for site in sites]
+        self.budget = budget or Budget("channels", sites)
+        self.least = {site.name: least_kept(site.channels, floor) for site in sites}
         self.generator = torch.Generator().manual_seed(seed)
-        low, high = START_LOGITS
-        self.gates = nn.ModuleList(
-            ChannelGate(low + (high - low) * torch.rand(site.channels, generator=self.generator))
-            for site in sites
-        )
+        self.gates = nn.ModuleList(map(ChannelGate, self._start(sites, effects)))
+
+    def _start(self, sites: Sequence[Site], effects: Mapping[str, Tensor] | None) -> list[Tensor]:
+        """The first logits of every site, between `START_LOGITS` or `RANKED_LOGITS`."""
+        widths = [site.channels for site in sites]
+        if effects is None:
+            low, high = START_LOGITS
+            share = torch.rand(sum(widths), generator=self.generator)
+        else:
+            low, high = RANKED_LOGITS
+            order = torch.cat([effects[site.name] for site in sites]).argsort()
+            share = torch.empty(sum(widths))
+            share[order] = torch.arange(sum(widths)) / sum(widths)
+        return list(torch.split(low + (high - low) * share, widths))
 
     def masks(self, noise_scale: float) -> dict[str, Tensor]:
         """Site name -> mask [C]; exact (the file's rule) when ``noise_scale`` is 0."""
@@ -59,9 +87,13 @@ class GateLearner(nn.Module):
             for site, gate in zip(self.sites, self.gates, strict=True)
         }
 
-    def mean_score(self) -> Tensor:
-        """The L1 penalty: mean of all scores, a scalar with gradient."""
-        return torch.cat([gate.score for gate in self.gates]).mean()
+    def penalty(self) -> Tensor:
+        """The sparsity penalty: what the scores leave of the budget, a scalar with gradient.
+
+        Counted in channels that is the mean of all scores, the seed's L1.
+        """
+        pairs = zip(self.sites, self.gates, strict=True)
+        return self.budget.remaining({site: gate.score.sum() for site, gate in pairs})
 
     def scores(self) -> dict[str, Tensor]:
         """Site name -> score [C] as it stands, detached, on the CPU."""
@@ -72,14 +104,16 @@ class GateLearner(nn.Module):
         return {site: score > THRESHOLD for site, score in self.scores().items()}
 
     def sparsity(self) -> float:
-        """Pruned share of all channels under the file's rule."""
-        keep = torch.cat(list(self.keep_sets().values()))
-        return 1.0 - float(keep.float().mean())
+        """Pruned share of the budget under the file's rule."""
+        return self.budget.pruned(self.keep_sets())
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        for gate in self.gates:
+        """Hold the logits within their bounds, and the best of every site above the threshold."""
+        for site, gate in zip(self.sites, self.gates, strict=True):
             gate.logits.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+            best = torch.topk(gate.logits, self.least[site]).indices
+            gate.logits[best] = gate.logits[best].clamp(min=FLOOR_LOGIT)
 
     def _noise(self, gate: ChannelGate, scale: float) -> Tensor | None:
         if scale == 0:
@@ -199,24 +233,38 @@ class Alignment:
     learned: float
 
 
-def aligned_scores(scores: dict[str, Tensor], target: float | None) -> Alignment:
+def aligned_scores(
+    scores: dict[str, Tensor],
+    target: float | None,
+    budget: Budget,
+    least: Mapping[str, int] | None = None,
+) -> Alignment:
     """Move the channels nearest to the threshold across it until every kept count is aligned.
 
-    Counts are balanced over the sites so that the target holds. When learning itself ended further
-    than `TARGET_TOLERANCE` from the target, the learned sparsity is kept instead: alignment does
-    not stand in for learning. The order of the scores within a site does not change.
+    Counts are balanced over the sites so that the target holds in the unit of the budget. When
+    learning itself ended further than `TARGET_TOLERANCE` from the target, the learned sparsity is
+    kept instead: alignment does not stand in for learning. The order of the scores within a site
+    does not change.
     """
-    wanted = [int((score > THRESHOLD).sum()) for score in scores.values()]
+    wanted = {site: int((score > THRESHOLD).sum()) for site, score in scores.items()}
     widths = [score.numel() for score in scores.values()]
-    total = sum(wanted)
-    learned = 1 - total / sum(widths)
-    if target is not None and abs(learned - target) <= TARGET_TOLERANCE:
-        total = round((1 - target) * sum(widths))
+    learned = 1.0 - budget.remaining(wanted)
+    reached = target is not None and abs(learned - target) <= TARGET_TOLERANCE
+    weights = budget.weights(wanted)
+    # the budget seen from the learned counts, where it is straight over a few channels
+    total = sum(w * c for w, c in zip(weights, wanted.values(), strict=True))
+    if target is not None and reached:
+        total += learned - target
+    counts = aligned_counts(
+        list(wanted.values()),
+        widths,
+        total,
+        least=None if least is None else [least[site] for site in scores],
+        weights=weights,
+    )
     aligned: dict[str, Tensor] = {}
     moved = 0
-    for (site, score), count in zip(
-        scores.items(), aligned_counts(wanted, widths, total), strict=True
-    ):
+    for (site, score), count in zip(scores.items(), counts, strict=True):
         keep = top_channels(score, count)
         changed = keep != (score > THRESHOLD)
         moved += int(changed.sum())

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldcp_core import RANKINGS, ConvWeights, Gates, expected_output, magnitude, scores_at
+from ldcp_core import (
+    RANKINGS,
+    ConvWeights,
+    Gates,
+    LinearWeights,
+    expected_hidden,
+    expected_output,
+    hidden_rows,
+    magnitude,
+    scores_at,
+)
 from ldcp_core.criteria import expected_silu
 
 A, B = (f"mid_block.resnets.0.conv{c}" for c in (1, 2))
@@ -225,3 +235,30 @@ def test_the_constant_is_what_a_monte_carlo_estimate_finds() -> None:
     found = expected_output(ConvWeights(weight, bias), gamma, beta)
     deviation = (found - outputs.mean(0)).abs() / (outputs.std(0) / math.sqrt(100_000))
     assert deviation.max() < 4  # standard errors
+
+
+def test_a_hidden_channel_owns_its_two_rows() -> None:
+    proj = torch.arange(12.0).view(6, 2)  # three hidden channels of width 2
+    assert hidden_rows(proj).tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+
+
+def test_the_expected_hidden_value_is_that_of_many_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 5, generator=generator)
+    bias = torch.randn(12, generator=generator)
+    gamma, beta = torch.rand(5, generator=generator) + 0.5, torch.randn(5, generator=generator)
+    z = torch.randn(400_000, 5, generator=generator, dtype=torch.float64)
+    value, gate = ((z * gamma + beta) @ weight.T.double() + bias).chunk(2, dim=1)
+    samples = value * torch.nn.functional.gelu(gate)
+    found = expected_hidden(LinearWeights(weight, bias), gamma, beta)
+    error = samples.std(0) / len(samples) ** 0.5
+    assert bool(((found - samples.mean(0)).abs() < 4 * error).all())
+
+
+def test_a_hidden_channel_whose_gate_is_constant_has_a_known_value() -> None:
+    # the gate's rows are zero: E[a] · gelu(b_g)
+    weight = torch.cat([torch.tensor([[2.0, 1.0]]), torch.zeros(1, 2)])
+    found = expected_hidden(
+        LinearWeights(weight, torch.tensor([0.5, 1.0])), torch.ones(2), torch.tensor([1.0, -1.0])
+    )
+    assert found.item() == pytest.approx((2 - 1 + 0.5) * 0.8413447, rel=1e-5)

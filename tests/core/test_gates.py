@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldcp_core import ALIGNMENT, ChannelGate, Gates, aligned_counts, top_channels
+from ldcp_core import ALIGNMENT, ChannelGate, Gates, aligned_counts, keep_by_rank, top_channels
 
 A, B, C = (f"mid_block.resnets.{r}.conv{c}" for r, c in ((0, 1), (0, 2), (1, 1)))
 
@@ -268,3 +268,48 @@ def test_aligned_counts_come_within_half_a_step_of_any_total(
     for count, width in zip(counts, widths, strict=True):
         assert 0 <= count <= width and (count % multiple == 0 or count == width)
     assert abs(sum(counts) - total) <= multiple // 2
+
+
+class TestFloor:
+    """Two sites of 64; the first is the less important one throughout."""
+
+    SCORES = {"a": torch.linspace(0.0, 0.2, 64), "b": torch.linspace(0.6, 1.0, 64)}
+
+    def counts(self, sparsity: float, floor: float) -> list[int]:
+        found = keep_by_rank(self.SCORES, sparsity, floor=floor)
+        return [int(keep.sum()) for keep in found.values()]
+
+    def test_without_a_floor_a_layer_can_be_emptied(self) -> None:
+        assert self.counts(0.5, 0.0) == [0, 64]
+
+    def test_the_best_of_every_site_stay_and_the_total_holds(self) -> None:
+        assert self.counts(0.5, 0.1) == [8, 56]  # 6.4 channels, rounded up to a multiple of 8
+        keep = keep_by_rank(self.SCORES, 0.5, floor=0.1)["a"]
+        assert keep.nonzero()[:, 0].tolist() == list(range(56, 64))
+
+    def test_when_the_floors_alone_are_more_they_stay(self) -> None:
+        assert self.counts(0.9, 0.3) == [24, 24]
+
+    def test_everything_means_everything(self) -> None:
+        assert self.counts(1.0, 0.3) == [0, 0]
+
+    @pytest.mark.parametrize(
+        ("found", "expected"), [(0.1, 0.1), (None, 0.0), ("x", 0.0), (2, 0.0), (-1, 0.0)]
+    )
+    def test_a_gate_file_says_its_floor(self, found: object, expected: float) -> None:
+        gates = Gates(self.SCORES, info={"floor": found})
+        assert gates.floor == expected
+
+    def test_the_override_holds_it(self) -> None:
+        keep = Gates(self.SCORES, info={"floor": 0.1}).keep_sets_at(0.5)
+        assert int(keep["a"].sum()) == 8
+
+
+def test_aligned_counts_hold_a_weighted_total() -> None:
+    # a channel of the second site counts three times as much
+    counts = aligned_counts([30, 30], [64, 64], 30 + 3 * 30, weights=[1, 3])
+    assert counts == [24, 32] and 24 + 3 * 32 == 120
+
+
+def test_aligned_counts_never_fall_below_the_least() -> None:
+    assert aligned_counts([3, 61], [64, 64], 64, least=[8, 8]) == [8, 56]

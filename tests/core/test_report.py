@@ -132,8 +132,7 @@ def test_a_site_the_unet_lacks_is_refused():
             Run(),
             [
                 "steps 5-19 of 20 ran pruned (15 of 20 evaluations)",
-                "gated convolutions on cuda:0: 100.0 MiB in full, 64.0 MiB resident "
-                "(36.0 MiB less)",
+                "gated layers on cuda:0: 100.0 MiB in full, 64.0 MiB resident (36.0 MiB less)",
             ],
         ),
         (
@@ -146,8 +145,7 @@ def test_a_site_the_unet_lacks_is_refused():
             ),
             [
                 "steps 0-1, 7 of 20 ran pruned (5 of 39 evaluations)",
-                "gated convolutions on cuda:0: 100.0 MiB in full, 130.0 MiB resident "
-                "(30.0 MiB more)",
+                "gated layers on cuda:0: 100.0 MiB in full, 130.0 MiB resident (30.0 MiB more)",
                 "full weights stayed: other steps need them",
             ],
         ),
@@ -159,7 +157,7 @@ def test_a_site_the_unet_lacks_is_refused():
             Run(None, set(), 3, 2, "cpu", 1024, 1024),
             [
                 "2 of 3 evaluations ran pruned, without a sampler",
-                "gated convolutions on cpu: 1.0 KiB in full, 1.0 KiB resident (the same)",
+                "gated layers on cpu: 1.0 KiB in full, 1.0 KiB resident (the same)",
             ],
         ),
     ],
@@ -204,7 +202,7 @@ def test_a_bar_is_divided_as_the_channels_are():
 
 
 def test_sixty_sites_have_a_column_each():
-    topology = Topology((32, 64, 128, 128), layers_per_block=3, context_width=64)
+    topology = Topology((32, 64, 128, 128), context_width=64)
     widths = {site.name: site.channels for site in topology.all_sites()}
     assert len(widths) == 60
     found = build_report(

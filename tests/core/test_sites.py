@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ldcp_core import DEFAULT_SCOPE, SD15, ResBlock, Topology
+from ldcp_core import (
+    DEFAULT_SCOPE,
+    SCOPES,
+    SD15,
+    FeedForward,
+    ResBlock,
+    Topology,
+    block_of,
+    sites_of,
+)
 
 SMALL = Topology(widths=(32, 64, 96, 160), context_width=48)
 NO_ATTENTION = Topology(widths=(32, 32, 64, 64), attention=(False,) * 4, layers_per_block=1)
@@ -30,10 +40,16 @@ def diffusers_unet(topology: Topology) -> UNet2DConditionModel:
         )
 
 
-def test_sd15_has_22_res_blocks_and_44_sites() -> None:
+def test_sd15_has_22_res_blocks_16_feed_forwards_and_60_sites() -> None:
     assert len(SD15.res_blocks()) == 22
-    assert len(SD15.all_sites()) == 44
-    assert len({site.name for site in SD15.all_sites()}) == 44
+    assert len([b for b in SD15.blocks() if isinstance(b, FeedForward)]) == 16
+    assert len(SD15.all_sites()) == 60
+    assert len({site.name for site in SD15.all_sites()}) == 60
+
+
+def modules_parameter(modules: dict[str, Any], name: str) -> Any:
+    module, _, parameter = name.rpartition(".")
+    return getattr(modules[module], parameter)
 
 
 @pytest.mark.parametrize("topology", [SD15, SMALL, NO_ATTENTION])
@@ -46,9 +62,17 @@ def test_names_and_widths_are_those_of_diffusers(topology: Topology) -> None:
     }
     ours = {b.name: (b.in_channels, b.out_channels) for b in topology.res_blocks()}
     assert ours == theirs
+    feed_forwards = {n for n, m in modules.items() if type(m).__name__ == "FeedForward"}
+    assert {b.name for b in topology.blocks()} == {*theirs, *feed_forwards}
     for site in topology.all_sites():
-        assert modules[site.name].out_channels == site.channels
-        assert modules[site.name].kernel_size == (3, 3)
+        layer = modules[site.name]
+        if site.kind == "hidden":
+            assert type(layer).__name__ == "GEGLU"
+            assert layer.proj.weight.shape == (2 * site.channels, site.block.channels)
+            assert layer.proj.weight is modules_parameter(modules, site.weight)
+        else:
+            assert (layer.out_channels, layer.kernel_size) == (site.channels, (3, 3))
+            assert layer.weight is modules_parameter(modules, site.weight)
 
 
 def test_blocks_come_in_the_order_in_which_they_run() -> None:
@@ -84,9 +108,53 @@ def test_the_mid_scope_is_exactly_the_four_convolutions_of_the_mid_block() -> No
     assert {site.channels for site in SD15.sites("mid")} == {1280}
 
 
-def test_an_unknown_scope_names_itself_and_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'sides'.*known are.*mid"):
-        SD15.sites("sides")
+@pytest.mark.parametrize(
+    ("scope", "inner", "residual", "hidden"),
+    [
+        ("mid", 2, 2, 0),
+        ("up", 12, 12, 0),
+        ("down", 8, 8, 0),
+        ("mid+up", 14, 14, 0),
+        ("all", 22, 22, 0),
+        ("mid+ff", 2, 2, 1),
+        ("up+ff", 12, 12, 9),
+        ("all+ff", 22, 22, 16),
+        ("ff + down", 8, 8, 6),
+        ("ff", 0, 0, 16),
+        ("mid_block.resnets.1.conv2", 0, 1, 0),
+        ("mid_block.*.conv1, up_blocks.3.attentions.*", 2, 0, 3),
+    ],
+)
+def test_a_scope_is_parts_feed_forwards_or_names(
+    scope: str, inner: int, residual: int, hidden: int
+) -> None:
+    sites = SD15.sites(scope)
+    kinds = [site.kind for site in sites]
+    assert [kinds.count(k) for k in ("inner", "residual", "hidden")] == [inner, residual, hidden]
+    order = [site.name for site in SD15.all_sites()]
+    assert [site.name for site in sites] == [n for n in order if n in {s.name for s in sites}]
+
+
+def test_every_named_scope_is_a_scope() -> None:
+    for scope in SCOPES:
+        assert SD15.sites(scope)
+
+
+@pytest.mark.parametrize(
+    "scope", ["sides", "", "mid+sides", "mid,up", "mid_block.resnets.2.conv1", "mid_block.*,x.*"]
+)
+def test_an_unknown_scope_names_itself_and_what_there_is(scope: str) -> None:
+    with pytest.raises(ValueError, match="unknown scope or site '.*'; a scope is mid, up"):
+        SD15.sites(scope)
+
+
+def test_the_blocks_and_sites_of_each_other() -> None:
+    for block in SD15.blocks():
+        names = tuple(site.name for site in block.sites)
+        assert sites_of(block.name) == names
+        assert {block_of(name) for name in names} == {block.name}
+    with pytest.raises(ValueError, match="not the name of a site"):
+        block_of("mid_block.resnets.0")
 
 
 @pytest.mark.parametrize("topology", [SD15, SMALL, NO_ATTENTION])

@@ -131,10 +131,10 @@ def masked(comfy):
         unet = model.model.diffusion_model
         handles = []
         for site, keep in (keep_sets or gates.keep_sets()).items():
-            conv = unet.get_submodule(comfy.sites.conv_path(site))
-            handles.append(conv.register_forward_hook(replacer(keep, gates.constant(site))))
+            layer = unet.get_submodule(comfy.sites.layer_path(site).removesuffix(".proj"))
+            handles.append(layer.register_forward_hook(replacer(keep, gates.constant(site))))
             if site.endswith("conv1") and gates.padding == "extend":
-                conv2 = unet.get_submodule(comfy.sites.conv_path(site[:-1] + "2"))
+                conv2 = unet.get_submodule(comfy.sites.layer_path(site[:-1] + "2"))
                 # before a residual gate replaces its rows
                 handles.append(conv2.register_forward_hook(extended(keep), prepend=True))
         try:
@@ -147,8 +147,9 @@ def masked(comfy):
 
 
 def replacer(keep, constant):
-    def hook(conv, inputs, output):
-        return torch.where(keep[:, None, None], output, constant.to(output)[:, None, None])
+    def hook(layer, inputs, output):
+        shape = (-1, 1, 1) if output.dim() == 4 else (-1,)  # a feed-forward's channels come last
+        return torch.where(keep.view(shape), output, constant.to(output).view(shape))
 
     return hook
 

@@ -175,6 +175,27 @@ def test_the_channels_that_stray_least_from_their_mean_are_pruned(
         assert gates.scores[site][importance.argsort()].diff().min() >= 0
 
 
+def test_hidden_channels_of_a_feed_forward_are_watched_where_they_are_read(
+    model, run, ksampler, sampling
+):
+    site = "mid_block.attentions.0.transformer_blocks.0.ff.net.0"
+    path = "1.transformer_blocks.0.ff.net.2"
+    read = []
+    handle = middle(model, path).register_forward_hook(
+        lambda linear, inputs, output: read.append(inputs[0].double().flatten(0, 1))
+    )
+    ksampler(model, sampling())
+    handle.remove()
+    values, weight = torch.cat(read), middle(model, path).weight.double()
+    gates, _, seen = run(model, scope="mid+ff")
+    assert set(SITES) < set(gates.scores) and site in gates.scores
+    assert (gates.constant(site) - values.mean(0)).abs().max() < 1e-5
+    importance = values.var(0, correction=0) * weight.square().sum(0)
+    assert torch.allclose(seen.importances()[site].double(), importance, rtol=1e-4)
+    assert gates.scores[site][importance.argsort()].diff().min() >= 0
+    assert not any(module._forward_hooks for module in model.model.diffusion_model.modules())
+
+
 def test_the_latent_is_what_ksampler_gives(model, run, ksampler, sampling):
     settings = sampling(batch=2, sampler_name="dpmpp_2m", denoise=0.6)
     plain = ksampler(model, settings)
@@ -432,6 +453,7 @@ def test_the_gates_say_how_they_came_about(comfy, model, run):
         "ranking": "global",
         "scope": "mid",
         "target_sparsity": 0.3,
+        "floor": comfy.core.DEFAULT_FLOOR,
         "achieved_sparsity": gates.sparsity,
         "calibrated": "activations",
         "calibration_evaluations": 2,

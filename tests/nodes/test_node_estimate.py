@@ -156,6 +156,7 @@ def test_the_gates_say_how_they_came_about(comfy, model, estimate):
         "ranking": "per layer",
         "scope": "mid",
         "target_sparsity": 0.3,
+        "floor": 0.05,
         "achieved_sparsity": 0.3125,
         "calibrated": "data-free",
         "fingerprint": comfy.core.fingerprint(comfy.identity.base_weights(model, gates)),

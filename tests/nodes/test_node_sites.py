@@ -16,8 +16,8 @@ def test_every_site_is_the_conv_of_that_width_and_every_res_block_is_named(comfy
 
     unet, blocks = full_checkpoint.unet(), comfy.core.SD15.res_blocks()
     for block in blocks:
-        conv1 = unet.get_submodule(comfy.sites.conv_path(f"{block.name}.conv1"))
-        conv2 = unet.get_submodule(comfy.sites.conv_path(f"{block.name}.conv2"))
+        conv1 = unet.get_submodule(comfy.sites.layer_path(f"{block.name}.conv1"))
+        conv2 = unet.get_submodule(comfy.sites.layer_path(f"{block.name}.conv2"))
         assert (conv1.in_channels, conv1.out_channels) == (block.in_channels, block.out_channels)
         assert (conv2.in_channels, conv2.out_channels) == (block.out_channels, block.out_channels)
     mapped = {comfy.sites.module_path(block.name) for block in blocks}
@@ -25,15 +25,31 @@ def test_every_site_is_the_conv_of_that_width_and_every_res_block_is_named(comfy
     assert len(mapped) == len(blocks) == 22
 
 
+def test_every_feed_forward_is_named_with_its_widths(comfy):
+    from comfy.ldm.modules.attention import FeedForward
+
+    unet, found = full_checkpoint.unet(), set()
+    for block in comfy.core.SD15.blocks():
+        path = comfy.sites.module_path(block.name)
+        assert comfy.blocks.check_block(unet.get_submodule(path), block) is None
+        if isinstance(block, comfy.core.FeedForward):
+            (site,) = block.sites
+            proj = unet.get_submodule(comfy.sites.layer_path(site.name))
+            assert proj.weight.shape == (2 * site.channels, block.channels)
+            found.add(path)
+    assert found == {n for n, m in unet.named_modules() if isinstance(m, FeedForward)}
+    assert len(found) == 16
+
+
 def test_the_examples_in_the_site_map_are_right(comfy):
     found = doctest.testmod(comfy.sites)
     assert found.attempted and not found.failed
 
 
-def test_the_res_blocks_run_in_the_order_of_the_topology(comfy, model):
+def test_the_blocks_run_in_the_order_of_the_topology(comfy, model):
     order, handles = [], []
     unet = model.model.diffusion_model
-    blocks = comfy.core.Topology((32, 64, 128, 128), context_width=64).res_blocks()
+    blocks = comfy.core.Topology((32, 64, 128, 128), context_width=64).blocks()
     for block in blocks:
         module = unet.get_submodule(comfy.sites.module_path(block.name))
         handles.append(module.register_forward_hook(lambda *_, name=block.name: order.append(name)))

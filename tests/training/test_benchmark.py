@@ -32,7 +32,7 @@ from training.benchmarking.variants import (
     unet_variants,
 )
 from training.errors import UserError
-from training.gating import compact_blocks, masked, overridden, topology_of
+from training.gating import compact_blocks, masked, running, topology_of
 
 TOLERANCE = 1e-5
 
@@ -191,7 +191,7 @@ def test_the_weights_that_may_be_moved_away_are_not_read_while_pruning(
     blocks = compact_blocks(unet, {"mid_block.resnets.0.conv2": torch.arange(32) < 16}, {}, "zero")
     weights = replaced_weights(unet, blocks)
     assert [id(w) for w in weights] == [id(w) for w in block.conv2.parameters()]  # not conv1's
-    with overridden(unet, blocks):
+    with running(unet, blocks):
         reference = inputs.run(unet)
         before = [weight.clone() for weight in weights]
         try:
@@ -217,11 +217,11 @@ def test_the_inside_clock_runs_only_in_the_mid_resblocks_and_gives_their_mean(
         return forward
 
     blocks = {f"mid_block.resnets.{i}": taking(2.0 + 2.0 * i) for i in (0, 1)}
-    slow = Variant("slow", "", lambda: inputs.run(unet), lambda: overridden(unet, blocks))
+    slow = Variant("slow", "", lambda: inputs.run(unet), lambda: running(unet, blocks))
     clock = block_stopwatch(unet)
     assert clock(slow) == 3.0  # (2 + 4) / 2
     elsewhere = {"up_blocks.0.resnets.0": lambda ops, x, emb: taking(9.0)(ops, x[:, :32], emb)}
-    outside = Variant("outside", "", lambda: inputs.run(unet), lambda: overridden(unet, elsewhere))
+    outside = Variant("outside", "", lambda: inputs.run(unet), lambda: running(unet, elsewhere))
     assert clock(outside) == 0.0
 
 

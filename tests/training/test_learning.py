@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldcp_core import THRESHOLD, Topology
+from training.budget import Budget
 from training.learning import (
     LAST_LEARNING_RATE,
     LAST_NOISE,
@@ -37,7 +38,7 @@ def learn(target: float, steps: int, effects: torch.Tensor, seed: int = 0) -> Ga
             group["lr"] = 0.05 * learning_rate_factor(step, steps)
         mask = torch.cat(list(learner.masks(noise_scale(step, steps)).values()))
         loss = ((1 - mask) @ effects).square().sum() / whole
-        (loss + controller.weight * learner.mean_score()).backward()
+        (loss + controller.weight * learner.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
         learner.clamp_()
@@ -155,7 +156,7 @@ class TestAlignment:
 
     def test_counts_become_multiples_of_8_with_the_target_held(self) -> None:
         scores = self.scores([113, 110, 115, 109])  # 447 of 640 kept: 30.2% pruned
-        result = aligned_scores(scores, 0.3)
+        result = aligned_scores(scores, 0.3, Budget("channels", SITES))
         counts = [int((s > THRESHOLD).sum()) for s in result.scores.values()]
         assert all(count % 8 == 0 for count in counts)
         assert sum(counts) == 448  # 70% of 640
@@ -165,12 +166,12 @@ class TestAlignment:
 
     def test_the_order_within_a_site_stays(self) -> None:
         scores = self.scores([113, 110, 115, 109])
-        for site, aligned in aligned_scores(scores, 0.3).scores.items():
+        for site, aligned in aligned_scores(scores, 0.3, Budget("channels", SITES)).scores.items():
             assert (aligned[:-1] >= aligned[1:]).all()
             assert (scores[site] - aligned).abs().max() < 0.05
 
     def test_alignment_does_not_stand_in_for_learning(self) -> None:
         scores = self.scores([150, 150, 150, 150])  # 6% pruned, target 30%
-        result = aligned_scores(scores, 0.3)
+        result = aligned_scores(scores, 0.3, Budget("channels", SITES))
         kept = sum(int((s > THRESHOLD).sum()) for s in result.scores.values())
         assert abs(kept - 600) <= 8

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 MIB = 2**20
+#: the tables about single blocks, which only a benchmark of the mid block has
+BLOCK_SECTIONS = {
+    "block_alone": "One mid-block ResBlock on its own",
+    "blocks_inside": "The two mid-block ResBlocks inside the running U-Net, mean of both",
+}
 
 
 def render(result: Mapping[str, Any]) -> str:
     """Markdown of a result as `training.benchmark.benchmark` returns it or its JSON file holds."""
     sections = [_conditions(result), _unet_section(result)]
-    sections += [_block_section(result, "block_alone"), _block_section(result, "blocks_inside")]
+    sections += [_block_section(result, key) for key in BLOCK_SECTIONS if key in result]
     return "\n\n".join([*sections, f"**Ratios.** {result['criterion']}"]) + "\n"
 
 
@@ -86,7 +91,7 @@ def _unet_section(result: Mapping[str, Any]) -> str:
     notes += [
         "`pruned off` puts the overrides in and takes them out again on the clock, then runs the "
         "untouched U-Net.",
-        "`mask-only` computes everything and multiplies the gated convolutions' outputs by 0 or 1.",
+        "`mask-only` computes everything and multiplies the gated layers' outputs by 0 or 1.",
         f"Selecting the kept weights, once per run, took {section['selection_seconds'] * 1e3:.0f} "
         "ms and is not part of a step.",
     ]
@@ -96,12 +101,8 @@ def _unet_section(result: Mapping[str, Any]) -> str:
 def _block_section(result: Mapping[str, Any], key: str) -> str:
     section = result[key]
     height, width = section["map"]
-    title = {
-        "block_alone": "One mid-block ResBlock on its own",
-        "blocks_inside": "The two mid-block ResBlocks inside the running U-Net, mean of both",
-    }[key]
     lines = [
-        f"### {title}",
+        f"### {BLOCK_SECTIONS[key]}",
         "",
         f"{section['channels']} channels, {height}×{width} map, inner gates only.",
         "",

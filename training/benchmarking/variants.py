@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ldcp_core import (
     ALIGNMENT,
-    CompactResBlock,
     Padding,
     Site,
     aligned_counts,
@@ -32,11 +31,10 @@ from ldcp_core import (
 )
 from training.benchmarking.timing import DENSE, Variant, synchronize
 from training.configs import SD15
-from training.gating import compact_blocks, overridden, topology_of
+from training.gating import CompactBlock, compact_blocks, gated_layers, running, topology_of
 
 TEXT_TOKENS = 77
 TIMESTEP = 500
-CONVS = ("conv1", "conv2")
 
 
 def random_unet(
@@ -117,7 +115,7 @@ class Pruning:
 
     @property
     def blocks(self) -> list[str]:
-        """The ResBlocks these sites lie in."""
+        """The blocks these sites lie in."""
         return blocks_of(self.keep_sets)
 
 
@@ -134,10 +132,9 @@ def random_pruning(sites: Sequence[Site], sparsity: float, seed: int) -> Pruning
     return Pruning(f"{sparsity:.0%}", keep_sets, {})
 
 
-def convolution_bytes(unet: UNet2DConditionModel, blocks: Sequence[str]) -> int:
-    """Bytes of both 3x3 convolutions of the named ResBlocks, counted from their tensors."""
-    convs = [unet.get_submodule(f"{block}.{conv}") for block in blocks for conv in CONVS]
-    return sum(p.nbytes for conv in convs for p in conv.parameters())
+def layer_bytes(unet: UNet2DConditionModel, blocks: Sequence[str]) -> int:
+    """Bytes of the layers of the named blocks that can be pruned, counted from their tensors."""
+    return sum(p.nbytes for layer in gated_layers(unet, blocks) for p in layer.parameters())
 
 
 def unet_bytes(unet: UNet2DConditionModel) -> int:
@@ -157,11 +154,11 @@ def unet_variants(
         return inputs.run(unet)
 
     first = prunings[0]
-    full = convolution_bytes(unet, first.blocks)
+    full = layer_bytes(unet, first.blocks)
     compact = compact_blocks(unet, first.keep_sets, first.constants, paddings[0])
 
     def off() -> Tensor:
-        with overridden(unet, compact):
+        with running(unet, compact):
             pass
         return run()
 
@@ -198,7 +195,7 @@ def pruned_variants(
             f"pruned on {pruning.label}, {padding}",
             f"{pruning.counts} replaced by constants",
             run,
-            lambda: overridden(unet, blocks),
+            lambda: running(unet, blocks),
             lambda: parked(unet, blocks),
             weight_bytes=sum(t.nbytes for block in blocks.values() for t in block.tensors()),
         )
@@ -208,15 +205,15 @@ def pruned_variants(
 
 @contextmanager
 def mask_only(unet: UNet2DConditionModel, keep_sets: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply the output of each site's convolution by its keep-set, as zeros and ones."""
+    """Multiply the output of each site's layer by its keep-set, as zeros and ones."""
 
-    def hook(mask: Tensor) -> Callable[..., Tensor]:
-        return lambda module, inputs, output: output * mask
+    def hook(keep: Tensor) -> Callable[..., Tensor]:
+        mask = keep.to(unet.device, unet.dtype)
+        planes = mask[:, None, None]  # a convolution's output is [B, C, H, W], a GEGLU's [B, N, C]
+        return lambda module, inputs, output: output * (planes if output.dim() == 4 else mask)
 
     hooks = [
-        unet.get_submodule(site).register_forward_hook(
-            hook(keep[:, None, None].to(unet.device, unet.dtype))
-        )
+        unet.get_submodule(site).register_forward_hook(hook(keep))
         for site, keep in keep_sets.items()
     ]
     try:
@@ -226,7 +223,7 @@ def mask_only(unet: UNet2DConditionModel, keep_sets: Mapping[str, Tensor]) -> It
             handle.remove()
 
 
-def _own_bytes(unet: UNet2DConditionModel, blocks: Mapping[str, CompactResBlock]) -> int:
+def _own_bytes(unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock]) -> int:
     """Bytes of the compact copies, without what they share with the U-Net."""
     shared = {id(p) for p in unet.parameters()}
     tensors = [t for block in blocks.values() for t in block.tensors()]
@@ -234,16 +231,16 @@ def _own_bytes(unet: UNet2DConditionModel, blocks: Mapping[str, CompactResBlock]
 
 
 def replaced_weights(
-    unet: UNet2DConditionModel, blocks: Mapping[str, CompactResBlock]
+    unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock]
 ) -> list[torch.nn.Parameter]:
-    """Weights and biases of convolutions that the compact blocks do without."""
+    """Weights and biases of layers that the compact blocks do without."""
     needed = {id(t) for block in blocks.values() for t in block.tensors()}
-    convs = [unet.get_submodule(f"{name}.{conv}") for name in blocks for conv in CONVS]
-    return [p for conv in convs for p in conv.parameters() if id(p) not in needed]
+    layers = gated_layers(unet, blocks)
+    return [p for layer in layers for p in layer.parameters() if id(p) not in needed]
 
 
 @contextmanager
-def parked(unet: UNet2DConditionModel, blocks: Mapping[str, CompactResBlock]) -> Iterator[None]:
+def parked(unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock]) -> Iterator[None]:
     """Move the `replaced_weights` to the CPU, and back again afterwards."""
     weights, device = replaced_weights(unet, blocks), unet.device
     try:
@@ -276,7 +273,7 @@ def block_variants(
         return block(x, temb)
 
     here = [Pruning(p.label, {f"{name}.conv1": p.keep_sets[f"{name}.conv1"]}, {}) for p in prunings]
-    dense = Variant(DENSE, "nothing", run, weight_bytes=convolution_bytes(unet, [name]))
+    dense = Variant(DENSE, "nothing", run, weight_bytes=layer_bytes(unet, [name]))
     return [dense, *pruned_variants(unet, run, here, paddings)]
 
 

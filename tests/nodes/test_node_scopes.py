@@ -1,0 +1,219 @@
+"""Beyond the mid block, inside ComfyUI: every ResBlock and the feed-forwards of the transformers.
+
+Each evaluation of a sampler is compared with the same call on the unpatched model where the
+schedule is off and with the masked reference where it is on. Tolerances are the RMS of the
+difference over that of the reference; pruning must move the output by 100 times as much.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfyui
+FLOAT32 = 2e-6
+FF = "mid_block.attentions.0.transformer_blocks.0.ff.net.0"
+
+
+def rms(x):
+    return float(x.float().square().mean().sqrt())
+
+
+@pytest.fixture
+def gates_of(comfy, model, make_gates):
+    def make(scope, padding="zero", constants=0.3, seed=1, info=()):
+        sites = [site.name for site in comfy.sites.model_topology(model.model).sites(scope)]
+        return make_gates(sites, padding, seed, constants, info=info)
+
+    return make
+
+
+@pytest.fixture
+def check(comfy, sample, unpatched, masked):
+    """Prune step 1 of 3 of ``model`` and compare every evaluation with those of ``base``."""
+
+    def run(model, gates, tolerance=FLOAT32):
+        layer = comfy.patch.Layer(gates, gates.keep_sets(), comfy.core.Schedule.steps("1"))
+        evaluated = []
+        sample(comfy.patch.attach(model, layer), 3, (32, 40), evaluated=evaluated)
+        assert [step for *_, step in evaluated] == [0, 1, 2]
+        for *call, output, step in evaluated:
+            whole = unpatched(model, *call)
+            if step != 1:
+                assert torch.equal(output, whole)
+                continue
+            with masked(model, gates):
+                reference = unpatched(model, *call)
+            assert rms(output - reference) <= tolerance * rms(reference)
+            assert rms(whole - reference) >= 100 * tolerance * rms(reference)
+
+    return run
+
+
+@pytest.mark.parametrize("padding", ["zero", "extend"])
+@pytest.mark.parametrize("scope", ["up", "down", "ff", "mid+ff", "all+ff"])
+def test_every_scope_in_float32(check, model, gates_of, scope, padding):
+    check(model, gates_of(scope, padding))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_that_the_host_casts(check, small_model, gates_of, dtype):
+    check(small_model(dtype=dtype, manual_cast=torch.float32), gates_of("all+ff", constants=2))
+
+
+def test_a_feed_forward_in_bfloat16(comfy, small_model, make_gates, sample, masked):
+    """Looked at where it is: in the model's output rounding hides what a single layer does."""
+    model, gates = small_model(dtype=torch.bfloat16), make_gates([FF], constants=8)
+    module = model.model.diffusion_model.get_submodule(
+        comfy.sites.module_path(FF[: -len(".net.0")])
+    )
+    seen = []
+    hook = module.register_forward_hook(lambda m, inputs, output: seen.append((*inputs, output)))
+    sample(comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets())), 1)
+    hook.remove()
+    ((x, output),) = seen
+    assert output.dtype == torch.bfloat16
+    whole = module(x)
+    with masked(model, gates):
+        reference = module(x)
+    assert rms(output - reference) <= 6e-3 * rms(reference)
+    assert rms(whole - reference) >= 0.6 * rms(reference)
+
+
+def lora(comfy, model, sites):
+    """Differences on the weights of ``sites`` and of the layers after them, as a patched clone."""
+    generator = torch.Generator().manual_seed(4)
+    state, patches = model.model.state_dict(), {}
+    for site in sites:
+        path = comfy.sites.layer_path(site)
+        paths = [path, path.replace("net.0.proj", "net.2")] if "net.0" in path else [path]
+        for path in paths:
+            key = f"diffusion_model.{path}.weight"
+            noise = torch.randn(state[key].shape, generator=generator)
+            patches[key] = ("diff", (0.5 * state[key][0].numel() ** -0.5 * noise,))
+    patched = model.clone()
+    assert set(patched.add_patches(patches, 1.0)) == set(patches)
+    return patched
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("loading", ["full", "low_vram"])
+def test_lora_on_the_pruned_layers(
+    comfy, small_model, gates_of, sample, unpatched, masked, order, loading, monkeypatch
+):
+    base, gates = small_model(), gates_of("all+ff")
+    if loading == "low_vram":
+        load = type(base).load
+        monkeypatch.setattr(
+            type(base),
+            "load",
+            lambda self, device=None, *_, **__: load(self, device, lowvram_model_memory=1),
+        )
+    layer = comfy.patch.Layer(gates, gates.keep_sets())
+    without = sample(comfy.patch.attach(base, layer), 2)
+    if order == "before":
+        patched = comfy.patch.attach(lora(comfy, base, gates.scores), layer)
+    else:
+        patched = lora(comfy, comfy.patch.attach(base, layer), gates.scores)
+    evaluated = []
+    assert rms(sample(patched, 2, evaluated=evaluated) - without) > 1e-2
+    for *call, output, _ in evaluated:
+        with masked(base, gates):
+            reference = unpatched(patched, *call)
+        assert rms(output - reference) <= FLOAT32 * rms(reference)
+    assert torch.equal(sample(comfy.patch.attach(base, layer), 2), without)  # LoRA gone again
+
+
+def test_parts_of_one_file_have_schedules_of_their_own(
+    comfy, model, gates_of, sample, unpatched, masked
+):
+    """Mid always, up only in late steps: two Apply nodes in a row on the same gates."""
+    gates, node = gates_of("mid+up+ff"), comfy.apply_node.LDCPApplyDynamicPruning
+    late = comfy.core.Schedule.steps("2-")
+    mid = node.execute(model, gates, -1.0, sites="mid").args[0]
+    both = node.execute(mid, gates, -1.0, late, sites="up + ff").args[0]
+    evaluated = []
+    sample(both, 4, (16, 16), evaluated=evaluated)
+    topology = comfy.sites.model_topology(model.model)
+    for *call, output, step in evaluated:
+        names = [site.name for site in topology.sites("mid")]
+        if step >= 2:
+            names += [site.name for site in topology.sites("up+ff")]
+        keep_sets = {site: keep for site, keep in gates.keep_sets().items() if site in names}
+        with masked(model, gates, keep_sets):
+            reference = unpatched(model, *call)
+        assert rms(output - reference) <= FLOAT32 * rms(reference)
+
+
+def test_the_share_of_an_override_is_of_the_chosen_sites(comfy, gates_of):
+    gates = gates_of("all+ff")
+    found = comfy.apply_node.chosen_keep_sets(gates, 0.5, "ff")
+    assert {site.rsplit(".", 3)[-3] for site in found} == {"ff"}
+    kept = sum(int(keep.sum()) for keep in found.values())
+    assert kept / sum(keep.numel() for keep in found.values()) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ("sides", "unknown scope or site 'sides'; a scope is mid, up"),
+        ("up", "these gates have no site in 'up', only in mid_block; leave 'sites' empty"),
+    ],
+)
+def test_sites_that_cannot_be_meant_are_refused(comfy, gates_of, sites, message):
+    with pytest.raises(ValueError, match=message):
+        comfy.apply_node.chosen_keep_sets(gates_of("mid"), -1.0, sites)
+
+
+def test_a_feed_forward_changed_by_another_extension_runs_unpruned_and_says_so(
+    comfy, small_model, make_gates, sample, caplog
+):
+    model, gates = small_model(), make_gates([FF])
+    plain = sample(model, 2)
+    proj = model.model.diffusion_model.get_submodule(comfy.sites.layer_path(FF))
+    proj.forward = lambda x, forward=proj.forward: forward(x)
+    layer = comfy.patch.Layer(gates, gates.keep_sets())
+    assert torch.equal(sample(comfy.patch.attach(model, layer), 2), plain)
+    assert f"{FF.removesuffix('.net.0')} runs unpruned" in caplog.text
+
+
+def test_a_linear_layer_with_an_own_computation_runs_unpruned_and_says_so(
+    comfy, small_model, make_gates, sample, caplog
+):
+    model, gates = small_model(), make_gates([FF])
+    proj = model.model.diffusion_model.get_submodule(comfy.sites.layer_path(FF))
+
+    class Quantized(type(proj)):
+        def forward(self, x):
+            return (x[..., None, :] * self.weight).sum(-1) + self.bias
+
+    proj.__class__ = Quantized
+    plain = sample(model, 2)
+    layer = comfy.patch.Layer(gates, gates.keep_sets())
+    assert torch.equal(sample(comfy.patch.attach(model, layer), 2), plain)
+    assert "not computed as a linear layer" in caplog.text
+
+
+def test_gates_for_everything_keep_the_model_as_it_was(comfy, model, gates_of, sample):
+    gates = gates_of("all+ff")
+    plain = sample(model, 2)
+    attributes = {name: set(vars(m)) for name, m in model.model.named_modules()}
+    pruned = sample(comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets())), 2)
+    assert not torch.equal(plain, pruned)
+    assert {name: set(vars(m)) for name, m in model.model.named_modules()} == attributes
+    assert torch.equal(sample(model, 2), plain)
+
+
+@pytest.mark.parametrize("ranking", ["per layer", "global"])
+def test_gates_are_estimated_for_every_scope(comfy, model, sample, ranking):
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPEstimateGates"]
+    gates = node.execute(model, "l1", 0.5, ranking, "zero", "all+ff").args[0]
+    assert len(gates.scores) == 60 and gates.sparsity == pytest.approx(0.5, abs=0.01)
+    floor = comfy.core.DEFAULT_FLOOR
+    assert all(keep.float().mean() >= floor for keep in gates.keep_sets().values())
+    apply = comfy.apply_node.LDCPApplyDynamicPruning
+    pruned = sample(apply.execute(model, gates, -1.0).args[0], 2)
+    zeros = comfy.core.Gates(gates.scores, {}, "zero", gates.topology)
+    worse = sample(apply.execute(model, zeros, -1.0).args[0], 2)
+    dense = sample(model, 2)
+    assert 0 < rms(pruned - dense) < rms(worse - dense)

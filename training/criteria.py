@@ -1,0 +1,416 @@
+"""Every criterion of the field as one function: how much each channel matters.
+
+Each returns site -> importance, float32 [C], finite and not negative; what to prune is decided
+afterwards (`training.score`), so that all criteria meet the same rule. A channel owns, for an inner
+site, row c of conv1 and column c of conv2; for a residual site row c of conv2; for the hidden
+channels of a feed-forward two rows of the projection and a column of the layer after it.
+
+Gradients are those of a unit gate m per channel, h ← m·h + (1 − m)·μ, at m = 1: the first-order
+effect of replacing the channel by its constant, the same for every kind of site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ldcp_core import Magnitude, Padding, Site, SoftGate, block_of, hidden_rows, magnitude
+from training.denoising import Denoising, Problem
+
+Importances = dict[str, Tensor]
+Criterion = Literal[
+    "magnitude-l1",
+    "magnitude-l2",
+    "random",
+    "own-effect",
+    "taylor",
+    "diff-pruning",
+    "diversity",
+    "sensitivity",
+    "percentage",
+    "flap",
+]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+DiversityForm = Literal["mean", "spread", "variance"]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The same images at ascending timesteps, each time with the same noise.
+
+    ``latents`` and ``noise`` [B, 4, h, w], ``context`` [B, T, D].
+    """
+
+    denoising: Denoising
+    latents: Tensor
+    context: Tensor
+    noise: Tensor
+    timesteps: Sequence[int]
+
+    def problem(self, timestep: int, noise: Tensor | None = None) -> Problem:
+        """All images at one timestep."""
+        noise = self.noise if noise is None else noise
+        alpha = float(self.denoising.model.alphas_cumprod[timestep])
+        noisy = alpha**0.5 * self.latents + (1 - alpha) ** 0.5 * noise
+        steps = torch.full((len(self.latents),), timestep, device=self.latents.device)
+        return Problem(noisy, steps, self.context, noise)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (self.problem(timestep) for timestep in self.timesteps)
+
+
+# --- from the weights alone -----------------------------------------------------------------------
+
+
+def owned(unet: nn.Module, site: Site, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What each channel of ``site`` owns, as [C, ...], of ``of(weight)`` for its layers.
+
+    ``of`` takes a weight parameter and returns a tensor of its shape: the weight, its gradient.
+    """
+    own = of(unet.get_parameter(site.weight))
+    if site.kind == "residual":
+        return [own]
+    block = block_of(site.name)
+    if site.kind == "hidden":
+        after = of(unet.get_parameter(f"{block}.net.2.weight"))
+        return [hidden_rows(own), after.transpose(0, 1)]
+    return [own, of(unet.get_parameter(f"{block}.conv2.weight")).transpose(0, 1)]
+
+
+def magnitudes(unet: nn.Module, sites: Sequence[Site], norm: Magnitude) -> Importances:
+    """‖W1[c]‖ + ‖W2[:, c]‖, each in units of its layer's mean (Li et al. 2017, arXiv:1608.08710).
+
+    ``norm`` is "l1" or "l2"; a residual channel owns a row of conv2 only.
+    """
+    found = {}
+    for site in sites:
+        parts = [magnitude(part, norm) for part in owned(unet, site, lambda weight: weight)]
+        found[site.name] = torch.stack([part / part.mean() for part in parts]).sum(0)
+    return found
+
+
+def random(sites: Sequence[Site], seed: int) -> Importances:
+    """Uniform in [0, 1): what any criterion must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {site.name: torch.rand(site.channels, generator=generator) for site in sites}
+
+
+def sensitivity(unet: nn.Module, sites: Sequence[Site]) -> Importances:
+    """mean |W[c]| in units of the layer's σ: the channel form of sensitivity pruning.
+
+    Han et al. 2015 (arXiv:1506.02626, §3) prune weights below s·σ of their layer; a channel is
+    kept iff its mean absolute weight reaches s·σ, so s is the threshold on this importance.
+    """
+    found = {}
+    for site in sites:
+        rows = _rows(unet, site)
+        found[site.name] = rows.abs().mean(1) / rows.std(correction=0)
+    return found
+
+
+def percentage(unet: nn.Module, sites: Sequence[Site]) -> Importances:
+    """mean |W[c]| of a channel's own rows; a percentile of it, layer by layer, is the cut."""
+    return {site.name: _rows(unet, site).abs().mean(1) for site in sites}
+
+
+def _rows(unet: nn.Module, site: Site) -> Tensor:
+    weight = unet.get_parameter(site.weight).detach().float().cpu()
+    return (hidden_rows(weight) if site.kind == "hidden" else weight).flatten(1)
+
+
+# --- from gradients -------------------------------------------------------------------------------
+
+
+def gate_gradients(
+    denoising: Denoising,
+    problem: Problem,
+    sites: Sequence[Site],
+    constants: Importances,
+    padding: Padding,
+    loss: Callable[[Tensor], Tensor],
+) -> Importances:
+    """∂ loss(output) / ∂ m of a unit gate per channel at m = 1: site -> float32 [C] on the CPU."""
+    device = problem.noisy.device
+    masks = {site.name: torch.ones(site.channels, device=device).requires_grad_() for site in sites}
+    gates = {name: SoftGate(mask, constants[name]) for name, mask in masks.items()}
+    value = loss(denoising.gated(problem, gates, padding))
+    gradients = torch.autograd.grad(value, list(masks.values()))
+    return {name: g.float().cpu() for name, g in zip(masks, gradients, strict=True)}
+
+
+def noise_loss(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """The denoising loss L_t = MSE(ε_θ(x_t, t), ε)."""
+    return lambda output: (output - problem.noise).float().square().mean()
+
+
+def taylor(
+    ladder: Ladder, sites: Sequence[Site], constants: Importances, padding: Padding
+) -> Importances:
+    """|Σ_t ∂L_t/∂m|: the first-order change of the loss (Molchanov et al. 2019, arXiv:1906.10771).
+
+    With μ = 0 this is |Σ w·∂L/∂w| over the channel's row and bias, summed over all timesteps.
+    """
+    total: Importances = {site.name: torch.zeros(site.channels) for site in sites}
+    for problem in ladder:
+        found = gate_gradients(
+            ladder.denoising, problem, sites, constants, padding, noise_loss(problem)
+        )
+        total = {name: total[name] + found[name] for name in total}
+    return {name: values.abs() for name, values in total.items()}
+
+
+def diff_pruning(
+    ladder: Ladder, sites: Sequence[Site], threshold: float
+) -> tuple[Importances, int | None]:
+    """Σ |w · Σ_t ∂L_t/∂w| over what a channel owns (Fang et al. 2023, arXiv:2305.10924, eq. 6-8).
+
+    Gradients are accumulated over ascending timesteps until the loss falls below ``threshold`` of
+    the largest loss met: late timesteps carry little more than noise. Also returns the timestep at
+    which that happened, which does not count itself; None when it never did.
+    """
+    unet: UNet2DConditionModel = ladder.denoising.model.unet
+    parameters = _owned_parameters(unet, sites)
+    largest, stopped = 0.0, None
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        for timestep, problem in zip(ladder.timesteps, ladder, strict=True):
+            output = unet(
+                problem.noisy, problem.timesteps, encoder_hidden_states=problem.context
+            ).sample
+            loss = noise_loss(problem)(output)
+            largest = max(largest, loss.item())
+            if loss.item() < threshold * largest:
+                stopped = timestep
+                break
+            loss.backward()
+        found = {}
+        for site in sites:
+            products = owned(unet, site, lambda w: (w * w.grad).detach().float().cpu().abs())
+            found[site.name] = sum(p.flatten(1).sum(1) for p in products)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return found, stopped
+
+
+def _owned_parameters(unet: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]:
+    found: dict[int, nn.Parameter] = {}
+
+    def remember(parameter: nn.Parameter) -> Tensor:
+        found[id(parameter)] = parameter
+        return parameter
+
+    for site in sites:
+        owned(unet, site, remember)
+    return list(found.values())
+
+
+def own_effect(
+    denoising: Denoising,
+    problems: Sequence[Problem],
+    sites: Sequence[Site],
+    constants: Importances,
+    padding: Padding,
+    seed: int,
+) -> Importances:
+    """E‖∂ε_θ/∂m‖²: what replacing a channel alone does to the output, to first order.
+
+    The diagonal of the Gauss-Newton matrix of the reconstruction loss, estimated with one random
+    projection of the output per batch (Hutchinson 1990): E_v (∂(v·ε_θ)/∂m)² = ‖∂ε_θ/∂m‖².
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total: Importances = {site.name: torch.zeros(site.channels) for site in sites}
+    for problem in problems:
+        probe = torch.randn(problem.noisy.shape, generator=generator).to(problem.noisy)
+        found = gate_gradients(
+            denoising,
+            problem,
+            sites,
+            constants,
+            padding,
+            lambda output, probe=probe: (output * probe).float().sum(),
+        )
+        total = {name: total[name] + found[name].square() for name in total}
+    return {name: values / len(problems) for name, values in total.items()}
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How a channel's part in the model's diversity is measured.
+
+    ``directions`` unit vectors of the initial noise and as many of the text embedding are drawn,
+    with probability proportional to the variance they explain among the images' latents and among
+    the captions' embeddings; ``alpha`` is how far to go along them.
+    """
+
+    form: DiversityForm = "mean"
+    directions: int = 10
+    alpha: float = 5.0
+    seed: int = 0
+
+
+def diversity(
+    ladder: Ladder,
+    sites: Sequence[Site],
+    constants: Importances,
+    padding: Padding,
+    settings: Diversity,
+) -> Importances:
+    """How much each channel carries the change that a change of the input makes.
+
+    DCP-GAN (Chung et al. 2024), carried over to latent diffusion: with G the one-step prediction
+    of the clean latent x̂0, ℓ_i = mean |G(input + α·d_i) − G(input)| and s_{n,i,c} = |∂ℓ_i/∂m_c| of
+    a unit gate for sample n and direction d_i. ``mean`` is the mean of s over directions and
+    samples, ``spread`` its standard deviation over the directions, ``variance`` the released form
+    Σ_n Σ_i (s − mean_i s)². Images are taken one at a time, at the ladder's timesteps in turn.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    of_noise = principal_directions(ladder.latents, settings.directions, generator)
+    of_text = principal_directions(ladder.context, settings.directions, generator)
+    changes = [(d, None) for d in of_noise] + [(None, d) for d in of_text]
+    samples: list[dict[str, Tensor]] = []
+    for number in range(len(ladder.latents)):
+        timestep = ladder.timesteps[number % len(ladder.timesteps)]
+        rows = []
+        for noise_direction, text_direction in changes:
+            problem = _pair(ladder, number, timestep, noise_direction, text_direction, settings)
+            loss = _change_of_prediction(problem, ladder.denoising, timestep)
+            rows.append(gate_gradients(ladder.denoising, problem, sites, constants, padding, loss))
+        samples.append({s.name: torch.stack([row[s.name].abs() for row in rows]) for s in sites})
+    stacked = {site.name: torch.stack([s[site.name] for s in samples]) for site in sites}
+    return {name: diversity_score(s, settings.form) for name, s in stacked.items()}
+
+
+def diversity_score(s: Tensor, form: DiversityForm) -> Tensor:
+    """One score per channel of the sensitivities ``s`` [samples, directions, C]."""
+    if form == "mean":
+        return s.mean((0, 1))
+    if form == "spread":
+        return s.std(1, correction=0).mean(0)
+    return (s - s.mean(1, keepdim=True)).square().sum((0, 1))
+
+
+def principal_directions(values: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
+    """``count`` unit directions [1, ...] among ``values`` [N, ...].
+
+    Principal components, drawn with replacement with probability proportional to the variance they
+    explain. Where all values are equal (one caption for all images) directions are random.
+    """
+    flat = values.detach().float().cpu().flatten(1)
+    _, sizes, components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    variances = sizes.square()
+    if not variances.sum() > 1e-10 * flat.square().sum():
+        components = torch.randn(count, flat.shape[1], generator=generator)
+        components = components / components.norm(dim=1, keepdim=True)
+        variances = torch.ones(count)
+    drawn = torch.multinomial(variances, count, replacement=True, generator=generator)
+    return [components[i].view(1, *values.shape[1:]).to(values) for i in drawn.tolist()]
+
+
+def _pair(
+    ladder: Ladder,
+    number: int,
+    timestep: int,
+    noise_direction: Tensor | None,
+    text_direction: Tensor | None,
+    settings: Diversity,
+) -> Problem:
+    """A batch of two: one image as it is, and the same with a changed input."""
+    one = slice(number, number + 1)
+    noise, context = ladder.noise[one], ladder.context[one]
+    other_noise = noise if noise_direction is None else noise + settings.alpha * noise_direction
+    other_text = context if text_direction is None else context + settings.alpha * text_direction
+    single = Ladder(
+        ladder.denoising,
+        ladder.latents[one].repeat(2, 1, 1, 1),
+        torch.cat([context, other_text]),
+        torch.cat([noise, other_noise]),
+        [timestep],
+    )
+    return single.problem(timestep)
+
+
+def _change_of_prediction(
+    problem: Problem, denoising: Denoising, timestep: int
+) -> Callable[[Tensor], Tensor]:
+    """mean |x̂0 of the second − x̂0 of the first|, x̂0 = (x_t − √(1−ᾱ)·ε) / √ᾱ."""
+    alpha = float(denoising.model.alphas_cumprod[timestep])
+
+    def loss(output: Tensor) -> Tensor:
+        clean = (problem.noisy - (1 - alpha) ** 0.5 * output) / alpha**0.5
+        return (clean[1] - clean[0]).float().abs().mean()
+
+    return loss
+
+
+# --- from activations -----------------------------------------------------------------------------
+
+
+def flap(ladder: Ladder, sites: Sequence[Site]) -> Importances:
+    """Var(a_c) · ‖W[:, c]‖²: how much what reads the channel changes with it.
+
+    FLAP (An et al. 2024, arXiv:2312.11983, eq. 4): a is the activation that enters the layer after
+    the site (conv2, or the feed-forward's second linear layer) and W[:, c] the column that reads
+    it. A residual channel is read by all that follows with weight one: Var of its own output. The
+    variance is taken over images, positions and timesteps.
+    """
+    unet = ladder.denoising.model.unet
+    moments = {site.name: _Moments(site.channels) for site in sites}
+    hooks = []
+    for site in sites:
+        axis = -1 if site.kind == "hidden" else 1
+        module = unet.get_submodule(site.name)
+        if site.kind == "inner":
+            module = unet.get_submodule(f"{block_of(site.name)}.conv2")
+            hooks.append(module.register_forward_pre_hook(moments[site.name].of_input(axis)))
+        else:
+            hooks.append(module.register_forward_hook(moments[site.name].of_output(axis)))
+    try:
+        for problem in ladder:
+            ladder.denoising.dense(problem)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for site in sites:
+        variance = moments[site.name].variance()
+        if site.kind != "residual":
+            columns = owned(unet, site, lambda weight: weight)[1].detach().float().cpu()
+            variance = variance * columns.flatten(1).square().sum(1)
+        found[site.name] = variance.float()
+    return found
+
+
+class _Moments:
+    """Mean and variance per channel, merged batch by batch (Chan et al. 1979), in float64."""
+
+    def __init__(self, channels: int) -> None:
+        self._count = 0
+        self._mean = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)
+
+    def of_input(self, axis: int) -> Callable[..., None]:
+        return lambda module, inputs: self.add(inputs[0].movedim(axis, 0))
+
+    def of_output(self, axis: int) -> Callable[..., None]:
+        return lambda module, inputs, output: self.add(output.movedim(axis, 0))
+
+    def add(self, values: Tensor) -> None:
+        """``values`` [C, ...]."""
+        rows = values.detach().flatten(1).double().cpu()
+        count, mean = rows.shape[1], rows.mean(1)
+        squares = (rows - mean[:, None]).square().sum(1)
+        total, gap = self._count + count, mean - self._mean
+        self._squares += squares + gap.square() * (self._count * count / total)
+        self._mean += gap * (count / total)
+        self._count = total
+
+    def variance(self) -> Tensor:
+        return self._squares / self._count

@@ -1,0 +1,253 @@
+"""Draw images from the dense model and from pruned ones: the same prompts, seeds and steps.
+
+    python -m training.sample --demo --gates gates.safetensors --output images/
+    accelerate launch -m training.sample --model sd15.safetensors --prompts prompts.txt \\
+        --gates a.safetensors b.safetensors --output images/
+
+One folder per model (``dense``, and the name of each gate file), one PNG per prompt and seed, which
+says in its metadata how it was made. Images that are there already are not drawn again; several
+processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from ldcp_core import Gates, load_gates, write_atomically
+from training.errors import UserError
+from training.fit import DEMO_SETTINGS
+from training.gating import compacted, topology_of
+from training.models import DTYPES, DiffusionModel, load_model
+
+log = logging.getLogger("training.sample")
+
+#: the nine prompts of the original project
+PROMPTS = (
+    "a beautiful face",
+    "an elderly face",
+    "a face with long hair",
+    "a face with a beard",
+    "a clean-shaven face",
+    "a face with sunglasses",
+    "a face with makeup",
+    "a old person's face",
+    "a dog's face",
+)
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image to draw: a prompt and the seed of its initial noise."""
+
+    prompt: str
+    seed: int
+
+    def file(self, number: int) -> str:
+        return f"{number:03d}_{self.seed}.png"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are drawn: DDIM steps and guidance scale."""
+
+    steps: int = 30
+    guidance: float = 7.5
+    batch_size: int = 4
+
+
+def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline:
+    """diffusers' own pipeline around the model's parts, with DDIM."""
+    pipe = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=DDIMScheduler.from_config(model.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pruned(model: DiffusionModel, gates: Gates | None) -> AbstractContextManager[Any]:
+    """Context in which the model's U-Net is pruned by ``gates``; None: dense.
+
+    Raises UserError when the gates are for another architecture.
+    """
+    if gates is None:
+        return nullcontext()
+    check_fits(model, gates)
+    constants = {site: gates.constant(site) for site in gates.scores}
+    context: AbstractContextManager[Any] = compacted(
+        model.unet, gates.keep_sets(), constants, gates.padding
+    )
+    return context
+
+
+def check_fits(model: DiffusionModel, gates: Gates) -> None:
+    """Raises UserError when the gates are not for this model's architecture."""
+    if gates.topology != topology_of(model.unet):
+        raise UserError(
+            f"The gates were made for {gates.topology}.",
+            f"gates for {topology_of(model.unet)}",
+            "choose gates of this model, or the model of these gates",
+        )
+
+
+def draw(
+    pipe: StableDiffusionPipeline, shots: Sequence[Shot], settings: Settings
+) -> Iterator[Image.Image]:
+    """One image per shot, each from its own seed, so that batches do not matter."""
+    for start in range(0, len(shots), settings.batch_size):
+        part = shots[start : start + settings.batch_size]
+        generators = [torch.Generator().manual_seed(shot.seed) for shot in part]
+        yield from pipe(
+            [shot.prompt for shot in part],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=generators,
+        ).images
+
+
+def sample(
+    model: DiffusionModel,
+    chosen: dict[str, Gates | None],
+    shots: Sequence[Shot],
+    settings: Settings,
+    output: Path,
+) -> dict[str, list[Path]]:
+    """Draw what is missing of every model's images; name -> the paths of all of them.
+
+    Under accelerate every process draws its part.
+    """
+    from accelerate import PartialState
+
+    pipe, state = pipeline_of(model), PartialState()
+    paths = {}
+    for name, gates in chosen.items():
+        folder = output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        paths[name] = [folder / shot.file(number) for number, shot in enumerate(shots)]
+        missing = [
+            (path, shot)
+            for path, shot in zip(paths[name], shots, strict=True)
+            if not _is_there(path, shot, settings)
+        ]
+        with state.split_between_processes(missing) as mine, pruned(model, gates):
+            images = draw(pipe, [shot for _, shot in mine], settings)
+            bar = tqdm(images, total=len(mine), desc=name, disable=not mine)
+            for (path, shot), image in zip(mine, bar, strict=True):
+                _save(image, path, shot, settings, name)
+    state.wait_for_everyone()
+    return paths
+
+
+def _facts(shot: Shot, settings: Settings) -> dict[str, str]:
+    return {
+        "prompt": shot.prompt,
+        "seed": str(shot.seed),
+        "steps": str(settings.steps),
+        "guidance": str(settings.guidance),
+    }
+
+
+def _is_there(path: Path, shot: Shot, settings: Settings) -> bool:
+    """Whether this very image lies there already."""
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        found = getattr(image, "text", {})
+    return all(found.get(key) == value for key, value in _facts(shot, settings).items())
+
+
+def _save(image: Image.Image, path: Path, shot: Shot, settings: Settings, name: str) -> None:
+    metadata = PngInfo()
+    for key, value in {**_facts(shot, settings), "gates": name}.items():
+        metadata.add_text(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", pnginfo=metadata)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_prompts(path: str | None) -> tuple[str, ...]:
+    """The lines of a prompt file; without one, the nine prompts of the original project."""
+    if path is None:
+        return PROMPTS
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {error}.", "a text file, a prompt per line") from (
+            error
+        )
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise UserError(f"{path} holds no prompt.", "a text file, a prompt per line")
+    return found
+
+
+def named_gates(paths: Sequence[str]) -> dict[str, Gates]:
+    """Gate files by the names of their files, which must differ."""
+    found: dict[str, Gates] = {}
+    for path in paths:
+        name = Path(path).stem
+        if name in found or name == DENSE:
+            raise UserError(f"Two models are called {name!r}.", "different file names")
+        found[name] = load_gates(path)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Settings()
+    parser.add_argument("--model", help="checkpoint file, diffusers folder or hub id")
+    parser.add_argument("--demo", action="store_true", help="the embedded demo model")
+    parser.add_argument("--gates", nargs="*", default=[], help="gate files")
+    parser.add_argument("--prompts", help="a text file, a prompt per line (default: nine faces)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--guidance", type=float, default=default.guidance)
+    parser.add_argument("--batch-size", type=int, default=default.batch_size)
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", required=True, help="folder for the images")
+    given = parser.parse_args(argv)
+    source = given.model or (DEMO_SETTINGS["model"] if given.demo else None)
+    if source is None:
+        parser.error("--model is missing; or use --demo")
+    try:
+        prompts, gates = read_prompts(given.prompts), named_gates(given.gates)
+        model = load_model(source, dtype=DTYPES[given.precision], device=given.device)
+        shots = [Shot(prompt, seed) for prompt in prompts for seed in given.seeds]
+        settings = Settings(given.steps, given.guidance, given.batch_size)
+        chosen: dict[str, Gates | None] = {DENSE: None, **gates}
+        paths = sample(model, chosen, shots, settings, Path(given.output))
+        print(f"{sum(map(len, paths.values()))} images in {given.output}")
+    except (UserError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

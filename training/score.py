@@ -1,0 +1,353 @@
+"""Rank the channels of a Stable Diffusion 1.5 U-Net by a criterion, and write a gate file.
+
+    python -m training.score --criterion taylor --demo --target-sparsity 0.3
+    python -m training.score --criterion flap --scope all+ff --budget parameters \\
+        --model v1-5-pruned-emaonly.safetensors --data ffhq/ --output flap.safetensors
+
+No training: a criterion measures how much each channel matters, and the least important ones go
+until the target is met. What stands in for them is the channels' mean over the data, as in a fit.
+The importance itself is stored beside the scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ldcp_core import (
+    DEFAULT_FLOOR,
+    DEFAULT_SCOPE,
+    PADDINGS,
+    RANKINGS,
+    SCOPES,
+    Gates,
+    Latent,
+    Padding,
+    Ranking,
+    Site,
+    aligned_counts,
+    fingerprint,
+    gates_report,
+    least_kept,
+    save_gates,
+    scores_at,
+    scores_by_rank,
+    short_name,
+    top_channels,
+)
+from training import criteria
+from training.budget import Budget, BudgetKind
+from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
+from training.data import ImageData, open_dataset
+from training.denoising import Denoising
+from training.errors import UserError
+from training.fit import DEMO_SETTINGS
+from training.gating import ChannelMeans, topology_of
+from training.models import DTYPES, load_model
+
+log = logging.getLogger("training.score")
+
+#: criteria whose threshold can be given instead of a target sparsity
+THRESHOLDS = ("sensitivity", "percentage")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What to rank by, on what, and how much to prune. Defaults are those of the command line."""
+
+    model: str
+    data: str
+    output: str
+    criterion: Criterion = "taylor"
+    ranking: Ranking = "global"
+    scope: str = DEFAULT_SCOPE
+    target_sparsity: float = 0.3
+    budget: BudgetKind = "channels"
+    floor: float = DEFAULT_FLOOR
+    padding: Padding = "zero"
+    samples: int = 16  # images whose losses, activations or changes are measured
+    timesteps: int = 20  # evenly spread over the schedule
+    loss_threshold: float = 0.1  # diff-pruning: T, relative to the largest loss
+    diversity_form: DiversityForm = "mean"
+    directions: int = 10
+    alpha: float = 5.0
+    threshold: float | None = None  # sensitivity: s, in σ of the layer; percentage: q in [0, 100]
+    resolution: int | None = None
+    batch_size: int = 4
+    precision: str = "fp32"
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, name: str, expected: str) -> None:
+            if not holds:
+                option = "--" + name.replace("_", "-")
+                found = getattr(self, name)
+                raise UserError(f"{option} is {found!r}.", expected, f"change {option}")
+
+        require(self.criterion in CRITERIA, "criterion", f"one of {', '.join(CRITERIA)}")
+        require(self.ranking in RANKINGS, "ranking", f"one of {', '.join(RANKINGS)}")
+        require(0 <= self.target_sparsity < 1, "target_sparsity", "from 0 up to 1")
+        require(0 <= self.floor < 1, "floor", "from 0 up to 1")
+        require(0 < self.loss_threshold < 1, "loss_threshold", "between 0 and 1")
+        require(
+            self.threshold is None or self.criterion in THRESHOLDS,
+            "threshold",
+            f"only with criterion {' or '.join(THRESHOLDS)}",
+        )
+        for name in ("samples", "timesteps", "directions", "batch_size"):
+            require(getattr(self, name) >= 1, name, "1 or more")
+
+
+def score(config: ScoreConfig) -> Gates:
+    """Measure, rank and write; raises UserError for everything a user can put right."""
+    output = Path(config.output)
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
+    data = open_dataset(config.data)
+    model = load_model(config.model, dtype=DTYPES[config.precision], device=config.device)
+    model.vae.float()
+    model.text_encoder.float()
+    data.resolution = config.resolution or model.resolution
+    topology = topology_of(model.unet)
+    try:
+        sites = topology.sites(config.scope)
+    except ValueError as error:
+        raise UserError(f"--scope is {config.scope!r}: {error}.", "", "change --scope") from error
+
+    denoising = Denoising(model, config.seed)
+    ladders = _ladders(config, denoising, data)
+    with ChannelMeans(model.unet, sites) as means:
+        for ladder in ladders:
+            for problem in ladder:
+                denoising.dense(problem)
+    constants = means.constants()
+    start = time.perf_counter()
+    importances, facts = measure(config, model.unet, ladders, sites, constants)
+    seconds = time.perf_counter() - start
+    side = data.resolution // model.vae_scale_factor
+    budget = Budget(config.budget, sites, config.padding, Latent(side, side))
+    scores = pruned_scores(config, importances, budget)
+    weights = {site.name: model.unet.get_parameter(site.weight) for site in sites}
+    gates = Gates(scores, constants, config.padding, topology)
+    info = {
+        "criterion": config.criterion,
+        "ranking": config.ranking,
+        "scope": config.scope,
+        "target_sparsity": config.target_sparsity,
+        "achieved_sparsity": gates.sparsity,
+        "budget": config.budget,
+        "achieved_budget": budget.pruned(gates.keep_sets()),
+        "floor": config.floor,
+        **facts,
+        "seconds": round(seconds, 2),
+        "seed": config.seed,
+        "data": {"source": Path(data.source).name, "images": len(data)},
+        "config": asdict(config)
+        | {name: Path(getattr(config, name)).name for name in ("model", "data", "output")},
+        "fingerprint": fingerprint(weights),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "safetensors")},
+        "created": time.strftime("%Y-%m-%d"),
+    }
+    gates = Gates(scores, constants, config.padding, topology, info, importances)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_gates(gates, output)
+    print(gates_report(gates).text())
+    if config.criterion in THRESHOLDS:
+        print(f"\n{layer_table(gates)}\n")
+    if "stopped_at" in facts:
+        print(f"gradients were accumulated up to timestep {facts['stopped_at']}")
+    print(f"measured in {seconds:.1f} s; wrote {output}")
+    return gates
+
+
+def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list[Ladder]:
+    """The images in batches, each with one draw of noise and the same timesteps."""
+    train, _ = data.split(0.1, config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    last = denoising.model.alphas_cumprod.numel() - 1
+    steps = torch.linspace(0, last, config.timesteps).round().long().tolist()
+    count = -(-config.samples // config.batch_size)
+    stream = data.batches(train, config.batch_size, seed=config.seed, epochs=None)
+    ladders = []
+    for batch in islice(stream, count):
+        latents, context = denoising.encoder(batch)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        ladders.append(Ladder(denoising, latents, context, noise, steps))
+    return ladders
+
+
+def measure(
+    config: ScoreConfig,
+    unet: torch.nn.Module,
+    ladders: Sequence[Ladder],
+    sites: Sequence[Site],
+    constants: Importances,
+) -> tuple[Importances, dict[str, Any]]:
+    """The importances by the chosen criterion, and what else is worth knowing about them."""
+    name, padding = config.criterion, config.padding
+    if name in ("magnitude-l1", "magnitude-l2"):
+        return criteria.magnitudes(unet, sites, "l1" if name.endswith("l1") else "l2"), {}
+    if name == "random":
+        return criteria.random(sites, config.seed), {}
+    if name == "sensitivity":
+        return criteria.sensitivity(unet, sites), {}
+    if name == "percentage":
+        return criteria.percentage(unet, sites), {}
+    whole = _joined(ladders)
+    if name == "taylor":
+        return criteria.taylor(whole, sites, constants, padding), {}
+    if name == "own-effect":
+        problems = [problem for ladder in ladders for problem in ladder]
+        found = criteria.own_effect(
+            whole.denoising, problems, sites, constants, padding, config.seed
+        )
+        return found, {}
+    if name == "flap":
+        return criteria.flap(whole, sites), {}
+    if name == "diff-pruning":
+        found, stopped = criteria.diff_pruning(whole, sites, config.loss_threshold)
+        return found, {"stopped_at": whole.timesteps[-1] if stopped is None else stopped}
+    settings = Diversity(config.diversity_form, config.directions, config.alpha, config.seed)
+    found = criteria.diversity(whole, sites, constants, padding, settings)
+    return found, {"diversity_form": config.diversity_form}
+
+
+def _joined(ladders: Sequence[Ladder]) -> Ladder:
+    """All images in one ladder: criteria are about the sum over the data."""
+    first = ladders[0]
+    return Ladder(
+        first.denoising,
+        torch.cat([ladder.latents for ladder in ladders]),
+        torch.cat([ladder.context for ladder in ladders]),
+        torch.cat([ladder.noise for ladder in ladders]),
+        first.timesteps,
+    )
+
+
+def pruned_scores(
+    config: ScoreConfig, importances: Mapping[str, Tensor], budget: Budget
+) -> dict[str, Tensor]:
+    """Scores whose cut at 0.5 meets the target in the budget, or the criterion's own threshold."""
+    if config.threshold is not None:
+        return scores_by_rank(importances, thresholded(config, importances))
+    if config.budget == "channels":
+        return scores_at(importances, config.target_sparsity, config.ranking, config.floor)
+    # the share of channels whose removal comes nearest to the budget
+    low, high = 0.0, 0.999
+    for _ in range(20):
+        middle = (low + high) / 2
+        found = scores_at(importances, middle, config.ranking, config.floor)
+        pruned = budget.pruned({site: values > 0.5 for site, values in found.items()})
+        low, high = (middle, high) if pruned < config.target_sparsity else (low, middle)
+    return scores_at(importances, high, config.ranking, config.floor)
+
+
+def thresholded(config: ScoreConfig, importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keep-sets of the channels that reach the threshold, with aligned counts.
+
+    The threshold is an importance for "sensitivity", a percentile of each layer for "percentage".
+    """
+    assert config.threshold is not None
+    keep = {}
+    for site, values in importances.items():
+        cut = config.threshold
+        if config.criterion == "percentage":
+            cut = float(torch.quantile(values, min(max(cut / 100, 0.0), 1.0)))
+        keep[site] = values >= cut
+    widths = [values.numel() for values in importances.values()]
+    wanted = [int(kept.sum()) for kept in keep.values()]
+    least = [least_kept(width, config.floor) for width in widths]
+    counts = aligned_counts(wanted, widths, sum(wanted), least=least)
+    pairs = zip(importances.items(), counts, strict=True)
+    return {site: top_channels(values, count) for (site, values), count in pairs}
+
+
+def layer_table(gates: Gates) -> str:
+    """Layer, type, parameters, non-zero ones and sparsity of each layer's own rows, as Markdown."""
+    lines = ["| layer | type | parameters | non-zero | sparsity |", "|---|---|---|---|---|"]
+    keep_sets = gates.keep_sets()
+    for site in gates.topology.all_sites():
+        if site.name not in keep_sets:
+            continue
+        inputs = getattr(site.block, "channels", None) or (
+            site.block.in_channels if site.kind == "inner" else site.block.out_channels
+        )
+        each = 2 * inputs + 2 if site.kind == "hidden" else 9 * inputs + 1
+        kept = int(keep_sets[site.name].sum())
+        kind = "GEGLU" if site.kind == "hidden" else "Conv2d"
+        lines.append(
+            f"| {short_name(site.name)} | {kind} | {each * site.channels:,} | {each * kept:,} | "
+            f"{1 - kept / site.channels:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: list[str] | None) -> ScoreConfig:
+    defaults = {f.name: f.default for f in fields(ScoreConfig) if f.default is not MISSING}
+    parser = argparse.ArgumentParser(
+        prog="python -m training.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--criterion", choices=CRITERIA, required=True, help="see training/criteria.py")
+    add("--demo", action="store_true", help="the embedded demo model and faces")
+    add("--model", help="checkpoint file, diffusers folder or hub id")
+    add("--data", help="folder of images in any of FFHQ's layouts, or a data set")
+    add("--output", help="the gate file to write (.safetensors)")
+    add("--ranking", choices=RANKINGS, help="(default global)")
+    add("--scope", help=f"which layers, such as {', '.join(SCOPES[:5])}, all+ff (default mid)")
+    add("--target-sparsity", type=float, help="share to prune (0.3)")
+    add("--budget", choices=get_args(BudgetKind), help="what the target is a share of (channels)")
+    add("--floor", type=float, help=f"share of each layer that stays ({defaults['floor']})")
+    add("--padding", choices=PADDINGS, help="how constants meet the border (zero)")
+    add("--samples", type=int, help=f"images to measure on ({defaults['samples']})")
+    add("--timesteps", type=int, help=f"per image ({defaults['timesteps']})")
+    add("--loss-threshold", type=float, help="diff-pruning: relative loss T (0.1)")
+    add("--diversity-form", choices=get_args(DiversityForm), help="(mean)")
+    add("--directions", type=int, help="diversity: of the noise, and as many of the text (10)")
+    add("--alpha", type=float, help="diversity: how far along a direction (5)")
+    add("--threshold", type=float, help="sensitivity: s in σ; percentage: the percentile q")
+    add("--resolution", type=int, help="pixels (default: the model's own)")
+    add("--batch-size", type=int, help="images encoded at once (4)")
+    add("--precision", choices=list(DTYPES), help="of the frozen U-Net (fp32)")
+    add("--device", help="cpu, cuda, mps (cpu)")
+    add("--seed", type=int, help="of everything random (0)")
+    given = vars(parser.parse_args(argv))
+    settings: dict[str, Any] = {}
+    if given.pop("demo", False):
+        settings = {name: DEMO_SETTINGS[name] for name in ("model", "data", "output")}
+    settings |= given
+    missing = [f"--{name}" for name in ("model", "data", "output") if name not in settings]
+    if missing:
+        parser.error(f"{', '.join(missing)} missing; or try --demo, which needs nothing")
+    return ScoreConfig(**settings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "datasets", "diffusers", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        score(parse_arguments(argv))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
