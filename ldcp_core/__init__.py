@@ -4,14 +4,17 @@ Depends on torch, numpy and safetensors alone; ComfyUI's nodes and the training 
 on this one definition, so that what is trained is what runs.
 """
 
+from .calibration import Calibration, Moments
 from .cost import Cost, Latent, Savings, SiteSaving, block_cost, savings, unet_cost
 from .criteria import (
     MAGNITUDES,
     RANKINGS,
     Magnitude,
     Ranking,
+    column_norms,
     expected_hidden,
     expected_output,
+    fluctuation,
     hidden_rows,
     magnitude,
     scores_at,
@@ -82,6 +85,7 @@ __all__ = [
     "THRESHOLD",
     "Block",
     "BlockGate",
+    "Calibration",
     "ChannelGate",
     "CompactFeedForward",
     "CompactResBlock",
@@ -94,6 +98,7 @@ __all__ = [
     "Latent",
     "LinearWeights",
     "Magnitude",
+    "Moments",
     "Padding",
     "Ranking",
     "Report",
@@ -115,9 +120,11 @@ __all__ = [
     "block_of",
     "blocks_of",
     "build_report",
+    "column_norms",
     "expected_hidden",
     "expected_output",
     "fingerprint",
+    "fluctuation",
     "gates_report",
     "geglu",
     "hidden_rows",

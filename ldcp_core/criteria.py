@@ -1,8 +1,9 @@
-"""Gates without training and without data: what the weights alone say.
+"""Gates without training: what the weights say alone, and together with the activations.
 
-A magnitude criterion ranks the channels, `scores_at` turns the ranking into scores that prune a
-given share, and `expected_output` is the constant that then stands in for a pruned channel. A
-first try for any model; learned gates are better.
+A magnitude criterion ranks the channels without data, `fluctuation` by what they were seen to do.
+`scores_at` turns a ranking into scores that prune a given share, and `expected_output` is the
+constant that stands in for a pruned channel where none was measured. A first try for any model;
+learned gates are better.
 """
 
 from __future__ import annotations
@@ -42,6 +43,36 @@ def magnitude(weight: Tensor, norm: Magnitude) -> Tensor:
     if norm == "l1":
         return rows.abs().sum(1, dtype=torch.float64).float()
     return rows.square().sum(1, dtype=torch.float64).sqrt().float()
+
+
+def fluctuation(variance: Tensor, columns: Tensor | None = None) -> Tensor:
+    """What leaving only a channel's mean costs the sum that reads it, float32 [C] on the CPU.
+
+    ``variance`` [C] is that of the channel as it is read, ``columns`` [C] the squared norm of the
+    weights that read it: FLAP's weighted input feature variance (An et al. 2023, arXiv:2312.11983)
+
+        S_c = E[(a_c − E a_c)²] · ‖W[:, c]‖²
+
+    It is the squared error at the reading layer's output, summed over that layer's channels, as
+    far as pruned channels, and the positions under a kernel, deviate independently. (An upper
+    estimate for inner channels: what the embedding adds to them varies too, and pruning keeps it.
+    On the demo model, leaving that part out chose no better.) A *residual*
+    channel has no such layer: a sum reads it, with weight one, and everything behind the sum reads
+    that. Without ``columns`` the score therefore is the variance itself, again the squared error
+    that pruning the channel adds to the block's output: the same unit for the inner and the
+    residual channels of a block.
+    """
+    score = variance.double() if columns is None else variance.double() * columns.double()
+    return score.cpu().float()
+
+
+def column_norms(weight: Tensor) -> Tensor:
+    """Squared norm of the weights that read each input channel, float64 [C_in] on the CPU.
+
+    ``weight`` is [C_out, C_in] or [C_out, C_in, kH, kW]; sums are taken in float64.
+    """
+    columns = weight.detach().cpu().movedim(1, 0).flatten(1).float()
+    return columns.square().sum(1, dtype=torch.float64)
 
 
 def hidden_rows(proj: Tensor) -> Tensor:

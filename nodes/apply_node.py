@@ -16,6 +16,7 @@ from .io_types import CATEGORY, GatesType, ScheduleType
 from .parking import FULL_WEIGHTS, FullWeights
 from .patch import attach
 from .run import Layer
+from .schema import schema
 from .sites import model_topology
 
 AS_LEARNED = -1.0
@@ -86,7 +87,7 @@ def show_on_node(text: str, node_id: str | None) -> None:
 class LDCPApplyDynamicPruning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LDCPApplyDynamicPruning",
             display_name="Apply Dynamic Pruning",
             category=CATEGORY,

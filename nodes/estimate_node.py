@@ -31,6 +31,7 @@ from ..ldcp_core import (
 from .apply_node import show_on_node
 from .identity import own_fingerprint
 from .io_types import CATEGORY, GatesType
+from .schema import schema
 from .sites import find_blocks, model_topology, module_path, unet
 from .weights import captured, captured_linear, norm_affine
 
@@ -109,7 +110,7 @@ def status(gates: Gates) -> list[str]:
 class LDCPEstimateGates(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LDCPEstimateGates",
             display_name="Estimate Gates from Model",
             category=CATEGORY,

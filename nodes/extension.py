@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_node import LDCPApplyDynamicPruning
+from .calibrate_node import LDCPCalibrateGates
 from .estimate_node import LDCPEstimateGates
 from .load_node import LDCPLoadGates
 from .report_node import LDCPPruningReport
@@ -18,5 +19,6 @@ class LDCPExtension(ComfyExtension):
             LDCPStepSchedule,
             LDCPPruningReport,
             LDCPEstimateGates,
+            LDCPCalibrateGates,
             LDCPSaveGates,
         ]

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..ldcp_core import load_gates
 from .io_types import CATEGORY, GatesType
+from .schema import schema
 
 FOLDER = "ldcp_gates"
 EXTENSIONS = {".safetensors"}
@@ -47,7 +48,7 @@ def gates_path(name: str) -> str:
 class LDCPLoadGates(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LDCPLoadGates",
             display_name="Load Pruning Gates",
             category=CATEGORY,

@@ -34,10 +34,8 @@ def attach(model: Any, layer: Layer) -> Any:
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     find_blocks(model.model, layer.gates)
-    patched = model.clone()
-    earlier = attached(patched)
+    patched, earlier = detached(model), attached(model)
     pruning = DynamicPruning((*(earlier.layers if earlier else ()), layer))
-    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, pruning)
     for event, callback in {
         CallbacksMP.ON_PRE_RUN: pruning.begin_run,
@@ -45,9 +43,19 @@ def attach(model: Any, layer: Layer) -> Any:
         CallbacksMP.ON_LOAD: pruning.weights_loaded,
         CallbacksMP.ON_APPLY_HOOKS: pruning.weights_changed,
     }.items():
-        patched.remove_callbacks_with_key(event, KEY)
         patched.add_callback_with_key(event, KEY, callback)
     return patched
+
+
+def detached(model: Any) -> Any:
+    """A clone of the ModelPatcher ``model`` without pruning."""
+    from comfy.patcher_extension import WrappersMP
+
+    plain = model.clone()
+    plain.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    for event in list(plain.callbacks):
+        plain.remove_callbacks_with_key(event, KEY)
+    return plain
 
 
 def attached(model: Any) -> DynamicPruning | None:

@@ -13,6 +13,7 @@ from ..ldcp_core import Gates, Report, ReportLayer, build_report, report_image
 from .apply_node import show_on_node
 from .io_types import CATEGORY, GatesType
 from .patch import attached
+from .schema import schema
 from .sites import ModelError, find_blocks, model_topology
 
 NOT_MEASURED = (
@@ -51,7 +52,7 @@ def as_image(report: Report) -> Tensor:
 class LDCPPruningReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LDCPPruningReport",
             display_name="Pruning Report",
             category=CATEGORY,

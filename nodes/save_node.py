@@ -13,6 +13,7 @@ from ..ldcp_core import Gates, save_gates
 from .apply_node import show_on_node
 from .io_types import CATEGORY, GatesType
 from .load_node import FOLDER
+from .schema import schema
 
 #: what Windows refuses in file names; refused everywhere, so that a workflow works on any system.
 #: The last range is half of a surrogate pair, which has no UTF-8 form
@@ -82,7 +83,7 @@ def _last_number(folder: str, name: str) -> int:
 class LDCPSaveGates(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LDCPSaveGates",
             display_name="Save Gates",
             category=CATEGORY,

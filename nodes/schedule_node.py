@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..ldcp_core import Schedule, ScheduleError
 from .io_types import CATEGORY, ScheduleType
+from .schema import schema
 
 MODES = ["steps", "percent"]
 
@@ -20,7 +21,7 @@ def parse(mode: str, steps: str, start_percent: float, end_percent: float) -> Sc
 class LDCPStepSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LDCPStepSchedule",
             display_name="Pruning Step Schedule",
             category=CATEGORY,

@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Without ComfyUI's requirements leave its tests to the one that starts a second pytest."""
-    needs_comfyui = collection_path.name.startswith(("test_node_", "comfy_server"))
+    needs_comfyui = collection_path.name.startswith(("test_node_", "comfy_server", "browser"))
     return True if needs_comfyui and not IN_PROCESS else None
 
 

@@ -1,4 +1,4 @@
-"""Compare a gate file with cheap ways of choosing as many channels: random and by L1 magnitude.
+"""Compare a gate file with cheap ways of choosing as many channels: random, L1 magnitude, FLAP.
 
     python -m training.compare gates.safetensors --demo
 
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from ldcp_core import SUFFIXES, Gates, block_of, hidden_rows, load_gates, top_channels
-from training.data import open_dataset
+from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
 from training.fit import DEMO_SETTINGS
-from training.gating import hard_gates
+from training.gating import hard_gates, watched
 from training.models import DiffusionModel, load_model
 
+#: how many training samples FLAP sees
+CALIBRATION_SAMPLES, CALIBRATION_BATCH = 64, 8
 log = logging.getLogger("training.compare")
 
 
@@ -57,6 +59,20 @@ def l1_importance(model: DiffusionModel, sites: Sequence[str]) -> dict[str, Tens
     return found
 
 
+def flap_importance(
+    denoising: Denoising, images: ImageData, indices: Sequence[int], sites: Sequence[str]
+) -> dict[str, Tensor]:
+    """`ldcp_core.fluctuation` on training images, each site in units of its mean.
+
+    As in ComfyUI's Calibrate Gates, but on noised images instead of a sampler's.
+    """
+    batches = images.batches(indices, CALIBRATION_BATCH, epochs=None)
+    with watched(denoising.model.unet, sites) as seen:
+        for _ in range(CALIBRATION_SAMPLES // CALIBRATION_BATCH):
+            denoising.dense(denoising.problem(next(batches)))
+    return {site: values / values.mean() for site, values in seen.importances().items()}
+
+
 def ranked_together(importance: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
     """The ``kept`` most important channels of all sites, as keep-sets."""
     keep = top_channels(torch.cat(list(importance.values())), kept)
@@ -74,7 +90,9 @@ def ranked_per_site(
     }
 
 
-def candidates(model: DiffusionModel, gates: Gates, seed: int) -> dict[str, dict[str, Tensor]]:
+def candidates(
+    model: DiffusionModel, gates: Gates, flap: Mapping[str, Tensor], seed: int
+) -> dict[str, dict[str, Tensor]]:
     """Keep-sets that keep as many channels as ``gates`` does, by name of the way they were chosen.
 
     "per site" keeps what the learned gates keep at each site, so that only the choice within a
@@ -91,6 +109,8 @@ def candidates(model: DiffusionModel, gates: Gates, seed: int) -> dict[str, dict
         "random, per site": ranked_per_site(chance, learned),
         "L1 magnitude, together": ranked_together(weights, kept),
         "L1 magnitude, per site": ranked_per_site(weights, learned),
+        "FLAP, together": ranked_together(flap, kept),
+        "FLAP, per site": ranked_per_site(flap, learned),
     }
 
 
@@ -101,7 +121,7 @@ def compare(
     config = gates.info.get("config", {})
     images = open_dataset(data, resolution=config.get("resolution") or model.resolution)
     fraction = config.get("validation_fraction", 0.1)
-    _, held_out = images.split(fraction, config.get("seed", 0))
+    training, held_out = images.split(fraction, config.get("seed", 0))
     if not held_out:
         raise UserError(
             "These gates were trained on all images: none is held out to compare on.",
@@ -110,10 +130,11 @@ def compare(
         )
     denoising = Denoising(model, 0)
     constants = {site: gates.constant(site) for site in gates.scores}
+    flap = flap_importance(denoising, images, training, list(gates.scores))
     found: dict[str, list[float]] = {}
     for seed in seeds:
         heldout = HeldOut(denoising, images, held_out, samples, 8, seed + 1000)
-        for name, keep_sets in candidates(model, gates, seed).items():
+        for name, keep_sets in candidates(model, gates, flap, seed).items():
             deviations = heldout.deviations(hard_gates(keep_sets, constants), gates.padding)
             found.setdefault(name, []).append(deviations.mean().item())
     return found

@@ -19,6 +19,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from ldcp_core import (
+    SUFFIXES,
+    Calibration,
     CompactFeedForward,
     CompactResBlock,
     ConvWeights,
@@ -29,7 +31,9 @@ from ldcp_core import (
     SoftGate,
     Topology,
     block_gates,
+    block_of,
     blocks_of,
+    column_norms,
     masked_feed_forward,
     masked_forward,
     sites_of,
@@ -245,6 +249,38 @@ class ChannelMeans:
     def constants(self) -> dict[str, Tensor]:
         """Site name -> mean per channel, float32 [C]."""
         return {site: (total / self._count[site]).float() for site, total in self._sums.items()}
+
+
+@contextmanager
+def watched(unet: UNet2DConditionModel, sites: Iterable[str]) -> Iterator[Calibration]:
+    """What the channels of the sites do in all evaluations within the context."""
+    seen = Calibration()
+
+    def output_of(site: str, channels: int) -> Callable[..., None]:
+        return lambda module, inputs, output: seen.saw_output(site, output, channels)
+
+    def input_of(site: str, channels: int) -> Callable[..., None]:
+        def see(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.saw_input(site, inputs[0], channels)
+            seen.read_with(site, column_norms(module.weight))
+
+        return see
+
+    hooks = []
+    try:
+        for site in sites:
+            block = block_of(site)
+            hidden = site == block + SUFFIXES["hidden"]
+            channels = -1 if hidden else 1
+            output = output_of(site, channels)
+            hooks.append(unet.get_submodule(site).register_forward_hook(output))
+            if site != block + SUFFIXES["residual"]:
+                reader = unet.get_submodule(f"{block}.net.2" if hidden else f"{block}.conv2")
+                hooks.append(reader.register_forward_hook(input_of(site, channels)))
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def deviation(output: Tensor, reference: Tensor) -> Tensor:

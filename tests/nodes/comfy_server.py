@@ -42,13 +42,14 @@ class Result:
 
 
 def prepare_folder(base: Path, pack: Path, checkpoint: Path) -> None:
-    """A fresh ComfyUI user's folder: this pack, one checkpoint, the tutorial done."""
+    """A fresh ComfyUI user's folder: this pack, one checkpoint; tutorial done, nothing on top."""
     for folder in ("custom_nodes", "models/checkpoints", "models/ldcp_gates", "user/default"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "LDCP").symlink_to(pack, target_is_directory=True)
     (base / "models/checkpoints/v1-5-pruned-emaonly.safetensors").symlink_to(checkpoint)
     settings = base / "user" / "default" / "comfy.settings.json"
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+    hidden = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, **hidden}))
 
 
 class Server:
@@ -97,6 +98,12 @@ class Server:
         url = f"http://{self.address}{path}?{urllib.parse.urlencode(query)}"
         with OPENER.open(url, timeout=60) as answer:
             return answer.read()
+
+    def post(self, path: str, body: dict[str, Any]) -> None:
+        url, kind = f"http://{self.address}{path}", {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), kind)
+        with OPENER.open(request, timeout=60):
+            pass
 
     def schemas(self) -> dict[str, dict[str, Any]]:
         """Class -> its inputs, as the browser learns them."""

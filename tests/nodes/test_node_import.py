@@ -47,6 +47,7 @@ def imported(comfy):
 def test_all_nodes_are_registered(imported):
     assert imported["nodes"] == [
         "LDCPApplyDynamicPruning",
+        "LDCPCalibrateGates",
         "LDCPEstimateGates",
         "LDCPLoadGates",
         "LDCPPruningReport",

@@ -18,6 +18,7 @@ NODE_IDS = [
     "LDCPStepSchedule",
     "LDCPPruningReport",
     "LDCPEstimateGates",
+    "LDCPCalibrateGates",
     "LDCPSaveGates",
 ]
 
@@ -67,6 +68,39 @@ def test_the_node_has_a_help_page_and_its_texts_are_in_the_locale(comfy, node_id
     assert texts["description"] == info["description"]
     for name, (_, options) in inputs.items():
         assert texts["inputs"][name]["tooltip"] == options["tooltip"]
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_the_node_is_found_by_other_words_where_the_host_has_them(comfy, node_id):
+    import dataclasses
+
+    from comfy_api.latest import io
+
+    known = any(field.name == "search_aliases" for field in dataclasses.fields(io.Schema))
+    schema = comfy.nodes.NODE_CLASS_MAPPINGS[node_id].define_schema()
+    found = getattr(schema, "search_aliases", [])
+    assert bool(found) is known and ("ldcp" in found) is known
+
+
+def test_an_older_host_gets_no_aliases_and_a_newer_one_those_of_the_node(comfy, monkeypatch):
+    import dataclasses
+
+    from comfy_api.latest import io
+
+    @dataclasses.dataclass
+    class Older:
+        node_id: str
+        category: str = ""
+
+    @dataclasses.dataclass
+    class Newer(Older):
+        search_aliases: list = dataclasses.field(default_factory=list)
+
+    monkeypatch.setattr(io, "Schema", Older)
+    assert comfy.schema.schema("LDCPLoadGates", category="a") == Older("LDCPLoadGates", "a")
+    monkeypatch.setattr(io, "Schema", Newer)
+    assert "load gates" in comfy.schema.schema("LDCPLoadGates").search_aliases
+    assert set(comfy.schema.SEARCH_ALIASES) == set(NODE_IDS)
 
 
 def test_gates_written_by_the_core_are_loaded(comfy, make_gates, folder):

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import comfy_server
+import full_addons
 import numpy
 import pytest
 import safetensors.torch
@@ -21,6 +22,7 @@ from PIL import Image
 pytestmark = pytest.mark.comfyui
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = {"width": 64, "height": 64}  # the mid block sees 1x1: enough for the plumbing
+MEDIUM = {"width": 128, "height": 128}  # 2x2
 LARGE = {"width": 256, "height": 256}  # 4x4
 
 
@@ -32,6 +34,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(comfy, comfyui_path, base, sd15_checkpoint, make_gates):
     comfy_server.prepare_folder(base, REPOSITORY, sd15_checkpoint)
+    full_addons.add_to(base, comfyui_path)
     folder = base / "models" / "ldcp_gates"
     # large constants: in a random U-Net the mid block alone hardly reaches the 8 bits of an image
     gates = make_gates(topology=comfy.core.SD15, constants=20.0)
@@ -74,7 +77,7 @@ def save_latents(prompt):
 def test_the_workflows_are_offered_as_templates_and_the_nodes_have_help(server):
     assert b'"ldcp_step_schedule"' in server.get("/workflow_templates")
     pages = ("LoadGates", "ApplyDynamicPruning", "StepSchedule", "PruningReport")
-    for page in (*pages, "EstimateGates", "SaveGates"):
+    for page in (*pages, "EstimateGates", "CalibrateGates", "SaveGates"):
         assert server.get(f"/extensions/LDCP/docs/LDCP{page}.md")
 
 
@@ -122,6 +125,79 @@ def test_steps_in_the_schedule_change_the_image_and_steps_past_the_end_do_not(se
     pruned, plain, pruned_image, plain_image = run("999")
     assert plain.dtype == torch.float32 and torch.equal(pruned, plain)
     assert numpy.array_equal(pruned_image, plain_image)
+
+
+def test_lora_and_controlnet_each_change_what_the_pruned_model_makes(server, shipped):
+    def run(**changes):
+        small = {"EmptyLatentImage": MEDIUM, "KSampler": {"steps": 1}}
+        result = server.run(shipped("ldcp_lora_controlnet", **small, **changes))
+        ((_, shown),) = result.status.items()
+        assert re.fullmatch(r"4 sites, \d+\.\d% pruned.*\n.*\nall steps", shown)
+        return pixels(result.files["LDCP_lora_controlnet"]).astype(int)
+
+    both = run()
+    assert both.shape == (128, 128, 3) and both.std() > 10
+    without_lora = run(LoraLoader={"strength_model": 0.0})
+    without_control = run(ControlNetApplyAdvanced={"strength": 0.0})
+    unpruned = run(LDCPApplyDynamicPruning={"sparsity": 0.0})
+    for other in (without_lora, without_control, unpruned):
+        assert numpy.abs(both - other).max() > 10
+
+
+def test_estimated_gates_are_saved_and_prune(server, shipped, base):
+    prompt = shipped("ldcp_estimate_and_save", EmptyLatentImage=SMALL, KSampler={"steps": 1})
+    result = server.run(prompt)
+    assert pixels(result.files["LDCP_estimated"]).shape == (64, 64, 3)
+    shown = {prompt[node]["class_type"]: text for node, text in result.status.items()}
+    # 1280 · 0.7 = 896 kept of each, a multiple of 8
+    assert shown["LDCPEstimateGates"].startswith("4 sites, 30.0% pruned (30.0% requested)\nl1, per")
+    assert shown["LDCPApplyDynamicPruning"].startswith("4 sites, 30.0% pruned\n")
+    assert shown["LDCPSaveGates"] == "saved as estimated_00001.safetensors"
+    assert (base / "models" / "ldcp_gates" / "estimated_00001.safetensors").is_file()
+
+
+def test_the_calibrate_workflow_shows_the_full_model_and_the_pruned_one(server, shipped):
+    one = {"KSampler": {"steps": 1}, "LDCPCalibrateGates": {"steps": 1}}
+    prompt = shipped("ldcp_calibrate", EmptyLatentImage=MEDIUM, **one)
+    (pruned,) = (n for n, node in prompt.items() if node["class_type"] == "KSampler")
+    (watched,) = (n for n, node in prompt.items() if node["class_type"] == "LDCPCalibrateGates")
+    (source,) = (n for n, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple")
+    plain = dict(prompt[pruned]["inputs"], model=[source, 0])
+    prompt["plain"] = {"class_type": "KSampler", "inputs": plain}
+    for name, latent in (("plain", ["plain", 0]), ("w", [watched, 1]), ("p", [pruned, 0])):
+        inputs = {"samples": latent, "filename_prefix": f"calibrate_{name}"}
+        prompt[f"latent {name}"] = {"class_type": "SaveLatent", "inputs": inputs}
+    result = server.run(prompt)
+    assert result.status[watched].startswith(
+        "4 sites, 30.0% pruned (30.0% requested)\nflap, global"
+    )
+    assert {"LDCP_watched", "LDCP_calibrated"} <= set(result.files)
+    plain, watched, pruned = (
+        safetensors.torch.load(result.files[f"calibrate_{name}"])["latent_tensor"]
+        for name in ("plain", "w", "p")
+    )
+    assert torch.equal(plain, watched) and not torch.equal(plain, pruned)
+
+
+def test_of_several_sparsities_zero_is_the_model_itself_and_more_changes_more(server, shipped):
+    prompt = shipped("ldcp_compare_sparsities", EmptyLatentImage=MEDIUM, KSampler={"steps": 1})
+    (source,) = (n for n, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple")
+    samplers = [n for n, node in prompt.items() if node["class_type"] == "KSampler"]
+    plain = dict(prompt[samplers[0]]["inputs"], model=[source, 0])
+    prompt["plain"] = {"class_type": "KSampler", "inputs": plain}
+    for number in [*samplers, "plain"]:
+        apply = prompt[prompt[number]["inputs"]["model"][0]]["inputs"]
+        inputs = {"samples": [number, 0], "filename_prefix": f"at_{apply.get('sparsity', 'plain')}"}
+        prompt[f"latent {number}"] = {"class_type": "SaveLatent", "inputs": inputs}
+    result = server.run(prompt)
+    latents = {
+        name: safetensors.torch.load(result.files[f"at_{name}"])["latent_tensor"]
+        for name in ("plain", "0", "0.1", "0.3", "0.5")
+    }
+    assert torch.equal(latents["0"], latents["plain"])
+    changes = [float((latents[s] - latents["plain"]).std()) for s in ("0.1", "0.3", "0.5")]
+    assert 0 < changes[0] < changes[1] < changes[2]
+    assert {f"LDCP_sparsity_{s}" for s in (0, 10, 30, 50)} <= set(result.files)
 
 
 @pytest.mark.parametrize(

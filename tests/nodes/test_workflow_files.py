@@ -19,7 +19,8 @@ def find(workflow, node_type):
 
 
 def test_the_workflows_are_there():
-    names = {"ldcp_basic", "ldcp_step_schedule", "ldcp_report"}
+    names = {"ldcp_basic", "ldcp_step_schedule", "ldcp_report", "ldcp_lora_controlnet"}
+    names |= {"ldcp_estimate_and_save", "ldcp_compare_sparsities", "ldcp_calibrate"}
     assert {path.stem for path in ui_workflow.FILES} >= names
 
 
@@ -73,11 +74,13 @@ def test_nothing_of_the_machine_it_was_made_on_is_left(path):
 def test_it_starts_as_a_user_would_and_says_what_to_do(path):
     workflow = ui_workflow.read(path)
     (checkpoint,) = find(workflow, "CheckpointLoaderSimple")
-    (gates,) = find(workflow, "LDCPLoadGates")
+    gates = find(workflow, "LDCPLoadGates")
     (latent,) = find(workflow, "EmptyLatentImage")
     (note,) = find(workflow, "MarkdownNote")
     assert checkpoint["widgets_values"] == ["v1-5-pruned-emaonly.safetensors"]
-    assert gates["widgets_values"] == ["gates.safetensors"]
+    makes_its_gates = path.stem in ("ldcp_estimate_and_save", "ldcp_calibrate")
+    named = [] if makes_its_gates else [["gates.safetensors"]]
+    assert [node["widgets_values"] for node in gates] == named
     assert latent["widgets_values"] == [512, 512, 1]
     for sampler in find(workflow, "KSampler"):
         assert sampler["widgets_values"][1:3] == ["fixed", 20]
@@ -91,6 +94,17 @@ def test_its_picture_holds_the_same_graph(path):
     found = workflow_png.embedded(picture)
     assert found == ui_workflow.read(path), "run python tests/nodes/workflow_png.py"
     assert picture.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("page", sorted(workflow_png.HELP.glob("*.md")), ids=lambda p: p.stem)
+def test_every_help_page_shows_its_node(page):
+    """A picture beside the page, small, named like the node."""
+    text = page.read_text(encoding="utf-8")
+    assert f"![the node {text.splitlines()[0][2:]}]({page.stem}.png)" in text
+    picture = page.with_suffix(".png")
+    assert picture.stat().st_size < 60_000
+    with workflow_png.Image.open(picture) as image:
+        assert image.width > 300
 
 
 def test_a_picture_without_a_graph_gets_one(tmp_path):
@@ -114,6 +128,71 @@ def test_the_two_samplers_side_by_side_differ_in_the_model_alone():
         assert same == (a["name"] != "model")
     (schedule,) = find(workflow, "LDCPStepSchedule")
     assert schedule["widgets_values"][:2] == ["steps", "5-"]
+
+
+def origin(workflow, node, name):
+    """(class, output) that an input of a node is connected to."""
+    (link,) = (socket["link"] for socket in node["inputs"] if socket["name"] == name)
+    source, output = next(entry[1:3] for entry in workflow["links"] if entry[0] == link)
+    return next(n for n in workflow["nodes"] if n["id"] == source), output
+
+
+def test_lora_and_controlnet_both_reach_the_pruned_sampler():
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_lora_controlnet.json")
+    (sampler,) = find(workflow, "KSampler")
+    apply, _ = origin(workflow, sampler, "model")
+    lora, output = origin(workflow, apply, "model")
+    assert (apply["type"], lora["type"], output) == ("LDCPApplyDynamicPruning", "LoraLoader", 0)
+    for output, prompt in enumerate(("positive", "negative")):
+        control, found = origin(workflow, sampler, prompt)
+        assert (control["type"], found) == ("ControlNetApplyAdvanced", output)
+        text, _ = origin(workflow, control, prompt)
+        assert origin(workflow, text, "clip") == (lora, 1)
+    edges, _ = origin(workflow, control, "image")
+    assert edges["type"] == "Canny" and origin(workflow, edges, "image")[0]["type"] == "LoadImage"
+
+
+def test_the_estimated_gates_are_those_that_are_saved_and_applied():
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_estimate_and_save.json")
+    (save,), (apply,) = find(workflow, "LDCPSaveGates"), find(workflow, "LDCPApplyDynamicPruning")
+    (sampler,) = find(workflow, "KSampler")
+    estimated = origin(workflow, save, "gates")
+    assert estimated[0]["type"] == "LDCPEstimateGates"
+    assert origin(workflow, apply, "gates") == estimated
+    assert origin(workflow, sampler, "model")[0] == apply
+    # of the model that is pruned
+    assert origin(workflow, apply, "model") == origin(workflow, estimated[0], "model")
+
+
+def test_the_calibration_and_the_pruned_run_sample_the_same():
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_calibrate.json")
+    (calibrate,), (sampler,) = find(workflow, "LDCPCalibrateGates"), find(workflow, "KSampler")
+    for name in ("positive", "negative", "latent_image"):
+        assert origin(workflow, calibrate, name) == origin(workflow, sampler, name)
+    # seed, steps, cfg, sampler, scheduler, denoise; the canvas adds "fixed" below KSampler's seed
+    seed, fixed, *settings = sampler["widgets_values"]
+    assert calibrate["widgets_values"][:6] == [seed, *settings] and fixed == "fixed"
+    apply, _ = origin(workflow, sampler, "model")
+    assert origin(workflow, apply, "gates") == (calibrate, 0)
+    watched, calibrated = find(workflow, "SaveImage")
+    assert origin(workflow, origin(workflow, watched, "images")[0], "samples") == (calibrate, 1)
+    assert origin(workflow, origin(workflow, calibrated, "images")[0], "samples")[0] == sampler
+
+
+def test_the_sparsities_side_by_side_differ_in_nothing_else():
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_compare_sparsities.json")
+    sparsities, others = [], []
+    for image in find(workflow, "SaveImage"):
+        sampler, _ = origin(workflow, origin(workflow, image, "images")[0], "samples")
+        apply, _ = origin(workflow, sampler, "model")
+        sparsities.append(apply["widgets_values"][0])
+        assert image["widgets_values"] == [f"LDCP_sparsity_{round(100 * sparsities[-1])}"]
+        inputs = [origin(workflow, apply, name) for name in ("model", "gates")]
+        prompts = ("positive", "negative", "latent_image")
+        inputs += [origin(workflow, sampler, name) for name in prompts]
+        others.append((sampler["widgets_values"], apply["widgets_values"][1:], inputs))
+    assert sparsities == [0, 0.1, 0.3, 0.5]
+    assert all(other == others[0] for other in others)
 
 
 def test_the_report_is_on_the_model_that_was_sampled_and_comes_after_it():

@@ -40,12 +40,14 @@ def is_widget(kind: Any) -> bool:
 def widgets(node: dict[str, Any], schema: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Widget name -> value. Raises ValueError when the file has more or fewer than the schema.
 
-    Below a seed the canvas adds a widget of its own, "control after generate".
+    The canvas adds widgets of its own: "control after generate" below a seed, a button below an
+    image.
     """
     names: list[str | None] = []
     for name, (kind, options) in declared(schema).items():
         if is_widget(kind):
-            names += [name, None] if options.get("control_after_generate") else [name]
+            added = options.get("control_after_generate") or options.get("image_upload")
+            names += [name, None] if added else [name]
     values = node.get("widgets_values", [])
     if len(names) != len(values):
         raise ValueError(f"{node['type']} saved {values}, but its widgets are {names}")

@@ -4,7 +4,10 @@ ComfyUI reads the graph of an image that is dropped on the canvas from its ``wor
 screenshot becomes such an image here; after a workflow file was changed, its picture needs the new
 graph:
 
-    python tests/nodes/workflow_png.py [screenshot.png named like the workflow ...]
+    python tests/nodes/workflow_png.py [screenshot.png named like the workflow, or like a node ...]
+
+One of a node becomes the picture of its help page. The browser tests take both kinds (see
+`test_node_browser`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 TEXT = "workflow"
+HELP = ui_workflow.FOLDER.parent / "nodes" / "web" / "docs"
 
 
 def embedded(path: Path) -> ui_workflow.Workflow | None:
@@ -45,8 +49,20 @@ def few_colours(image: Image.Image) -> Image.Image:
     return image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
 
 
+def help_picture(picture: Path) -> Path:
+    """Write the picture of a node beside its help page, in few colours."""
+    path = HELP / picture.name
+    with Image.open(picture) as image:
+        few_colours(image.convert("RGB")).save(path, optimize=True)
+    return path
+
+
 if __name__ == "__main__":
     given = {Path(name).stem: Path(name) for name in sys.argv[1:]}
     for file in ui_workflow.FILES:
         written = embed(given.get(file.stem, file.with_suffix(".png")), file)
         print(f"{written} ({written.stat().st_size / 1000:.0f} kB)")
+    for page in sorted(HELP.glob("*.md")):
+        if page.stem in given:
+            written = help_picture(given[page.stem])
+            print(f"{written} ({written.stat().st_size / 1000:.0f} kB)")

@@ -1,0 +1,304 @@
+"""Gates made by watching the model at work: the user's own prompts, sampled once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from comfy_api.latest import io
+
+from ..ldcp_core import (
+    DEFAULT_FLOOR,
+    DEFAULT_SCOPE,
+    PADDINGS,
+    RANKINGS,
+    SCOPES,
+    Calibration,
+    Gates,
+    Padding,
+    Ranking,
+    scores_at,
+)
+from .apply_node import show_on_node
+from .estimate_node import estimate
+from .identity import own_fingerprint
+from .io_types import CATEGORY, CalibrationType, GatesType
+from .observe import observed
+from .schema import schema
+from .sites import find_blocks, model_topology
+
+Criterion = Literal["flap", "l1", "l2"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+log = logging.getLogger("ldcp")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How gates are chosen from what was seen."""
+
+    criterion: Criterion
+    sparsity: float
+    ranking: Ranking
+    padding: Padding
+    scope: str
+
+
+def calibrate(
+    model: Any,
+    choice: Choice,
+    sampling: dict[str, Any],
+    given: Gates | None = None,
+    earlier: Calibration | None = None,
+) -> tuple[Gates, dict[str, Any], Calibration]:
+    """Sample once with the ModelPatcher ``model``; gates, the latent sampled, and what was seen.
+
+    ``sampling`` are the arguments of the host's ``common_ksampler``. With ``given`` gates their
+    scores stay, and their constants become the means seen. ``earlier`` adds what another run has
+    seen. Raises ModelError when the model is not of SD1.5's family or its layers can't be watched,
+    ValueError for a sparsity outside [0, 1] or an ``earlier`` of other layers.
+    """
+    from nodes import common_ksampler  # ComfyUI's own nodes.py
+
+    topology = model_topology(model.model)
+    if not 0.0 <= choice.sparsity <= 1.0:  # before minutes of sampling
+        raise ValueError(f"LDCP: sparsity {choice.sparsity:g} is outside 0.0 to 1.0")
+    if given is not None:
+        find_blocks(model.model, given)
+        sites = [site for site in topology.all_sites() if site.name in given.scores]
+    else:
+        sites = topology.sites(choice.scope)
+    watched, observer = observed(model, sites, topology)
+    (latent,) = common_ksampler(watched, **sampling)
+    observer.check()
+    seen = observer.seen if earlier is None else earlier + observer.seen
+    if given is not None:
+        gates = given
+    elif choice.criterion == "flap":
+        gates = fluctuation_gates(model, choice, seen, [site.name for site in sites])
+    else:
+        gates = estimate(model, **vars(choice))
+    info = {
+        **gates.info,
+        "calibrated": "activations",
+        "calibration_evaluations": seen.evaluations,
+    }
+    means = seen.constants()
+    constants = {site.name: means[site.name] for site in sites}
+    return replace(gates, constants=constants, info=info), latent, seen
+
+
+def fluctuation_gates(model: Any, choice: Choice, seen: Calibration, sites: Sequence[str]) -> Gates:
+    """Gates that prune the channels whose mean says most about them."""
+    importances = seen.importances()
+    ordered = {site: importances[site] for site in sites}
+    scores = scores_at(ordered, choice.sparsity, choice.ranking, DEFAULT_FLOOR)
+    gates = Gates(scores, padding=choice.padding, topology=model_topology(model.model))
+    info = {
+        "criterion": choice.criterion,
+        "ranking": choice.ranking,
+        "scope": choice.scope,
+        "target_sparsity": choice.sparsity,
+        "floor": DEFAULT_FLOOR,
+        "achieved_sparsity": gates.sparsity,
+    }
+    base = own_fingerprint(model, gates)
+    if base is not None:
+        info["fingerprint"] = base
+    return replace(gates, info=info)
+
+
+def status(gates: Gates, given: bool) -> list[str]:
+    """Sites and the share of channels pruned; how they were chosen; how much was seen."""
+    info, sites = gates.info, len(gates.scores)
+    requested = "" if given else f" ({info['target_sparsity']:.1%} requested)"
+    chosen = "scores as given" if given else f"{info['criterion']}, {info['ranking']}"
+    return [
+        f"{sites} site{'s' * (sites != 1)}, {gates.sparsity:.1%} pruned{requested}",
+        f"{chosen}, rule '{gates.padding}'",
+        f"{info['calibration_evaluations']:,} evaluations watched",
+    ]
+
+
+class LDCPCalibrateGates(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from comfy.samplers import KSampler
+
+        return schema(
+            node_id="LDCPCalibrateGates",
+            display_name="Calibrate Gates",
+            category=CATEGORY,
+            description="Samples your prompt with a Stable Diffusion 1.5 model, watches its "
+            "channels, and makes pruning gates of what it saw: the channels that are told best by "
+            "their mean are pruned, and the mean stands in for them. Better than Estimate Gates "
+            "from Model; learned gates are better still.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A Stable Diffusion 1.5 model or fine-tune, LoRA included. Pruning "
+                    "connected before this node is left out: the full model is watched.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="The random seed of the noise. It stays as it is, so that the node "
+                    "samples once and keeps its gates until an input changes.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="The number of sampling steps; all of them are watched.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance, as in KSampler. At 1.0 the negative prompt "
+                    "is not evaluated, and not watched.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=KSampler.SAMPLERS,
+                    tooltip="The sampler; best the one that the gates will be used with.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=KSampler.SCHEDULERS,
+                    tooltip="The noise schedule; best the one that the gates will be used with.",
+                ),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt to watch the model with: one of your own."
+                ),
+                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The latent to sample, at the size that you use. A batch of several "
+                    "shows more of the model.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1.0 samples from pure noise; lower values start from the latent.",
+                ),
+                io.Combo.Input(
+                    "criterion",
+                    options=list(CRITERIA),
+                    default="flap",
+                    tooltip="What makes a channel important. flap: how far it strays from its mean "
+                    "while sampling, times the weights that read it. l1, l2: the size of its "
+                    "weights, as in Estimate Gates from Model; only the means are watched.",
+                ),
+                io.Float.Input(
+                    "sparsity",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The share of the channels to prune, the least important first; counts "
+                    "per layer are rounded to multiples of 8, and the node shows what came out.",
+                ),
+                io.Combo.Input(
+                    "ranking",
+                    options=list(RANKINGS),
+                    default="global",
+                    tooltip="per layer: every layer loses the same share. global: the channels of "
+                    "all layers compete, each measured against the mean of its layer.",
+                ),
+                io.Combo.Input(
+                    "padding",
+                    options=list(PADDINGS),
+                    default="zero",
+                    tooltip="What lies past the border of a pruned channel. zero: zeros, as in the "
+                    "original model. extend: its constant goes on, which saves more memory and "
+                    "changes the image more.",
+                ),
+                io.Combo.Input(
+                    "scope",
+                    options=list(SCOPES),
+                    default=DEFAULT_SCOPE,
+                    tooltip="Which layers are gated. mid: the four 3x3 convolutions of the middle "
+                    "block; up, down, all: those of these parts of the U-Net; +ff: also the "
+                    "feed-forward layers of the transformers there.",
+                ),
+                GatesType.Input(
+                    "gates",
+                    optional=True,
+                    tooltip="Gates whose channels stay chosen as they are: only their constants "
+                    "become the means seen here. criterion, sparsity, ranking, padding and scope "
+                    "are then not used.",
+                ),
+                CalibrationType.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="What another Calibrate Gates has seen, with another prompt, say: the "
+                    "gates then rest on both.",
+                ),
+            ],
+            outputs=[
+                GatesType.Output(
+                    display_name="gates",
+                    tooltip="Which channels to prune, for Apply Dynamic Pruning or Save Gates.",
+                ),
+                io.Latent.Output(
+                    display_name="LATENT",
+                    tooltip="What was sampled meanwhile, by the full model: as from KSampler.",
+                ),
+                CalibrationType.Output(
+                    display_name="calibration",
+                    tooltip="What was seen, for another Calibrate Gates.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Any,
+        negative: Any,
+        latent_image: Any,
+        denoise: float,
+        criterion: Criterion,
+        sparsity: float,
+        ranking: Ranking,
+        padding: Padding,
+        scope: str,
+        gates: Gates | None = None,
+        calibration: Calibration | None = None,
+    ) -> io.NodeOutput:
+        sampling = {
+            "seed": seed,
+            "steps": steps,
+            "cfg": cfg,
+            "sampler_name": sampler_name,
+            "scheduler": scheduler,
+            "positive": positive,
+            "negative": negative,
+            "latent": latent_image,
+            "denoise": denoise,
+        }
+        choice = Choice(criterion, sparsity, ranking, padding, scope)
+        made, latent, seen = calibrate(model, choice, sampling, gates, calibration)
+        lines = status(made, given=gates is not None)
+        log.info("LDCP: gates calibrated: %s", ", ".join(lines))
+        show_on_node("\n".join(lines), cls.hidden.unique_id if cls.hidden else None)
+        return io.NodeOutput(made, latent, seen)

@@ -1,0 +1,137 @@
+"""What the Comfy Registry and the forge read: metadata, icon, workflows."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def release() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ldcp_release", ROOT / ".ci" / "release.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def filled(pyproject: dict[str, Any]) -> dict[str, Any]:
+    """The metadata as somebody who publishes would complete them."""
+    return {
+        "project": {**pyproject["project"], "urls": {"Repository": "https://forge.test/me/ldcp"}},
+        "tool": {
+            "comfy": {
+                **pyproject["tool"]["comfy"],
+                "PublisherId": "me",
+                "Icon": "https://forge.test/me/ldcp/icon.svg",
+            }
+        },
+    }
+
+
+def test_only_what_cannot_be_known_yet_is_missing(
+    pyproject: dict[str, Any], release: ModuleType
+) -> None:
+    found = release.problems(pyproject)
+    unknown = ("PublisherId", "Repository", "Icon")
+    assert all(any(name in problem for name in unknown) for problem in found), found
+    assert release.problems(filled(pyproject)) == []
+
+
+def test_the_registry_learns_name_licence_icon_and_the_comfyui_it_needs(
+    pyproject: dict[str, Any],
+) -> None:
+    project, comfy = pyproject["project"], pyproject["tool"]["comfy"]
+    assert "comfyui" not in project["name"] and project["description"]
+    assert [name for name in project["license-files"] if not (ROOT / name).is_file()] == []
+    assert "Operating System :: OS Independent" in project["classifiers"]
+    assert comfy["DisplayName"] and comfy["requires-comfyui"] == ">=0.3.64"
+    assert project["dependencies"] == []
+    icon = ROOT / comfy["Icon"].split("/main/")[1]
+    text = icon.read_text(encoding="utf-8")
+    assert 'width="400" height="400"' in text  # at most 800 x 400
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": "1ldcp"}, "is no name for the registry"),
+        ({"name": "ld--cp"}, "is no name for the registry"),
+        ({"version": "1.0"}, "is not X.Y.Z"),
+        ({"urls": {"Repository": "https://github.com/..."}}, "project.urls.Repository"),
+        ({"urls": {}}, "project.urls.Repository"),
+    ],
+)
+def test_metadata_the_registry_would_refuse_are_named(
+    pyproject: dict[str, Any], release: ModuleType, change: dict[str, Any], problem: str
+) -> None:
+    complete = filled(pyproject)
+    (found,) = release.problems({**complete, "project": {**complete["project"], **change}})
+    assert problem in found
+
+
+def test_a_release_is_a_new_version_and_never_one_with_placeholders(tmp_path: Path) -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ready = text.replace('PublisherId = ""', 'PublisherId = "me"').replace("...", "me/ldcp")
+    old, new = tmp_path / "old.toml", tmp_path / "new.toml"
+    old.write_text(ready, encoding="utf-8")
+
+    def run(content: str, before: Path = old) -> tuple[int, str]:
+        new.write_text(content, encoding="utf-8")
+        command = [sys.executable, str(ROOT / ".ci" / "release.py"), str(before), str(new)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout.strip() or done.stderr
+
+    later = ready.replace('version = "0.', 'version = "9.')
+    assert later != ready
+    assert run(ready) == (0, "publish=false")
+    assert run(later) == (0, "publish=true")
+    assert run(ready, tmp_path / "none.toml") == (0, "publish=true")
+    assert run(text)[0] == 0  # the version is the same: nothing to publish, nothing to refuse
+    code, message = run(text, tmp_path / "none.toml")
+    if text != ready:  # as long as the placeholders are there
+        assert code == 1 and "PublisherId is empty" in message and "placeholder" in message
+
+
+def test_the_changelog_knows_the_version(pyproject: dict[str, Any]) -> None:
+    version = pyproject["project"]["version"]
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["ci", "publish"])
+def test_the_workflows_of_the_forge_can_be_read(name: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    file = ROOT / ".github" / "workflows" / f"{name}.yml"
+    workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
+    jobs = workflow["jobs"]
+    assert workflow["permissions"]["contents"] == "read"
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert all(("uses" in step) != ("run" in step) for step in steps)
+    if name == "ci":
+        assert any(step.get("run") == "bash .ci/run" for step in jobs["linux"]["steps"])
+        assert jobs["core"]["strategy"]["matrix"]["os"] == ["windows-latest", "macos-latest"]
+    else:
+        publish = steps[-1]
+        assert publish["uses"].startswith("Comfy-Org/publish-node-action@")
+        assert publish["if"] == "steps.release.outputs.publish == 'true'"
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in script
+    for command in ("ruff check .", "ruff format --check .", "mypy"):
+        assert command in script

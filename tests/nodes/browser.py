@@ -1,0 +1,228 @@
+"""A real browser on ComfyUI's canvas: drop a workflow, change widgets, press keys, queue, wait.
+
+Needs `playwright` and a Chromium: the one that ``LDCP_TEST_CHROMIUM`` names, or one on the path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from comfy_server import Server
+
+RUN_SECONDS = 600
+LOAD_SECONDS = 60
+
+#: reads the file as a drop from the file manager would give it to the canvas
+DROP = """([name, type, bytes]) => {
+    const binary = Uint8Array.from(atob(bytes), c => c.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([binary], name, {type}));
+    const where = document.querySelector("#graph-canvas");
+    const box = where.getBoundingClientRect();
+    const at = {clientX: box.x + 700, clientY: box.y + 500, bubbles: true, cancelable: true};
+    for (const kind of ["dragenter", "dragover", "drop"])
+        where.dispatchEvent(new DragEvent(kind, {...at, dataTransfer: data}));
+}"""
+
+#: what the canvas has: nodes, links whose ends know each other, marks of errors
+STATE = """() => {
+    const graph = window.app.graph;
+    return {
+        nodes: graph.nodes.map(n => ({
+            id: n.id, type: n.type, mode: n.mode,
+            red: !!n.has_errors || n.id in (window.app.lastNodeErrors ?? {}),
+            known: n.type in window.LiteGraph.registered_node_types,
+            widgets: Object.fromEntries((n.widgets ?? []).map(w => [w.name, w.value])),
+        })),
+        links: [...graph.links.values()].map(l => {
+            const from = graph.getNodeById(l.origin_id)?.outputs[l.origin_slot];
+            const to = graph.getNodeById(l.target_id)?.inputs[l.target_slot];
+            const whole = !!from && !!to && to.link === l.id && from.links.includes(l.id)
+                && window.LiteGraph.isValidConnection(from.type, to.type);
+            return {id: l.id, whole};
+        }),
+        dialogs: [...document.querySelectorAll(".p-dialog")].map(d => d.innerText),
+    };
+}"""
+
+SET_WIDGETS = """([type, number, values]) => {
+    const node = window.app.graph.nodes.filter(n => n.type === type)[number];
+    for (const [name, value] of Object.entries(values)) {
+        const widget = node.widgets.find(w => w.name === name);
+        widget.value = value;
+        widget.callback?.(value);
+    }
+    window.app.graph.setDirtyCanvas(true, true);
+}"""
+
+#: a node alone on an empty canvas
+ADD = """([type]) => {
+    const graph = window.app.graph;
+    graph.clear();
+    const node = window.LiteGraph.createNode(type);
+    node.pos = [500, 120];
+    graph.add(node);
+    Object.assign(window.app.canvas.ds, {scale: 1, offset: [0, 0]});
+    window.app.graph.setDirtyCanvas(true, true);
+}"""
+
+#: brings a node to the upper left corner; the room it takes there, with title and name of its pack
+CORNER = """([type, number]) => {
+    const node = window.app.graph.nodes.filter(n => n.type === type)[number];
+    const box = document.querySelector("#graph-canvas").getBoundingClientRect();
+    const scale = Math.min(1, (box.height - 160) / (node.size[1] + 68));
+    const offset = [100 - node.pos[0], 160 - node.pos[1]];
+    Object.assign(window.app.canvas.ds, {scale, offset});
+    window.app.graph.setDirtyCanvas(true, true);
+    return {x: box.x + 88 * scale, y: box.y + 104 * scale,
+            width: (node.size[0] + 24) * scale, height: (node.size[1] + 68) * scale};
+}"""
+
+#: where a node's title is on the screen
+TITLE = """([type, number]) => {
+    const node = window.app.graph.nodes.filter(n => n.type === type)[number];
+    const {scale, offset} = window.app.canvas.ds;
+    const box = document.querySelector("#graph-canvas").getBoundingClientRect();
+    return [box.x + (node.pos[0] + offset[0] + 60) * scale,
+            box.y + (node.pos[1] + offset[1] - 15) * scale];
+}"""
+
+
+def missing() -> str | None:
+    """Why no browser can be had here; None when one can."""
+    if importlib.util.find_spec("playwright") is None:
+        return "playwright is not installed in ComfyUI's Python"
+    if chromium() is None:
+        return "no Chromium was found (set LDCP_TEST_CHROMIUM, or put one on the path)"
+    return None
+
+
+def chromium() -> str | None:
+    named = os.environ.get("LDCP_TEST_CHROMIUM")
+    known = [named] if named else ["chromium", "chromium-browser", "google-chrome"]
+    return next((found for name in known if (found := shutil.which(name))), None)
+
+
+class Browser:
+    """``with Browser(server) as browser``: one page with an empty canvas."""
+
+    def __init__(self, server: Server, size: tuple[int, int] = (1440, 880), scale: float = 1.5):
+        self._server = server
+        self._view = {"viewport": dict(zip(("width", "height"), size, strict=True))}
+        self._view["device_scale_factor"] = scale
+
+    def __enter__(self) -> Browser:
+        from playwright.sync_api import sync_playwright
+
+        self._playwright = sync_playwright().start()
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        self._browser = self._playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        self.page = self._browser.new_page(**self._view)
+        self.complaints: list[str] = []
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
+        self.page.wait_for_function(
+            "() => window.LiteGraph?.registered_node_types['LDCPLoadGates'] && window.app?.graph",
+            timeout=1000 * LOAD_SECONDS,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._browser.close()
+        self._playwright.stop()
+
+    def drop(self, path: Path) -> None:
+        """Drop a workflow file on the canvas, and wait until all of its nodes are there."""
+        import base64
+
+        kind = {".json": "application/json", ".png": "image/png"}[path.suffix]
+        content = base64.b64encode(path.read_bytes()).decode()
+        self.page.evaluate(DROP, [path.name, kind, content])
+        nodes = len(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["nodes"])
+        self.page.wait_for_function(
+            f"() => window.app.graph.nodes.length === {nodes}", timeout=1000 * LOAD_SECONDS
+        )
+        self.page.wait_for_timeout(500)  # widgets get their values after the nodes
+
+    def state(self) -> dict[str, Any]:
+        return self.page.evaluate(STATE)
+
+    def set_widgets(self, node_type: str, number: int = 0, **values: Any) -> None:
+        """Set widgets of the ``number``-th node of a class."""
+        self.page.evaluate(SET_WIDGETS, [node_type, number, values])
+
+    def set_all(self, node_type: str, **values: Any) -> None:
+        """Set widgets of all nodes of a class."""
+        for number in range([n["type"] for n in self.state()["nodes"]].count(node_type)):
+            self.set_widgets(node_type, number, **values)
+
+    def add(self, node_type: str) -> None:
+        """Empty the canvas, and put one node on it."""
+        self.page.evaluate(ADD, [node_type])
+        self.page.wait_for_timeout(500)
+
+    def open_help(self, node_type: str) -> None:
+        """Open the help of a node by the button that appears when it is chosen."""
+        self.page.mouse.click(*self.page.evaluate(TITLE, [node_type, 0]))
+        self.page.locator('[data-testid="info-button"]').click(timeout=1000 * LOAD_SECONDS)
+        self.page.locator(".node-help-content h1").wait_for(timeout=1000 * LOAD_SECONDS)
+
+    def help(self) -> tuple[str, list[int]]:
+        """The first headline of the open help page, and the widths of its pictures in pixels."""
+        self.page.wait_for_timeout(500)
+        pictures = self.page.locator(".node-help-content img")
+        widths = pictures.evaluate_all("all => all.map(picture => picture.naturalWidth)")
+        return self.page.locator(".node-help-content h1").first.inner_text(), widths
+
+    def press(self, keys: str, node_type: str, number: int = 0) -> None:
+        """Click on a node's title, and press keys such as "Control+b"."""
+        self.page.mouse.click(*self.page.evaluate(TITLE, [node_type, number]))
+        self.page.wait_for_timeout(200)
+        self.page.keyboard.press(keys)
+        self.page.wait_for_timeout(200)
+
+    def queue(self) -> dict[str, Any]:
+        """Queue what is on the canvas and wait for its end; the server's record of the run.
+
+        Raises RuntimeError with the server's message when it was refused or failed.
+        """
+        known = set(self._history())
+        self.page.evaluate("() => window.app.queuePrompt(0)")
+        end = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < end:
+            self.page.wait_for_timeout(200)
+            new = {k: v for k, v in self._history().items() if k not in known}
+            if new:
+                (run,) = new.values()
+                if run["status"]["status_str"] != "success":
+                    raise RuntimeError(json.dumps(run["status"])[-2000:])
+                self.page.wait_for_timeout(700)  # the last events reach the canvas
+                return run
+            if any(node["red"] for node in self.state()["nodes"]):
+                raise RuntimeError(f"refused: {self.state()['dialogs']}")
+        raise TimeoutError(f"nothing came back in {RUN_SECONDS} s")
+
+    def _history(self) -> dict[str, Any]:
+        return json.loads(self._server.get("/history"))
+
+    def images(self, run: dict[str, Any]) -> dict[str, bytes]:
+        """Prefix of the file name -> content of every image that a run shows."""
+        found = {}
+        for output in run["outputs"].values():
+            for saved in output.get("images", []):
+                found[saved["filename"].rsplit("_", 2)[0]] = self._server.get("/view", **saved)
+        return found
+
+    def picture(self, path: Path, node_type: str | None = None) -> Path:
+        """A picture of the page, or of one node, once the images on the nodes are drawn."""
+        part = {"clip": self.page.evaluate(CORNER, [node_type, 0])} if node_type else {}
+        self.page.mouse.move(5, 300)  # no tooltip
+        self.page.wait_for_timeout(1500)
+        self.page.screenshot(path=str(path), **part)
+        return path

@@ -1,0 +1,206 @@
+"""The shipped workflows and the nodes' help in a real browser on a real server.
+
+What a user does between two runs must not show in the images: queued again, bypassed, brought
+back, another sparsity, other steps. Each image is compared with the one that a server gave which
+had never run anything else. ``LDCP_TEST_PICTURES`` names a folder to keep the screenshots in.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import browser
+import comfy_server
+import full_addons
+import numpy
+import pytest
+import ui_workflow
+from PIL import Image
+
+pytestmark = pytest.mark.comfyui
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCS = REPOSITORY / "nodes" / "web" / "docs"
+PIXELS = 128  # the mid block sees 2x2
+APPLY = "LDCPApplyDynamicPruning"
+
+
+@pytest.fixture(scope="module")
+def start(comfy, comfyui_path, tmp_path_factory, sd15_checkpoint, make_gates, report_note):
+    """Make a server with the models and gates that the workflows name."""
+    reason = browser.missing()
+    if reason:
+        message = f"BROWSER TESTS SKIPPED: {reason}"
+        report_note.append(message)
+        pytest.skip(message)
+    # large constants: in a random U-Net the mid block alone hardly reaches the 8 bits of an image
+    gates = make_gates(topology=comfy.core.SD15, constants=20.0)
+
+    def make(name):
+        base = tmp_path_factory.mktemp(name) / "base"
+        comfy_server.prepare_folder(base, REPOSITORY, sd15_checkpoint)
+        full_addons.add_to(base, comfyui_path)
+        comfy.core.save_gates(gates, base / "models" / "ldcp_gates" / "gates.safetensors")
+        return comfy_server.Server(comfyui_path, base)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(start):
+    """Name -> pixels of the basic workflow on a fresh server, asked without a browser."""
+    changes = {
+        "pruned": {},
+        "nothing pruned": {APPLY: {"sparsity": 0.0}},
+        "80%": {APPLY: {"sparsity": 0.8}},
+        "two steps": {"KSampler": {"steps": 2}},
+    }
+    found = {}
+    with start("fresh") as server:
+        schemas = server.schemas()
+        workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_basic.json")
+        for name, widgets in changes.items():
+            prompt = ui_workflow.to_prompt(workflow, schemas)
+            size = {"width": PIXELS, "height": PIXELS}
+            ui_workflow.set_widgets(prompt, EmptyLatentImage=size, KSampler={"steps": 1})
+            ui_workflow.set_widgets(prompt, **widgets)
+            found[name] = pixels(server.run(prompt).files["LDCP_basic"])
+            server.post("/free", {"unload_models": True, "free_memory": True})
+    names = list(found)
+    for i, one in enumerate(names):
+        for other in names[:i]:
+            assert difference(found[one], found[other]) > 0, (one, other)
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(start):
+    """The server that the browser uses."""
+    with start("browser") as running:
+        yield running
+
+
+@pytest.fixture
+def page(server):
+    with browser.Browser(server) as opened:
+        yield opened
+
+
+@pytest.fixture
+def keep(tmp_path):
+    """Keep a screenshot; where."""
+    folder = Path(os.environ.get("LDCP_TEST_PICTURES") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda page, name, *node_type: page.picture(folder / f"{name}.png", *node_type)
+
+
+def pixels(file):
+    return numpy.array(Image.open(io.BytesIO(file))).astype(int)
+
+
+def difference(one, other):
+    return int(numpy.abs(one - other).max())
+
+
+def make_small(page, steps=1):
+    page.set_all("EmptyLatentImage", width=PIXELS, height=PIXELS)
+    page.set_all("KSampler", steps=steps)
+    page.set_all("LDCPCalibrateGates", steps=steps)
+
+
+def in_order(state):
+    """No node is unknown or marked red, every link joins two sockets, no dialog is open."""
+    assert all(node["known"] and not node["red"] for node in state["nodes"]), state["nodes"]
+    assert all(link["whole"] for link in state["links"])
+    assert state["dialogs"] == []
+
+
+def test_what_happens_between_two_runs_does_not_show_in_the_images(expected, page):
+    # first in this file: the server that gives what is expected has ended before this one starts
+    page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
+    make_small(page)
+
+    def queued():
+        return pixels(page.images(page.queue())["LDCP_basic"])
+
+    def forget():
+        """Another run in between, so that the next one is computed and not remembered."""
+        page.set_widgets("KSampler", seed=1)
+        other = queued()
+        page.set_widgets("KSampler", seed=20150)
+        return other
+
+    def mode():
+        (node,) = (n for n in page.state()["nodes"] if n["type"] == APPLY)
+        return node["mode"]
+
+    assert difference(queued(), expected["pruned"]) == 0
+    assert difference(queued(), expected["pruned"]) == 0  # queued again, nothing changed
+    assert difference(forget(), expected["pruned"]) > 10
+    assert difference(queued(), expected["pruned"]) == 0  # the same patched model once more
+
+    page.press("Control+b", APPLY)
+    assert mode() == 4  # bypassed
+    assert difference(queued(), expected["nothing pruned"]) == 0
+    page.press("Control+b", APPLY)
+    assert mode() == 0
+    assert difference(queued(), expected["pruned"]) == 0
+
+    page.set_widgets(APPLY, sparsity=0.8)
+    assert difference(queued(), expected["80%"]) == 0
+    page.set_widgets(APPLY, sparsity=0.0)
+    assert difference(queued(), expected["nothing pruned"]) == 0
+    page.set_widgets(APPLY, sparsity=-1)
+    assert difference(queued(), expected["pruned"]) == 0
+
+    page.set_widgets("KSampler", steps=2)
+    assert difference(queued(), expected["two steps"]) == 0
+    page.set_widgets("KSampler", steps=1)
+    assert difference(queued(), expected["pruned"]) == 0
+
+
+@pytest.mark.parametrize("path", ui_workflow.FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("suffix", [".json", ".png"])
+def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep, path, suffix):
+    page.drop(path.with_suffix(suffix))
+    workflow, state = ui_workflow.read(path), page.state()
+    in_order(state)
+    assert len(state["links"]) == len(workflow["links"])
+    opened = {node["id"]: node for node in state["nodes"]}
+    for node in workflow["nodes"]:
+        assert opened[node["id"]]["type"] == node["type"]
+        if node["type"] not in ui_workflow.CANVAS_ONLY:
+            widgets = opened[node["id"]]["widgets"].values()
+            saved = node.get("widgets_values", [])
+            assert list(widgets)[: len(saved)] == saved
+    if suffix == ".png":  # the same graph: one run is enough
+        return
+    make_small(page)
+    run = page.queue()
+    in_order(page.state())
+    saved = [n for n in workflow["nodes"] if n["type"] == "SaveImage"]
+    images = page.images(run)
+    for node in saved:
+        assert pixels(images[node["widgets_values"][0]]).shape == (PIXELS, PIXELS, 3)
+    assert keep(page, path.stem).stat().st_size > 50_000
+    if "LDCP_TEST_PICTURES" in os.environ:
+        for own in {n["type"] for n in state["nodes"] if n["type"].startswith("LDCP")}:
+            keep(page, own, own)
+
+
+def test_a_refusal_reaches_the_user(page):
+    page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
+    page.set_widgets(APPLY, sparsity=-0.5)
+    with pytest.raises(RuntimeError, match="-1 prunes as learned"):
+        page.queue()
+
+
+@pytest.mark.parametrize("page_of", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+def test_the_help_page_opens_with_its_picture(page, keep, page_of):
+    page.add(page_of.stem)
+    page.open_help(page_of.stem)
+    title, pictures = page.help()
+    assert title == page_of.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    assert pictures and all(width > 100 for width in pictures)
+    keep(page, f"help_{page_of.stem}")
