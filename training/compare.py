@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ldcp_core import SUFFIXES, Gates, block_of, hidden_rows, load_gates, top_channels
+from ldcp_core import Gates, load_gates, top_channels
+from training.criteria import magnitudes
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
@@ -29,34 +30,6 @@ from training.models import DiffusionModel, load_model
 #: how many training samples FLAP sees
 CALIBRATION_SAMPLES, CALIBRATION_BATCH = 64, 8
 log = logging.getLogger("training.compare")
-
-
-def l1_importance(model: DiffusionModel, sites: Sequence[str]) -> dict[str, Tensor]:
-    """L1 norm of the weights a channel owns, each in units of its layer's mean (Li et al. 2017).
-
-    Inner channel c owns row c of conv1 and column c of conv2: ‖W1[c]‖₁ + ‖W2[:, c]‖₁. Residual
-    channel c owns row c of conv2: ‖W2[c]‖₁. A hidden channel of a feed-forward owns two rows of
-    the projection and a column of the layer after it.
-    """
-
-    def relative(norms: Tensor) -> Tensor:
-        return norms / norms.mean()
-
-    def weight(name: str) -> Tensor:
-        return model.unet.get_submodule(name).weight.detach().float().cpu()
-
-    found = {}
-    for site in sites:
-        block = block_of(site)
-        if site == block + SUFFIXES["hidden"]:
-            rows, after = hidden_rows(weight(f"{site}.proj")), weight(f"{block}.net.2")
-        else:
-            rows = weight(site)
-            after = weight(f"{block}.conv2") if site == block + SUFFIXES["inner"] else None
-        found[site] = relative(rows.abs().flatten(1).sum(1))
-        if after is not None:
-            found[site] = found[site] + relative(after.abs().transpose(0, 1).flatten(1).sum(1))
-    return found
 
 
 def flap_importance(
@@ -102,7 +75,8 @@ def candidates(
     kept = sum(int(keep.sum()) for keep in learned.values())
     generator = torch.Generator().manual_seed(seed)
     chance = {site: torch.rand(keep.numel(), generator=generator) for site, keep in learned.items()}
-    weights = l1_importance(model, list(learned))
+    sites = [site for site in gates.topology.all_sites() if site.name in learned]
+    weights = magnitudes(model.unet, sites, "l1")
     return {
         "learned": learned,
         "random, together": ranked_together(chance, kept),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ldcp_core import Magnitude, Padding, Site, SoftGate, block_of, hidden_rows, magnitude
 from training.denoising import Denoising, Problem
+from training.gating import watched
 
 Importances = dict[str, Tensor]
 Criterion = Literal[
@@ -361,56 +362,7 @@ def flap(ladder: Ladder, sites: Sequence[Site]) -> Importances:
     it. A residual channel is read by all that follows with weight one: Var of its own output. The
     variance is taken over images, positions and timesteps.
     """
-    unet = ladder.denoising.model.unet
-    moments = {site.name: _Moments(site.channels) for site in sites}
-    hooks = []
-    for site in sites:
-        axis = -1 if site.kind == "hidden" else 1
-        module = unet.get_submodule(site.name)
-        if site.kind == "inner":
-            module = unet.get_submodule(f"{block_of(site.name)}.conv2")
-            hooks.append(module.register_forward_pre_hook(moments[site.name].of_input(axis)))
-        else:
-            hooks.append(module.register_forward_hook(moments[site.name].of_output(axis)))
-    try:
+    with watched(ladder.denoising.model.unet, [site.name for site in sites]) as seen:
         for problem in ladder:
             ladder.denoising.dense(problem)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {}
-    for site in sites:
-        variance = moments[site.name].variance()
-        if site.kind != "residual":
-            columns = owned(unet, site, lambda weight: weight)[1].detach().float().cpu()
-            variance = variance * columns.flatten(1).square().sum(1)
-        found[site.name] = variance.float()
-    return found
-
-
-class _Moments:
-    """Mean and variance per channel, merged batch by batch (Chan et al. 1979), in float64."""
-
-    def __init__(self, channels: int) -> None:
-        self._count = 0
-        self._mean = torch.zeros(channels, dtype=torch.float64)
-        self._squares = torch.zeros(channels, dtype=torch.float64)
-
-    def of_input(self, axis: int) -> Callable[..., None]:
-        return lambda module, inputs: self.add(inputs[0].movedim(axis, 0))
-
-    def of_output(self, axis: int) -> Callable[..., None]:
-        return lambda module, inputs, output: self.add(output.movedim(axis, 0))
-
-    def add(self, values: Tensor) -> None:
-        """``values`` [C, ...]."""
-        rows = values.detach().flatten(1).double().cpu()
-        count, mean = rows.shape[1], rows.mean(1)
-        squares = (rows - mean[:, None]).square().sum(1)
-        total, gap = self._count + count, mean - self._mean
-        self._squares += squares + gap.square() * (self._count * count / total)
-        self._mean += gap * (count / total)
-        self._count = total
-
-    def variance(self) -> Tensor:
-        return self._squares / self._count
+    return seen.importances()
