@@ -20,13 +20,22 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from ldcp_core import DEFAULT_SCOPE, PADDINGS, Padding, load_gates, write_atomically
+from ldcp_core import (
+    DEFAULT_SCOPE,
+    PADDINGS,
+    Latent,
+    Padding,
+    load_gates,
+    savings,
+    write_atomically,
+)
 from training.benchmarking import machine
 from training.benchmarking.markdown import render
 from training.benchmarking.peers import peer_variants
@@ -45,6 +54,7 @@ from training.benchmarking.variants import (
     block_variants,
     layer_bytes,
     mid_resnets,
+    pruned_name,
     pruned_variants,
     random_pruning,
     random_unet,
@@ -215,6 +225,11 @@ def _time_unet(
     peers, absent = peer_variants(unet, inputs, gated)
     variants += peers
     facts = _facts(variants, unet, unet_bytes(unet) - gated)
+    side = config.resolution // PIXELS_PER_LATENT
+    latent = Latent(side, side, config.batch)
+    for pruning, padding in product(prunings, paddings):
+        cost = savings(topology_of(unet), pruning.kept, padding, latent)
+        facts[pruned_name(pruning, padding)]["flops_left"] = 1 - cost.flop_share
     log.info("the whole U-Net, %d variants", len(variants))
     times = interleaved(variants, config.rounds, config.seed, stopwatch(unet.device))
     return {"rows": _rows(times, facts), "absent": absent, "selection_seconds": selection}

@@ -114,6 +114,11 @@ class Pruning:
         return f"{pruned:,} of {sum(k.numel() for k in self.keep_sets.values()):,} channels"
 
     @property
+    def kept(self) -> dict[str, int]:
+        """Kept channels per site."""
+        return {site: int(keep.sum()) for site, keep in self.keep_sets.items()}
+
+    @property
     def blocks(self) -> list[str]:
         """The blocks these sites lie in."""
         return blocks_of(self.keep_sets)
@@ -181,6 +186,11 @@ def unet_variants(
     ]
 
 
+def pruned_name(pruning: Pruning, padding: Padding) -> str:
+    """How tables call the U-Net under this pruning."""
+    return f"pruned on {pruning.label}, {padding}"
+
+
 def pruned_variants(
     unet: UNet2DConditionModel,
     run: Callable[[], Any],
@@ -192,7 +202,7 @@ def pruned_variants(
     def variant(pruning: Pruning, padding: Padding) -> Variant:
         blocks = compact_blocks(unet, pruning.keep_sets, pruning.constants, padding)
         return Variant(
-            f"pruned on {pruning.label}, {padding}",
+            pruned_name(pruning, padding),
             f"{pruning.counts} replaced by constants",
             run,
             lambda: running(unet, blocks),
