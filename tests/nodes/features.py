@@ -298,7 +298,7 @@ FEATURES = (
         finish=settings(steps=8),
         evaluations=-1,
     ),
-    Feature("Model merging", merged, loading=EVERY),
+    Feature("Model merging", merged, loading=(FULL, PART)),
     Feature("UNet function wrapper (sharpness)", sharpen),
     Feature("UNet function wrapper (tiles)", tiled, evaluations=1),
     # 0.3.64 itself fails unless the batch is as long as its list of sigmas
