@@ -106,7 +106,10 @@ def main(paths: list[str]) -> None:
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    new = table([read(Path(path)) for path in paths])
+    hosts: dict[str, Measured] = {}
+    for measured in (read(Path(path)) for path in paths):  # a host's rows may lie in several
+        hosts.setdefault(measured.host, Measured(measured.host, {})).rows.update(measured.rows)
+    new = table(list(hosts.values()))
     README.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
 
 

@@ -53,4 +53,4 @@ def test_a_compiled_model_is_pruned_as_an_uncompiled_one(comfy, kit, make_gates,
         expected = kit.sample(kit.graph(base))
     error, effect = ((found - expected).norm() / expected.norm() for found in (latent, dense))
     print(f"\n{BACKEND}, {order}: {error:.1e} from masked, dense {effect:.1e}")
-    assert error <= 2e-6 and effect >= 10 * error
+    assert error <= 2e-6 and effect >= 2e-4
