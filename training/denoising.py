@@ -30,7 +30,11 @@ class Problem:
 
 
 class Encoder:
-    """Latents and prompt embeddings of images, each computed once."""
+    """Latents and prompt embeddings of images, each computed once.
+
+    One by one: the bits of a convolution depend on how many images it gets at once, and an image's
+    latent must not depend on what it first came together with (after a resume, that differs).
+    """
 
     def __init__(self, model: DiffusionModel) -> None:
         self._model = model
@@ -39,10 +43,9 @@ class Encoder:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Latents [B, 4, h, w] and context [B, T, D], in the U-Net's precision and place."""
-        new = [i for i, id in enumerate(batch.ids) if id not in self._latents]
-        if new:
-            encoded = encode_images(self._model, batch.pixels[new]).cpu()
-            self._latents |= {batch.ids[i]: latent for i, latent in zip(new, encoded, strict=True)}
+        for pixels, id in zip(batch.pixels, batch.ids, strict=True):
+            if id not in self._latents:
+                self._latents[id] = encode_images(self._model, pixels[None])[0].cpu()
         for caption in dict.fromkeys(batch.captions):
             if caption not in self._contexts:
                 self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,12 @@ class SparsityController:
         position = self._start + PROPORTIONAL * error + INTEGRAL * self._sum
         self.weight = self._unit * math.sinh(min(max(position, -15.0), 15.0))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight, "sum": self._sum}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.weight, self._sum = state["weight"], state["sum"]
+
 
 class Landing:
     """Brings the learner down on its target: the last state of the final phase that met it.
@@ -169,6 +176,12 @@ class Landing:
         if self._logits is not None:
             for gate, logits in zip(self._learner.gates, self._logits, strict=True):
                 gate.logits.copy_(logits)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"miss": self._miss, "logits": self._logits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._miss, self._logits = state["miss"], state["logits"]
 
 
 def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ldcp_core import THRESHOLD, Gates, write_atomically
 
@@ -28,6 +30,13 @@ class History:
         self.l1.append(l1)
         self.weight.append(weight)
         self.sparsity.append(sparsity)
+
+    def state_dict(self) -> dict[str, Any]:
+        columns = (self.reconstruction, self.l1, self.weight, self.sparsity)
+        return {"columns": torch.tensor(columns, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.reconstruction, self.l1, self.weight, self.sparsity = state["columns"].tolist()
 
     def to_json(self, points: int = 20) -> dict[str, Any]:
         """A summary of at most ``points`` entries, and the end."""

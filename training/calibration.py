@@ -1,0 +1,68 @@
+"""What a fit measures before it learns: constants for pruned channels, and the unit of its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldcp_core import Site
+from training.config import FitConfig
+from training.data import Batch
+from training.denoising import Denoising
+from training.errors import UserError
+from training.gating import ChannelMeans, deviation, hard_gates
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What stands in for pruned channels, and the deviation from dense with every gate closed.
+
+    The first (site name -> float32 [C]) is the channels' mean over the data, or zero; the second is
+    the unit of the reconstruction loss.
+    """
+
+    constants: dict[str, Tensor]
+    effect: float
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"constants": self.constants, "effect": self.effect}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Calibration:
+        return cls(state["constants"], state["effect"])
+
+
+def calibrate(
+    config: FitConfig, denoising: Denoising, sites: Sequence[Site], stream: Iterator[Batch]
+) -> Calibration:
+    """Measure both on the first batches of the stream.
+
+    Raises UserError when pruning everything changes nothing, or breaks the model.
+    """
+    problems = [denoising.problem(next(stream)) for _ in range(config.calibration_batches)]
+    with ChannelMeans(denoising.model.unet, sites) as means:
+        dense = [denoising.dense(problem) for problem in problems]
+    constants = means.constants()
+    if config.constant == "zero":
+        constants = {site: torch.zeros_like(mean) for site, mean in constants.items()}
+
+    closed = {site.name: torch.zeros(site.channels, dtype=torch.bool) for site in sites}
+    gates = hard_gates(closed, constants)
+    with torch.no_grad():
+        deviations = [
+            deviation(denoising.gated(problem, gates, config.padding), target).item()
+            for problem, target in zip(problems, dense, strict=True)
+        ]
+    effect = math.fsum(deviations) / len(deviations)
+    if not effect > 0 or not math.isfinite(effect):
+        raise UserError(
+            f"Pruning all of scope {config.scope!r} moves the model's output by {effect}.",
+            "a scope that does something",
+            "check that the model's weights are intact",
+        )
+    return Calibration(constants, effect)
