@@ -84,6 +84,8 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         metavar="COUNT",
         help=f"how many stay while it runs ({run['keep_checkpoints']})",
     )
+    add("--cache", metavar="FOLDER", help="of latents and prompt embeddings (the user's cache)")
+    add("--no-cache", action="store_true", help="keep latents and prompt embeddings in memory")
     given = vars(parser.parse_args(argv))
 
     settings = dict(DEMO_SETTINGS) if given.pop("demo", False) else {}

@@ -14,6 +14,7 @@ from ldcp_core import Site
 from training.config import FitConfig
 from training.data import Batch
 from training.denoising import Denoising
+from training.encoding import EncodedBatch
 from training.errors import UserError
 from training.gating import ChannelMeans, deviation, hard_gates
 
@@ -38,7 +39,10 @@ class Calibration:
 
 
 def calibrate(
-    config: FitConfig, denoising: Denoising, sites: Sequence[Site], stream: Iterator[Batch]
+    config: FitConfig,
+    denoising: Denoising,
+    sites: Sequence[Site],
+    stream: Iterator[Batch | EncodedBatch],
 ) -> Calibration:
     """Measure both on the first batches of the stream.
 

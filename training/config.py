@@ -33,6 +33,8 @@ class RunOptions:
     resume: bool = False  # go on from the last checkpoint
     checkpoint_every: int = 50  # optimizer steps; 0: only when stopped
     keep_checkpoints: int = 2
+    cache: str | None = None  # folder of latents and prompt embeddings; None: see `default_cache`
+    no_cache: bool = False  # keep them in memory
 
     def __post_init__(self) -> None:
         every = self.checkpoint_every

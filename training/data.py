@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,6 +103,22 @@ class ImageData:
             log.warning("Skipping the broken image %s: %s", id, reason)
         self.broken[id] = reason
         return BrokenImage(f"{id}: {reason}")
+
+    def note_broken(self, broken: Mapping[int, str]) -> None:
+        """Take over what is known to be broken, index -> reason, without reading it."""
+        for index, reason in broken.items():
+            id = self.records[index].id
+            if not self.broken:
+                log.warning("Skipping the broken image %s: %s", id, reason)
+            self.broken[id] = reason
+
+    def captions(self) -> dict[int, str]:
+        """Index -> caption of every image."""
+        return {index: record.caption() for index, record in enumerate(self.records)}
+
+    def stamps(self) -> list[str]:
+        """What tells each image's content apart (see `Record`)."""
+        return [record.stamp() for record in self.records]
 
     def broken_report(self) -> str:
         """Return how many images were skipped and which, or "" when none were."""

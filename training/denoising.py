@@ -1,7 +1,7 @@
 """Images become denoising problems: latents, prompts, noise, timesteps, and the U-Net's answer.
 
-Latents and prompt embeddings are computed once per image and kept in memory: every epoch after the
-first costs neither VAE nor text encoder.
+Latents and prompt embeddings come from a cache on disk (`EncodedImages`), or are computed once per
+image and kept in memory: every epoch after the first costs neither VAE nor text encoder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from ldcp_core import SoftGate
 from ldcp_core.gates import Padding
 from training.data import Batch, ImageData
+from training.encoding import EncodedBatch, EncodedImages
 from training.gating import masked
 from training.models import DiffusionModel, embed_prompts, encode_images
 
@@ -41,15 +42,20 @@ class Encoder:
         self._latents: dict[str, Tensor] = {}
         self._contexts: dict[str, Tensor] = {}
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch | EncodedBatch) -> tuple[Tensor, Tensor]:
         """Latents [B, 4, h, w] and context [B, T, D], in the U-Net's precision and place."""
+        unet = self._model.unet
+        if isinstance(batch, EncodedBatch):
+            return (
+                batch.latents.to(unet.device, unet.dtype),
+                batch.context.to(unet.device, unet.dtype),
+            )
         for pixels, id in zip(batch.pixels, batch.ids, strict=True):
             if id not in self._latents:
                 self._latents[id] = encode_images(self._model, pixels[None])[0].cpu()
         for caption in dict.fromkeys(batch.captions):
             if caption not in self._contexts:
                 self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()
-        unet = self._model.unet
         latents = torch.stack([self._latents[id] for id in batch.ids])
         context = torch.stack([self._contexts[caption] for caption in batch.captions])
         return latents.to(unet.device, unet.dtype), context.to(unet.device, unet.dtype)
@@ -64,7 +70,9 @@ class Denoising:
         self.generator = torch.Generator().manual_seed(seed)
         self._alphas = model.alphas_cumprod.to(torch.float64)
 
-    def problem(self, batch: Batch, generator: torch.Generator | None = None) -> Problem:
+    def problem(
+        self, batch: Batch | EncodedBatch, generator: torch.Generator | None = None
+    ) -> Problem:
         """Noise the images of a batch at timesteps spread evenly over the schedule.
 
         Within a batch the timesteps are stratified, one per equal share of the schedule: as
@@ -104,7 +112,7 @@ class HeldOut:
     def __init__(
         self,
         denoising: Denoising,
-        data: ImageData,
+        data: ImageData | EncodedImages,
         indices: Sequence[int],
         samples: int,
         batch_size: int,
@@ -139,8 +147,8 @@ class HeldOut:
 
 
 def _at_least(
-    data: ImageData, indices: Sequence[int], batch_size: int, samples: int
-) -> Iterator[Batch]:
+    data: ImageData | EncodedImages, indices: Sequence[int], batch_size: int, samples: int
+) -> Iterator[Batch | EncodedBatch]:
     """Batches in a fixed order, going round until ``samples`` images have come."""
     seen = 0
     for batch in data.batches(indices, batch_size, epochs=None):

@@ -35,16 +35,18 @@ from ldcp_core import (
 )
 from training.arguments import DEMO_SETTINGS, parse_arguments
 from training.budget import Budget
+from training.cache import default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
 from training.config import FitConfig
 from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising, HeldOut
+from training.encoding import EncodedImages
 from training.errors import UserError
 from training.gating import hard_gates, topology_of
 from training.learning import TARGET_TOLERANCE, Alignment, GateLearner, aligned_scores
 from training.loop import Learning, run
-from training.models import DTYPES, load_model
+from training.models import DTYPES, DiffusionModel, load_model
 from training.report import History, plot_curves, plot_scores
 from training.stopping import Stopped
 
@@ -85,20 +87,24 @@ def fit(config: FitConfig) -> FitResult:
     budget = Budget(config.budget, sites, config.padding, Latent(side, side))
     learner = GateLearner(sites, config.seed, budget, config.floor).to(device)
     _check_target(config, learner)
+    identity = _identity(config, data, train, model.unet)
+    if resumed is not None:
+        check_identity(resumed, identity)
+    log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
+    images = _encoded(config, data, model)
+    if images is not data:
+        model = model.without_encoders()
     denoising = Denoising(model, config.seed)
     position = Position()
-    stream = data.batches(
+    stream = images.batches(
         train, config.batch_size, seed=config.seed, epochs=None, position=position
     )
     steps = _optimizer_steps(config, len(train))
     learning = Learning(config, denoising, learner, stream, position, steps)
 
-    log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
-    identity = _identity(config, data, train, model.unet)
     if resumed is None:
         learning.calibration = calibrate(config, denoising, sites, stream)
     else:
-        check_identity(resumed, identity)
         learning.load_state_dict(resumed.state["learning"])
         data.broken |= resumed.state["broken"]
         log.info("going on after step %d of %d (%s)", learning.step, steps, resumed.path)
@@ -118,7 +124,9 @@ def fit(config: FitConfig) -> FitResult:
 
     try:
         run(learning, config.run.checkpoint_every, save)
-        result = _finish(config, learning, denoising, data, held_out, budget, topology, output)
+        result = _finish(
+            config, learning, denoising, data, images, held_out, budget, topology, output
+        )
     except BaseException:
         log.warning("%s", checkpoints.advice())
         raise
@@ -131,6 +139,7 @@ def _finish(
     learning: Learning,
     denoising: Denoising,
     data: ImageData,
+    images: ImageData | EncodedImages,
     held_out: list[int],
     budget: Budget,
     topology: Topology,
@@ -149,7 +158,7 @@ def _finish(
     gates = replace(gates, info=_info(config, data, history, denoising.model.unet, budget, gates))
     heldout = None
     if held_out:
-        heldout = _validate(config, denoising, data, held_out, gates)
+        heldout = _validate(config, denoising, images, held_out, gates)
         history.heldout_deviation = heldout
     gates = replace(gates, info={**gates.info, "history": history.to_json()})
     try:
@@ -164,6 +173,26 @@ def _finish(
         ) from error
     _say_result(config, gates, history, alignment, budget, output, data)
     return FitResult(gates, history, heldout)
+
+
+def _encoded(
+    config: FitConfig, data: ImageData, model: DiffusionModel
+) -> ImageData | EncodedImages:
+    """The images out of the cache, which is built first; the images themselves where there is none.
+
+    Raises UserError when a cache that was asked for can't be written.
+    """
+    if config.run.no_cache:
+        return data
+    images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
+    try:
+        images.build(model)
+    except UserError as error:
+        if config.run.cache is not None:
+            raise
+        log.warning("%s\n  Going on without a cache.", error)
+        return data
+    return images
 
 
 def _identity(
@@ -181,7 +210,11 @@ def _identity(
 
 
 def _validate(
-    config: FitConfig, denoising: Denoising, data: ImageData, indices: list[int], gates: Gates
+    config: FitConfig,
+    denoising: Denoising,
+    data: ImageData | EncodedImages,
+    indices: list[int],
+    gates: Gates,
 ) -> float:
     """Held-out deviation from dense and denoising loss of the gates as they will be written."""
     heldout = HeldOut(

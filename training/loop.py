@@ -20,6 +20,7 @@ from training.calibration import Calibration
 from training.config import FitConfig
 from training.data import Batch, Position
 from training.denoising import Denoising
+from training.encoding import EncodedBatch
 from training.errors import UserError
 from training.gating import deviation
 from training.learning import (
@@ -49,7 +50,7 @@ class Learning:
         config: FitConfig,
         denoising: Denoising,
         learner: GateLearner,
-        stream: Iterator[Batch],
+        stream: Iterator[Batch | EncodedBatch],
         position: Position,
         steps: int,
     ) -> None:

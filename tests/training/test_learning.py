@@ -129,6 +129,21 @@ class TestLanding:
     def test_without_a_target_nothing_is_undone(self) -> None:
         assert self.watched([64, 3], None) == 3
 
+    def test_a_landing_comes_back_from_its_state(self) -> None:
+        learner = GateLearner(Topology(widths=(16, 16, 32, 32)).sites("mid"), 0)
+        landing = Landing(learner, 0.5, 100)
+        found = torch.where(torch.arange(128) < 64, -1.0, 1.0)
+        for logits in (found, torch.ones(128)):
+            with torch.no_grad():
+                for gate, part in zip(learner.gates, logits.chunk(4), strict=True):
+                    gate.logits.copy_(part)
+            landing.watch(90, learner.sparsity())
+        again = Landing(learner, 0.5, 100)
+        again.load_state_dict(landing.state_dict())
+        again.watch(91, 0.0)  # as far off as the last one: what was found stays
+        again.settle_()
+        assert torch.equal(torch.cat([gate.logits.detach() for gate in learner.gates]), found)
+
 
 def test_the_masks_of_a_learner_are_the_files_rule_when_there_is_no_noise() -> None:
     learner = GateLearner(SITES, 0)
