@@ -86,6 +86,11 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
     )
     add("--cache", metavar="FOLDER", help="of latents and prompt embeddings (the user's cache)")
     add("--no-cache", action="store_true", help="keep latents and prompt embeddings in memory")
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, more time: evaluate blocks again for the gradient",
+    )
     given = vars(parser.parse_args(argv))
 
     settings = dict(DEMO_SETTINGS) if given.pop("demo", False) else {}

@@ -35,6 +35,7 @@ class RunOptions:
     keep_checkpoints: int = 2
     cache: str | None = None  # folder of latents and prompt embeddings; None: see `default_cache`
     no_cache: bool = False  # keep them in memory
+    gradient_checkpointing: bool = False  # less memory, more time: blocks are evaluated again
 
     def __post_init__(self) -> None:
         every = self.checkpoint_every

@@ -6,18 +6,20 @@ image and kept in memory: every epoch after the first costs neither VAE nor text
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldcp_core import SoftGate
+from ldcp_core import SoftGate, blocks_of
 from ldcp_core.gates import Padding
 from training.data import Batch, ImageData
 from training.encoding import EncodedBatch, EncodedImages
 from training.gating import masked
 from training.models import DiffusionModel, embed_prompts, encode_images
+from training.thrift import frozen_convolutions, recording, replaying, stages_before
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,21 @@ class Denoising:
         """The prediction under gates, differentiable in their masks."""
         with masked(self.model.unet, gates, padding):
             return self._predict(problem)
+
+    @contextmanager
+    def compared(
+        self, problem: Problem, gates: Mapping[str, SoftGate], padding: Padding
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The predictions without and with gates; what comes before the first gate is shared.
+
+        The second is differentiable in the masks. Run its backward within the context: under
+        gradient checkpointing blocks are evaluated again, with their gates.
+        """
+        unet = self.model.unet
+        with torch.no_grad(), recording(unet, stages_before(unet, blocks_of(gates))) as shared:
+            dense = self._predict(problem)
+        with frozen_convolutions(unet), replaying(unet, shared), masked(unet, gates, padding):
+            yield dense, self._predict(problem)
 
     def _predict(self, problem: Problem) -> Tensor:
         result: Tensor = self.model.unet(

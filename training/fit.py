@@ -94,6 +94,8 @@ def fit(config: FitConfig) -> FitResult:
     images = _encoded(config, data, model)
     if images is not data:
         model = model.without_encoders()
+    if config.run.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
     denoising = Denoising(model, config.seed)
     position = Position()
     stream = images.batches(

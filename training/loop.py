@@ -88,12 +88,8 @@ class Learning:
         Raises UserError when the loss is no number; the state is then still that of the step before
         except for the images and noise drawn.
         """
-        config, scaler = self._config, self._scaler
-        reconstruction = 0.0
-        for _ in range(config.gradient_accumulation):
-            mse = self._reconstruction() / config.gradient_accumulation
-            scaler.scale(mse).backward()
-            reconstruction += mse.item()
+        scaler = self._scaler
+        reconstruction = sum(self._reconstruct() for _ in range(self._config.gradient_accumulation))
         if not math.isfinite(reconstruction):
             raise UserError(
                 f"The reconstruction loss became {reconstruction} at step {self.step}.",
@@ -122,16 +118,21 @@ class Learning:
             int((self._start[site] != end[site]).sum()) for site in self._start
         )
 
-    def _reconstruction(self) -> torch.Tensor:
-        """The reconstruction loss of the next batch, in units of the scope's whole effect."""
-        denoising, constants = self._denoising, self.calibration.constants
-        problem = denoising.problem(next(self._stream))
-        noise = self._config.reconstruction == "noise"
-        target = problem.noise if noise else denoising.dense(problem)
+    def _reconstruct(self) -> float:
+        """Loss and gradient of the next batch, as its share of a step.
+
+        The loss is in units of the scope's whole effect.
+        """
+        config, constants = self._config, self.calibration.constants
+        problem = self._denoising.problem(next(self._stream))
         masks = self.learner.masks(noise_scale(self.step, self.steps))
         gates = {site: SoftGate(mask, constants[site]) for site, mask in masks.items()}
-        output = denoising.gated(problem, gates, self._config.padding)
-        return deviation(output, target) / self.calibration.effect
+        with self._denoising.compared(problem, gates, config.padding) as (dense, output):
+            target = problem.noise if config.reconstruction == "noise" else dense
+            mse = deviation(output, target) / self.calibration.effect
+            mse = mse / config.gradient_accumulation
+            self._scaler.scale(mse).backward()
+        return mse.item()
 
     def state_dict(self) -> dict[str, Any]:
         return {
