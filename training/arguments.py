@@ -91,6 +91,13 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         action="store_true",
         help="less memory, more time: evaluate blocks again for the gradient",
     )
+    add(
+        "--sample-every",
+        type=int,
+        metavar="STEPS",
+        help="draw images so often, dense and pruned, from fixed seeds (0: never)",
+    )
+    add("--tensorboard", action="store_true", help="write for TensorBoard (must be installed)")
     given = vars(parser.parse_args(argv))
 
     settings = dict(DEMO_SETTINGS) if given.pop("demo", False) else {}

@@ -16,7 +16,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from ldcp_core import (
     fingerprint,
     gates_report,
     save_gates,
+    write_atomically,
 )
 from training.arguments import DEMO_SETTINGS, parse_arguments
 from training.budget import Budget
@@ -44,11 +46,14 @@ from training.denoising import Denoising, HeldOut
 from training.encoding import EncodedImages
 from training.errors import UserError
 from training.gating import hard_gates, topology_of
+from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, GateLearner, aligned_scores
 from training.loop import Learning, run
 from training.models import DTYPES, DiffusionModel, load_model
-from training.report import History, plot_curves, plot_scores
+from training.report import History, curves_png, scores_png
+from training.samples import Samples
 from training.stopping import Stopped
+from training.watching import CsvHistory, SampleImages, TensorBoard, Watcher, summary_writer
 
 __all__ = ["DEMO_SETTINGS", "FitResult", "fit", "main", "parse_arguments"]
 
@@ -56,6 +61,8 @@ log = logging.getLogger("training.fit")
 
 #: settings that a resumed run may change: paths, checked by content, and how the same is computed
 MAY_CHANGE = ("model", "data", "output", "device")
+#: sample images
+SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class FitResult:
 def fit(config: FitConfig) -> FitResult:
     """Run a whole fit; raises UserError for everything a user can put right."""
     output = _checked_output(config.output)
+    if config.run.tensorboard:
+        summary_writer()  # a missing package shows before anything is computed
     checkpoints = Checkpoints.beside(output, config.run.keep_checkpoints)
     resumed = checkpoints.load() if config.run.resume else checkpoints.refuse_overwriting()
     data = open_dataset(config.data)  # first, and cheap: a wrong path shows before a model loads
@@ -92,6 +101,7 @@ def fit(config: FitConfig) -> FitResult:
         check_identity(resumed, identity)
     log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
     images = _encoded(config, data, model)
+    samples = _samples(config, data, held_out or train, model)
     if images is not data:
         model = model.without_encoders()
     if config.run.gradient_checkpointing:
@@ -125,9 +135,10 @@ def fit(config: FitConfig) -> FitResult:
             log.warning("The checkpoint of step %d can't be written: %s.", learning.step, error)
 
     try:
-        run(learning, config.run.checkpoint_every, save)
+        with _watched(config, output, learning, samples) as look:
+            run(learning, config.run.checkpoint_every, save, look)
         result = _finish(
-            config, learning, denoising, data, images, held_out, budget, topology, output
+            config, learning, denoising, data, images, held_out, budget, topology, output, samples
         )
     except BaseException:
         log.warning("%s", checkpoints.advice())
@@ -146,6 +157,7 @@ def _finish(
     budget: Budget,
     topology: Topology,
     output: Path,
+    samples: Samples | None,
 ) -> FitResult:
     """From logits to a gate file and all that lies beside it."""
     learning.finish()
@@ -163,10 +175,18 @@ def _finish(
         heldout = _validate(config, denoising, images, held_out, gates)
         history.heldout_deviation = heldout
     gates = replace(gates, info={**gates.info, "history": history.to_json()})
+    picture = None
+    if samples is not None:
+        constants = {site: gates.constant(site) for site in gates.scores}
+        picture = samples.picture(gates.keep_sets(), constants)
+    curves, scores = curves_png(history), scores_png(gates)
+    notes = [] if heldout is None else [f"held-out deviation from dense (MSE): {heldout:.3g}"]
+    page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
     try:
         save_gates(gates, output)
-        plot_curves(history, output.with_suffix(".curves.png"))
-        plot_scores(gates, output.with_suffix(".scores.png"))
+        write_atomically(output.with_suffix(".curves.png"), curves)
+        write_atomically(output.with_suffix(".scores.png"), scores)
+        write_atomically(output.with_suffix(".html"), page.encode())
     except OSError as error:
         raise UserError(
             f"The results can't be written beside {output}: {error}.",
@@ -195,6 +215,41 @@ def _encoded(
         log.warning("%s\n  Going on without a cache.", error)
         return data
     return images
+
+
+def _samples(
+    config: FitConfig, data: ImageData, indices: Sequence[int], model: DiffusionModel
+) -> Samples | None:
+    """What draws sample images, from the captions of a few images; None when not asked for."""
+    if not config.run.sample_every:
+        return None
+    captions = dict.fromkeys(data.records[index].caption() for index in indices)
+    prompts = [caption for caption in captions if caption][:SAMPLES] or [""] * SAMPLES
+    assert data.resolution is not None
+    return Samples(model, prompts, data.resolution, config.padding)
+
+
+@contextmanager
+def _watched(
+    config: FitConfig, output: Path, learning: Learning, samples: Samples | None
+) -> Iterator[Callable[[Learning], None]]:
+    """Everything that looks at the run while it goes, as one function to call after each step."""
+    watchers: list[Watcher] = [CsvHistory(output.with_suffix(".history.csv"), learning)]
+    if config.run.tensorboard:
+        watchers.append(TensorBoard(output.with_suffix(".tensorboard"), learning))
+    if samples is not None:
+        folder = output.with_suffix(".samples")
+        watchers.append(SampleImages(folder, samples, config.run.sample_every))
+
+    def look(learning: Learning) -> None:
+        for watcher in watchers:
+            watcher.look(learning)
+
+    try:
+        yield look
+    finally:
+        for watcher in watchers:
+            watcher.close()
 
 
 def _identity(
@@ -268,8 +323,8 @@ def _say_result(
         )
     if broken := data.broken_report():
         print(broken)
-    for path in (output, output.with_suffix(".curves.png"), output.with_suffix(".scores.png")):
-        print(f"wrote {path}")
+    for suffix in (".safetensors", ".history.csv", ".curves.png", ".scores.png", ".html"):
+        print(f"wrote {output.with_suffix(suffix)}")
 
 
 def _info(

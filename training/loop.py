@@ -169,8 +169,13 @@ class Learning:
         }
 
 
-def run(learning: Learning, every: int, save: Callable[[], None]) -> None:
-    """Take the steps that are left, with ``save`` after every so many, and after the last.
+def run(
+    learning: Learning,
+    every: int,
+    save: Callable[[], None],
+    look: Callable[[Learning], None],
+) -> None:
+    """Take the steps that are left: ``look`` after each, ``save`` after every so many and the last.
 
     Raises Stopped when Ctrl-C or SIGTERM came; the step was finished and saved.
     """
@@ -192,6 +197,7 @@ def run(learning: Learning, every: int, save: Callable[[], None]) -> None:
                 sparsity=f"{history.sparsity[-1]:.1%}",
             )
             bar.update()
+            look(learning)
             last = learning.step == learning.steps
             if stop.asked or (every and (last or learning.step % every == 0)):
                 save()

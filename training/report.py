@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldcp_core import THRESHOLD, Gates, write_atomically
+from ldcp_core import THRESHOLD, Gates
 
 
 @dataclass
@@ -50,7 +49,7 @@ class History:
         return {"course": shown, "heldout_deviation": self.heldout_deviation}
 
 
-def plot_curves(history: History, path: Path) -> None:
+def curves_png(history: History) -> bytes:
     """Loss, λ and sparsity over the steps, as a PNG."""
     plt = _pyplot()
     figure, (losses, shares) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
@@ -70,10 +69,10 @@ def plot_curves(history: History, path: Path) -> None:
     shares.set_ylim(0, 1)
     shares.set_xlabel("step")
     shares.legend()
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_scores(gates: Gates, path: Path) -> None:
+def scores_png(gates: Gates) -> bytes:
     """The sorted scores of every site with the threshold, as a PNG."""
     plt = _pyplot()
     columns = min(4, len(gates.scores))
@@ -91,7 +90,7 @@ def plot_scores(gates: Gates, path: Path) -> None:
     for axis in list(axes.flat)[len(gates.scores) :]:
         axis.remove()
     axes[0][0].set_ylabel("score")
-    _save(figure, path)
+    return _png(figure)
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
@@ -111,9 +110,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=120)
     _pyplot().close(figure)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()

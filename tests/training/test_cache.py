@@ -263,8 +263,8 @@ def test_the_address_is_of_the_content_and_not_of_the_place(
 def run(
     pipeline: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
-    monkeypatch.setattr(fit, "plot_curves", lambda *_: None)
-    monkeypatch.setattr(fit, "plot_scores", lambda *_: None)
+    monkeypatch.setattr(fit, "curves_png", lambda *_: b"")
+    monkeypatch.setattr(fit, "scores_png", lambda *_: b"")
     parse = fit.parse_arguments
     short = {"calibration_batches": 1, "validation_samples": 2}
     monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))

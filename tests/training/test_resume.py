@@ -36,8 +36,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     """No pictures, and few samples: they take most of the time and are not what is tested."""
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(fit, "plot_curves", lambda *_: None)
-    monkeypatch.setattr(fit, "plot_scores", lambda *_: None)
+    monkeypatch.setattr(fit, "curves_png", lambda *_: b"")
+    monkeypatch.setattr(fit, "scores_png", lambda *_: b"")
     parse = fit.parse_arguments
     monkeypatch.setattr(
         fit,
