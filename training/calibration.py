@@ -17,6 +17,7 @@ from training.denoising import Denoising
 from training.encoding import EncodedBatch
 from training.errors import UserError
 from training.gating import ChannelMeans, deviation, hard_gates
+from training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,16 @@ def calibrate(
     denoising: Denoising,
     sites: Sequence[Site],
     stream: Iterator[Batch | EncodedBatch],
+    processes: Processes,
 ) -> Calibration:
-    """Measure both on the first batches of the stream.
+    """Measure both on the first batches of the stream, each process on its share of them.
 
     Raises UserError when pruning everything changes nothing, or breaks the model.
     """
     problems = [denoising.problem(next(stream)) for _ in range(config.calibration_batches)]
     with ChannelMeans(denoising.model.unet, sites) as means:
-        dense = [denoising.dense(problem) for problem in problems]
+        dense = [denoising.dense(problem) if len(problem) else None for problem in problems]
+    processes.sum_(means.totals())
     constants = means.constants()
     if config.constant == "zero":
         constants = {site: torch.zeros_like(mean) for site, mean in constants.items()}
@@ -59,10 +62,14 @@ def calibrate(
     gates = hard_gates(closed, constants)
     with torch.no_grad():
         deviations = [
-            deviation(denoising.gated(problem, gates, config.padding), target).item()
+            problem.share
+            * deviation(denoising.gated(problem, gates, config.padding), target).item()
             for problem, target in zip(problems, dense, strict=True)
+            if target is not None
         ]
-    effect = math.fsum(deviations) / len(deviations)
+    whole = torch.tensor(math.fsum(deviations), dtype=torch.float64)
+    processes.sum_([whole])
+    effect = whole.item() / len(problems)
     if not effect > 0 or not math.isfinite(effect):
         raise UserError(
             f"Pruning all of scope {config.scope!r} moves the model's output by {effect}.",

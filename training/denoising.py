@@ -24,12 +24,19 @@ from training.thrift import frozen_convolutions, recording, replaying, stages_be
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch: ``noisy`` and ``noise`` [B, 4, h, w], ``timesteps`` [B], ``context`` [B, T, D]."""
+    """One batch: ``noisy`` and ``noise`` [B, 4, h, w], ``timesteps`` [B], ``context`` [B, T, D].
+
+    ``share`` is this process's part of the whole batch, 1 where there is only one.
+    """
 
     noisy: Tensor
     timesteps: Tensor
     context: Tensor
     noise: Tensor
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return self.noisy.shape[0]
 
 
 class Encoder:
@@ -78,18 +85,22 @@ class Denoising:
         """Noise the images of a batch at timesteps spread evenly over the schedule.
 
         Within a batch the timesteps are stratified, one per equal share of the schedule: as
-        uniform as independent draws, with less variance.
+        uniform as independent draws, with less variance. Of a batch that several processes share
+        each draws all, and uses what belongs to its own images.
         """
         generator = generator or self.generator
         latents, context = self.encoder(batch)
-        count, steps = latents.shape[0], self._alphas.numel()
+        encoded = isinstance(batch, EncodedBatch)
+        count, rows = (batch.total, batch.rows) if encoded else (len(latents), slice(None))
+        steps = self._alphas.numel()
         strata = torch.randperm(count, generator=generator)
         share = (strata + torch.rand(count, generator=generator)) / count
-        timesteps = (share * steps).long().clamp(max=steps - 1)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = (share * steps).long().clamp(max=steps - 1)[rows]
+        noise = torch.randn((count, *latents.shape[1:]), generator=generator)[rows].to(latents)
         alphas = self._alphas[timesteps][:, None, None, None]
         noisy = alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
-        return Problem(noisy, timesteps.to(latents.device), context, noise)
+        part = len(latents) / count
+        return Problem(noisy, timesteps.to(latents.device), context, noise, part)
 
     def dense(self, problem: Problem) -> Tensor:
         """The unpruned U-Net's prediction of the noise, without gradient."""

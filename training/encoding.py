@@ -28,11 +28,16 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Images together: ``latents`` [B, 4, h, w] and ``context`` [B, T, D], float32 on the CPU."""
+    """Images together: ``latents`` [B, 4, h, w] and ``context`` [B, T, D], float32 on the CPU.
+
+    Where several processes share a batch of ``total`` images, these are its ``rows`` alone.
+    """
 
     latents: Tensor
     context: Tensor
     ids: list[str]
+    total: int
+    rows: slice
 
 
 class EncodedImages:
@@ -79,8 +84,12 @@ class EncodedImages:
         seed: int | None = None,
         epochs: int | None = 1,
         position: Position | None = None,
+        share: Callable[[int], slice] = slice,
     ) -> Iterator[EncodedBatch]:
-        """As `ImageData.batches`, in the same order."""
+        """As `ImageData.batches`, in the same order.
+
+        ``share`` says which rows of a batch of so many images to read; all by default.
+        """
         for chosen in self._data.index_batches(
             indices,
             batch_size,
@@ -89,10 +98,15 @@ class EncodedImages:
             epochs=epochs,
             position=position,
         ):
+            rows = share(len(chosen))
+            mine = chosen[rows]
+            read = mine or chosen[:1]  # nothing of this batch is ours: shapes without rows
             yield EncodedBatch(
-                torch.stack([self.latents[index] for index in chosen]),
-                torch.stack([self.embeddings[self._prompt[index]] for index in chosen]),
-                [self._data.records[index].id for index in chosen],
+                torch.stack([self.latents[index] for index in read])[: len(mine)],
+                torch.stack([self.embeddings[self._prompt[index]] for index in read])[: len(mine)],
+                [self._data.records[index].id for index in mine],
+                len(chosen),
+                rows,
             )
 
     def _decoded(self, index: int) -> Item | str:

@@ -50,6 +50,7 @@ from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, GateLearner, aligned_scores
 from training.loop import Learning, run
 from training.models import DTYPES, DiffusionModel, load_model
+from training.processes import Processes
 from training.report import History, curves_png, scores_png
 from training.samples import Samples
 from training.stopping import Stopped
@@ -74,16 +75,22 @@ class FitResult:
     heldout_deviation: float | None
 
 
-def fit(config: FitConfig) -> FitResult:
-    """Run a whole fit; raises UserError for everything a user can put right."""
+def fit(config: FitConfig) -> FitResult | None:
+    """Run a whole fit; raises UserError for everything a user can put right.
+
+    Of several processes the first one writes and returns the result, the others None.
+    """
     output = _checked_output(config.output)
+    processes = Processes.launched(cpu=config.device == "cpu")
+    if not processes.first:
+        logging.getLogger("training").setLevel(logging.ERROR)
     if config.run.tensorboard:
         summary_writer()  # a missing package shows before anything is computed
     checkpoints = Checkpoints.beside(output, config.run.keep_checkpoints)
     resumed = checkpoints.load() if config.run.resume else checkpoints.refuse_overwriting()
     data = open_dataset(config.data)  # first, and cheap: a wrong path shows before a model loads
     train, held_out = data.split(config.validation_fraction, config.seed)
-    device = _device(config.device)
+    device = processes.device or _device(config.device)
     model = load_model(config.model, dtype=DTYPES[config.precision], device=device)
     model.vae.float()  # half precision would cost quality in the one pass they make
     model.text_encoder.float()
@@ -96,26 +103,28 @@ def fit(config: FitConfig) -> FitResult:
     budget = Budget(config.budget, sites, config.padding, Latent(side, side))
     learner = GateLearner(sites, config.seed, budget, config.floor).to(device)
     _check_target(config, learner)
-    identity = _identity(config, data, train, model.unet)
+    batch_size = config.batch_size * processes.world
+    identity = _identity(config, batch_size, data, train, model.unet)
     if resumed is not None:
         check_identity(resumed, identity)
     log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
-    images = _encoded(config, data, model)
-    samples = _samples(config, data, held_out or train, model)
+    images = _encoded(config, data, model, processes)
+    samples = _samples(config, data, held_out or train, model) if processes.first else None
     if images is not data:
         model = model.without_encoders()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     denoising = Denoising(model, config.seed)
     position = Position()
+    shared = {} if processes.world == 1 else {"share": processes.share}
     stream = images.batches(
-        train, config.batch_size, seed=config.seed, epochs=None, position=position
+        train, batch_size, seed=config.seed, epochs=None, position=position, **shared
     )
-    steps = _optimizer_steps(config, len(train))
-    learning = Learning(config, denoising, learner, stream, position, steps)
+    steps = _optimizer_steps(config, len(train), batch_size)
+    learning = Learning(config, denoising, learner, stream, position, steps, processes)
 
     if resumed is None:
-        learning.calibration = calibrate(config, denoising, sites, stream)
+        learning.calibration = calibrate(config, denoising, sites, stream, processes)
     else:
         learning.load_state_dict(resumed.state["learning"])
         data.broken |= resumed.state["broken"]
@@ -128,6 +137,8 @@ def fit(config: FitConfig) -> FitResult:
     )
 
     def save() -> None:
+        if not processes.first:
+            return
         state = {"learning": learning.state_dict(), "broken": data.broken}
         try:
             checkpoints.save(learning.step, identity, state)
@@ -137,6 +148,8 @@ def fit(config: FitConfig) -> FitResult:
     try:
         with _watched(config, output, learning, samples) as look:
             run(learning, config.run.checkpoint_every, save, look)
+        if not processes.first:
+            return None
         result = _finish(
             config, learning, denoising, data, images, held_out, budget, topology, output, samples
         )
@@ -198,19 +211,27 @@ def _finish(
 
 
 def _encoded(
-    config: FitConfig, data: ImageData, model: DiffusionModel
+    config: FitConfig, data: ImageData, model: DiffusionModel, processes: Processes
 ) -> ImageData | EncodedImages:
     """The images out of the cache, which is built first; the images themselves where there is none.
 
-    Raises UserError when a cache that was asked for can't be written.
+    Raises UserError when a cache that is needed, or was asked for, can't be written.
     """
     if config.run.no_cache:
+        if processes.world > 1:
+            raise UserError(
+                f"--no-cache was given to {processes.world} processes.",
+                "a cache: it tells each process which images can be read, without reading them",
+                "leave out --no-cache",
+            )
         return data
     images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
     try:
-        images.build(model)
+        images.build(model, processes.rank, processes.world)
+        processes.wait()
+        images.build(model)  # opens what the others made (and makes it, on another machine's disk)
     except UserError as error:
-        if config.run.cache is not None:
+        if config.run.cache is not None or processes.world > 1:
             raise
         log.warning("%s\n  Going on without a cache.", error)
         return data
@@ -234,6 +255,9 @@ def _watched(
     config: FitConfig, output: Path, learning: Learning, samples: Samples | None
 ) -> Iterator[Callable[[Learning], None]]:
     """Everything that looks at the run while it goes, as one function to call after each step."""
+    if not learning.processes.first:
+        yield lambda learning: None
+        return
     watchers: list[Watcher] = [CsvHistory(output.with_suffix(".history.csv"), learning)]
     if config.run.tensorboard:
         watchers.append(TensorBoard(output.with_suffix(".tensorboard"), learning))
@@ -253,10 +277,14 @@ def _watched(
 
 
 def _identity(
-    config: FitConfig, data: ImageData, train: Sequence[int], unet: torch.nn.Module
+    config: FitConfig,
+    batch_size: int,
+    data: ImageData,
+    train: Sequence[int],
+    unet: torch.nn.Module,
 ) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped."""
-    settings = config.to_json()
+    settings = {**config.to_json(), "batch_size": batch_size}
     for name in MAY_CHANGE:
         del settings[name]
     return {
@@ -382,10 +410,10 @@ def _check_target(config: FitConfig, learner: GateLearner) -> None:
         )
 
 
-def _optimizer_steps(config: FitConfig, images: int) -> int:
+def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
     if config.epochs is None:
         return config.max_steps
-    per_epoch = images / (config.batch_size * config.gradient_accumulation)
+    per_epoch = images / (batch_size * config.gradient_accumulation)
     return max(1, min(config.max_steps, round(config.epochs * per_epoch)))
 
 
@@ -441,7 +469,8 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         typed = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         command = shlex.join(["python", "-m", "training.fit", *typed, "--resume"])
-        print(f"{stopped} Go on with:\n  {command}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"{stopped} Go on with:\n  {command}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("interrupted: no gate file was written", file=sys.stderr)

@@ -32,6 +32,7 @@ from training.learning import (
     new_optimizer,
     noise_scale,
 )
+from training.processes import Processes
 from training.randomness import random_state, set_random_state
 from training.report import History
 from training.stopping import Stopped, StopRequest
@@ -53,8 +54,10 @@ class Learning:
         stream: Iterator[Batch | EncodedBatch],
         position: Position,
         steps: int,
+        processes: Processes,
     ) -> None:
         self.step = 0
+        self.processes = processes
         self.steps = steps
         self.learner = learner
         self.history = History(target=config.target_sparsity)
@@ -89,7 +92,8 @@ class Learning:
         except for the images and noise drawn.
         """
         scaler = self._scaler
-        reconstruction = sum(self._reconstruct() for _ in range(self._config.gradient_accumulation))
+        part = sum(self._reconstruct() for _ in range(self._config.gradient_accumulation))
+        reconstruction = self.processes.sum_gradients_(self.learner, part)
         if not math.isfinite(reconstruction):
             raise UserError(
                 f"The reconstruction loss became {reconstruction} at step {self.step}.",
@@ -127,10 +131,12 @@ class Learning:
         problem = self._denoising.problem(next(self._stream))
         masks = self.learner.masks(noise_scale(self.step, self.steps))
         gates = {site: SoftGate(mask, constants[site]) for site, mask in masks.items()}
+        if not len(problem):  # the last batch of an epoch may be smaller than there are processes
+            return 0.0
         with self._denoising.compared(problem, gates, config.padding) as (dense, output):
             target = problem.noise if config.reconstruction == "noise" else dense
             mse = deviation(output, target) / self.calibration.effect
-            mse = mse / config.gradient_accumulation
+            mse = mse * problem.share / config.gradient_accumulation
             self._scaler.scale(mse).backward()
         return mse.item()
 
@@ -185,6 +191,7 @@ def run(
         desc="learning gates",
         unit="step",
         dynamic_ncols=True,
+        disable=not learning.processes.first,
     )
     with bar, StopRequest() as stop:
         while learning.step < learning.steps:
@@ -199,7 +206,8 @@ def run(
             bar.update()
             look(learning)
             last = learning.step == learning.steps
-            if stop.asked or (every and (last or learning.step % every == 0)):
+            asked = learning.processes.any(stop.asked)
+            if asked or (every and (last or learning.step % every == 0)):
                 save()
-            if stop.asked:
+            if asked:
                 raise Stopped(f"Stopped after step {learning.step} of {learning.steps}.")
