@@ -3,6 +3,7 @@
     python -m training.fit --demo
     python -m training.fit --model v1-5-pruned-emaonly.safetensors --data ffhq/ \\
         --output gates.safetensors --target-sparsity 0.3
+    accelerate launch --multi_gpu -m training.fit ...
 
 U-Net, VAE and text encoder are frozen; one score per channel is learned from two competing losses,
 the MSE against the dense model's output and the L1 of the scores (see `training.learning`).
@@ -81,7 +82,7 @@ def fit(config: FitConfig) -> FitResult | None:
     Of several processes the first one writes and returns the result, the others None.
     """
     output = _checked_output(config.output)
-    processes = Processes.launched(cpu=config.device == "cpu")
+    processes = Processes.launched(cpu=config.device == "cpu" or not torch.cuda.is_available())
     if not processes.first:
         logging.getLogger("training").setLevel(logging.ERROR)
     if config.run.tensorboard:

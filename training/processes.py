@@ -14,6 +14,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+#: where torchrun, Open MPI, MPICH and Intel MPI, and MVAPICH say how many processes there are
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 class Processes:
     """The processes of this run: which one this is, and what they do together."""
@@ -23,8 +26,9 @@ class Processes:
 
     @classmethod
     def launched(cls, cpu: bool) -> Processes:
-        """The processes that `accelerate launch` (or torchrun) started; else just this one."""
-        return _Several(cpu) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else cls()
+        """The processes that `accelerate launch`, torchrun or mpirun started, or just this one."""
+        several = any(int(os.environ.get(name, "1")) > 1 for name in SIZES)
+        return _Several(cpu) if several else cls()
 
     @property
     def first(self) -> bool:

@@ -67,13 +67,12 @@ def free_port() -> int:
 def launched(processes: int, arguments: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` of a fit on so many CPU processes, as the README says."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
         str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", str(free_port()), "-m", "training.fit", *arguments,
     ]  # fmt: skip
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LDCP_CACHE": str(cache),
-        "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
