@@ -2,6 +2,7 @@
 
     python -m training.benchmark --quick
     python -m training.benchmark --device cuda --precision fp16 --output benchmark
+    python -m training.benchmark training
     python -m training.benchmark --gates gates.safetensors --model v1-5-pruned-emaonly.safetensors
 
 Without --model the U-Net has SD1.5's size and random weights, which take as long as trained ones.
@@ -351,6 +352,11 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    typed = sys.argv[1:] if argv is None else argv
+    if typed[:1] == ["training"]:
+        from training.benchmarking import training
+
+        return training.main(typed[1:])
     config = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ldcp_core import DEFAULT_FLOOR, DEFAULT_SCOPE, PADDINGS, Padding
@@ -18,6 +18,33 @@ PRESETS: dict[str, dict[str, float]] = {
     "quality": {"target_sparsity": 0.1, "sparsity_weight": 0.003},
     "balanced": {"target_sparsity": 0.3, "sparsity_weight": 0.01},
 }
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        option = "--" + name.replace("_", "-")
+        raise UserError(f"{option} is {value!r}.", expected, f"change {option}")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is kept and watched. Nothing here changes what is learned."""
+
+    resume: bool = False  # go on from the last checkpoint
+    checkpoint_every: int = 50  # optimizer steps; 0: only when stopped
+    keep_checkpoints: int = 2
+    cache: str | None = None  # folder of latents and prompt embeddings; None: see `default_cache`
+    no_cache: bool = False  # keep them in memory
+    sample_every: int = 0  # steps between sample images; 0: none
+    tensorboard: bool = False
+    gradient_checkpointing: bool = False  # less memory, more time: blocks are evaluated again
+
+    def __post_init__(self) -> None:
+        every = self.checkpoint_every
+        _require(every >= 0, "checkpoint_every", every, "0 or more")
+        keep = self.keep_checkpoints
+        _require(keep >= 1, "keep_checkpoints", keep, "1 or more")
+        _require(self.sample_every >= 0, "sample_every", self.sample_every, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,7 @@ class FitConfig:
     validation_samples: int = 64  # held-out images × timesteps of one validation pass
     calibration_batches: int = 16
     seed: int = 0
+    run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         budgets = get_args(BudgetKind)
@@ -70,9 +98,10 @@ class FitConfig:
             self._require(getattr(self, name) >= 1, name, "1 or more")
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} is {getattr(self, name)!r}.", expected, f"change {option}")
+        _require(holds, name, getattr(self, name), expected)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything that decides what is learned."""
+        settings = asdict(self)
+        del settings["run"]
+        return settings

@@ -219,25 +219,27 @@ def own_effect(
     sites: Sequence[Site],
     constants: Importances,
     padding: Padding,
-    seed: int,
+    sum_: Callable[[Sequence[Tensor]], None] = lambda tensors: None,
 ) -> Importances:
     """E‖∂ε_θ/∂m‖²: what replacing a channel alone does to the output, to first order.
 
-    The diagonal of the Gauss-Newton matrix of the reconstruction loss, estimated with one random
-    projection of the output per batch (Hutchinson 1990): E_v (∂(v·ε_θ)/∂m)² = ‖∂ε_θ/∂m‖².
+    The diagonal of the Gauss-Newton matrix of the reconstruction loss, a sum over the outputs of a
+    batch, estimated with one random projection v of the output per batch (Hutchinson 1990):
+    E_v (∂(v·ε_θ)/∂m)² = ‖∂ε_θ/∂m‖². For v each image's own noise serves, turned upside down so
+    that it has nothing to do with what the model sees in a place. ``sum_`` adds tensors up in place
+    over the processes that share the batches.
     """
-    generator = torch.Generator().manual_seed(seed)
     total: Importances = {site.name: torch.zeros(site.channels) for site in sites}
     for problem in problems:
-        probe = torch.randn(problem.noisy.shape, generator=generator).to(problem.noisy)
-        found = gate_gradients(
-            denoising,
-            problem,
-            sites,
-            constants,
-            padding,
-            lambda output, probe=probe: (output * probe).float().sum(),
-        )
+        found: Importances = {site.name: torch.zeros(site.channels) for site in sites}
+        if len(problem):
+            probe = problem.noise.flip(2, 3)
+
+            def projection(output: Tensor, probe: Tensor = probe) -> Tensor:
+                return (output * probe).float().sum()
+
+            found = gate_gradients(denoising, problem, sites, constants, padding, projection)
+        sum_(list(found.values()))
         total = {name: total[name] + found[name].square() for name in total}
     return {name: values / len(problems) for name, values in total.items()}
 

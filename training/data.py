@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +43,14 @@ class Batch:
     pixels: Tensor
     captions: list[str]
     ids: list[str]
+
+
+@dataclass
+class Position:
+    """How far a stream of batches has come: the epoch, and how much of its order lies behind."""
+
+    epoch: int = 0
+    offset: int = 0
 
 
 @dataclass
@@ -97,6 +104,22 @@ class ImageData:
         self.broken[id] = reason
         return BrokenImage(f"{id}: {reason}")
 
+    def note_broken(self, broken: Mapping[int, str]) -> None:
+        """Take over what is known to be broken, index -> reason, without reading it."""
+        for index, reason in broken.items():
+            id = self.records[index].id
+            if not self.broken:
+                log.warning("Skipping the broken image %s: %s", id, reason)
+            self.broken[id] = reason
+
+    def captions(self) -> dict[int, str]:
+        """Index -> caption of every image."""
+        return {index: record.caption() for index, record in enumerate(self.records)}
+
+    def stamps(self) -> list[str]:
+        """What tells each image's content apart (see `Record`)."""
+        return [record.stamp() for record in self.records]
+
     def broken_report(self) -> str:
         """Return how many images were skipped and which, or "" when none were."""
         if not self.broken:
@@ -138,6 +161,7 @@ class ImageData:
         *,
         seed: int | None = None,
         epochs: int | None = 1,
+        position: Position | None = None,
     ) -> Iterator[Batch]:
         """Yield batches of readable images; the last one of an epoch may be smaller.
 
@@ -146,26 +170,71 @@ class ImageData:
             batch_size: images per batch, at least one.
             seed: shuffle, differently in each epoch; None keeps the order of `indices`.
             epochs: how many times over; None goes on for ever.
+            position: where to begin; moved along, so that it always says where to go on after the
+                batch that was yielded last.
 
         Broken images are skipped. The order of the others does not depend on them.
 
         Raises:
             UserError: not one of the images can be read.
         """
+        held: dict[int, Item] = {}
+
+        def readable(index: int) -> bool:
+            try:
+                held[index] = self[index]
+            except BrokenImage:
+                return False
+            return True
+
+        for chosen in self.index_batches(
+            indices, batch_size, readable, seed=seed, epochs=epochs, position=position
+        ):
+            items = [held.pop(index) for index in chosen]
+            yield Batch(
+                torch.stack([item.pixels for item in items]),
+                [item.caption for item in items],
+                [item.id for item in items],
+            )
+
+    def index_batches(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        readable: Callable[[int], bool],
+        *,
+        seed: int | None = None,
+        epochs: int | None = 1,
+        position: Position | None = None,
+    ) -> Iterator[list[int]]:
+        """Yield the indices that make up the batches of `batches`, without reading an image.
+
+        Args:
+            readable: says whether an image can be had (and has noted in `broken` why not).
+            position: as in `batches`, like the other arguments.
+
+        Raises:
+            UserError: not one of the images can be read.
+        """
+        position = position or Position()
         if not len(indices):
             return
-        for epoch in itertools.count() if epochs is None else range(epochs):
-            order = indices if seed is None else self._shuffled(indices, f"epoch {epoch} {seed}")
-            readable = self._readable(order)
-            empty = True
-            while items := list(itertools.islice(readable, batch_size)):
-                empty = False
-                yield Batch(
-                    torch.stack([item.pixels for item in items]),
-                    [item.caption for item in items],
-                    [item.id for item in items],
-                )
-            if empty:
+        while epochs is None or position.epoch < epochs:
+            order = (
+                indices
+                if seed is None
+                else self._shuffled(indices, f"epoch {position.epoch} {seed}")
+            )
+            found = position.offset > 0  # something was, before this iterator began
+            batch: list[int] = []
+            for offset in range(position.offset, len(order)):
+                if readable(order[offset]):
+                    batch.append(order[offset])
+                if batch and (len(batch) == batch_size or offset + 1 == len(order)):
+                    found, position.offset = True, offset + 1
+                    yield batch
+                    batch = []
+            if not found:
                 id = self.records[order[0]].id
                 raise UserError(
                     f"None of the {len(indices)} image(s) chosen from {self.source} can be read, "
@@ -173,13 +242,12 @@ class ImageData:
                     "intact images",
                     "look at that file; download the data again if all are like it",
                 )
+            position.epoch, position.offset = position.epoch + 1, 0
 
-    def _readable(self, order: Iterable[int]) -> Iterator[Item]:
-        for index in order:
-            try:
-                yield self[index]
-            except BrokenImage:
-                continue
+    def digest(self, indices: Iterable[int]) -> str:
+        """A short hash of which images these are, by id."""
+        ids = "\n".join(self.records[index].id for index in indices)
+        return hashlib.sha256(ids.encode()).hexdigest()[:32]
 
     def _shuffled(self, indices: Iterable[int], salt: str) -> list[int]:
         """Order by a hash of the id: the same everywhere, and untouched by other images."""

@@ -1,52 +1,70 @@
 """Images become denoising problems: latents, prompts, noise, timesteps, and the U-Net's answer.
 
-Latents and prompt embeddings are computed once per image and kept in memory: every epoch after the
-first costs neither VAE nor text encoder.
+Latents and prompt embeddings come from a cache on disk (`EncodedImages`), or are computed once per
+image and kept in memory: every epoch after the first costs neither VAE nor text encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldcp_core import SoftGate
+from ldcp_core import SoftGate, blocks_of
 from ldcp_core.gates import Padding
 from training.data import Batch, ImageData
+from training.encoding import EncodedBatch, EncodedImages
 from training.gating import masked
 from training.models import DiffusionModel, embed_prompts, encode_images
+from training.thrift import frozen_convolutions, recording, replaying, stages_before
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch: ``noisy`` and ``noise`` [B, 4, h, w], ``timesteps`` [B], ``context`` [B, T, D]."""
+    """One batch: ``noisy`` and ``noise`` [B, 4, h, w], ``timesteps`` [B], ``context`` [B, T, D].
+
+    ``share`` is this process's part of the whole batch, 1 where there is only one.
+    """
 
     noisy: Tensor
     timesteps: Tensor
     context: Tensor
     noise: Tensor
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return self.noisy.shape[0]
 
 
 class Encoder:
-    """Latents and prompt embeddings of images, each computed once."""
+    """Latents and prompt embeddings of images, each computed once.
+
+    One by one: the bits of a convolution depend on how many images it gets at once, and an image's
+    latent must not depend on what it first came together with (after a resume, that differs).
+    """
 
     def __init__(self, model: DiffusionModel) -> None:
         self._model = model
         self._latents: dict[str, Tensor] = {}
         self._contexts: dict[str, Tensor] = {}
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch | EncodedBatch) -> tuple[Tensor, Tensor]:
         """Latents [B, 4, h, w] and context [B, T, D], in the U-Net's precision and place."""
-        new = [i for i, id in enumerate(batch.ids) if id not in self._latents]
-        if new:
-            encoded = encode_images(self._model, batch.pixels[new]).cpu()
-            self._latents |= {batch.ids[i]: latent for i, latent in zip(new, encoded, strict=True)}
+        unet = self._model.unet
+        if isinstance(batch, EncodedBatch):
+            return (
+                batch.latents.to(unet.device, unet.dtype),
+                batch.context.to(unet.device, unet.dtype),
+            )
+        for pixels, id in zip(batch.pixels, batch.ids, strict=True):
+            if id not in self._latents:
+                self._latents[id] = encode_images(self._model, pixels[None])[0].cpu()
         for caption in dict.fromkeys(batch.captions):
             if caption not in self._contexts:
                 self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()
-        unet = self._model.unet
         latents = torch.stack([self._latents[id] for id in batch.ids])
         context = torch.stack([self._contexts[caption] for caption in batch.captions])
         return latents.to(unet.device, unet.dtype), context.to(unet.device, unet.dtype)
@@ -61,22 +79,28 @@ class Denoising:
         self.generator = torch.Generator().manual_seed(seed)
         self._alphas = model.alphas_cumprod.to(torch.float64)
 
-    def problem(self, batch: Batch, generator: torch.Generator | None = None) -> Problem:
+    def problem(
+        self, batch: Batch | EncodedBatch, generator: torch.Generator | None = None
+    ) -> Problem:
         """Noise the images of a batch at timesteps spread evenly over the schedule.
 
         Within a batch the timesteps are stratified, one per equal share of the schedule: as
-        uniform as independent draws, with less variance.
+        uniform as independent draws, with less variance. Of a batch that several processes share
+        each draws all, and uses what belongs to its own images.
         """
         generator = generator or self.generator
         latents, context = self.encoder(batch)
-        count, steps = latents.shape[0], self._alphas.numel()
+        encoded = isinstance(batch, EncodedBatch)
+        count, rows = (batch.total, batch.rows) if encoded else (len(latents), slice(None))
+        steps = self._alphas.numel()
         strata = torch.randperm(count, generator=generator)
         share = (strata + torch.rand(count, generator=generator)) / count
-        timesteps = (share * steps).long().clamp(max=steps - 1)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = (share * steps).long().clamp(max=steps - 1)[rows]
+        noise = torch.randn((count, *latents.shape[1:]), generator=generator)[rows].to(latents)
         alphas = self._alphas[timesteps][:, None, None, None]
         noisy = alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
-        return Problem(noisy, timesteps.to(latents.device), context, noise)
+        part = len(latents) / count
+        return Problem(noisy, timesteps.to(latents.device), context, noise, part)
 
     def dense(self, problem: Problem) -> Tensor:
         """The unpruned U-Net's prediction of the noise, without gradient."""
@@ -87,6 +111,21 @@ class Denoising:
         """The prediction under gates, differentiable in their masks."""
         with masked(self.model.unet, gates, padding):
             return self._predict(problem)
+
+    @contextmanager
+    def compared(
+        self, problem: Problem, gates: Mapping[str, SoftGate], padding: Padding
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The predictions without and with gates; what comes before the first gate is shared.
+
+        The second is differentiable in the masks. Run its backward within the context: under
+        gradient checkpointing blocks are evaluated again, with their gates.
+        """
+        unet = self.model.unet
+        with torch.no_grad(), recording(unet, stages_before(unet, blocks_of(gates))) as shared:
+            dense = self._predict(problem)
+        with frozen_convolutions(unet), replaying(unet, shared), masked(unet, gates, padding):
+            yield dense, self._predict(problem)
 
     def _predict(self, problem: Problem) -> Tensor:
         result: Tensor = self.model.unet(
@@ -101,7 +140,7 @@ class HeldOut:
     def __init__(
         self,
         denoising: Denoising,
-        data: ImageData,
+        data: ImageData | EncodedImages,
         indices: Sequence[int],
         samples: int,
         batch_size: int,
@@ -148,8 +187,8 @@ class HeldOut:
 
 
 def _at_least(
-    data: ImageData, indices: Sequence[int], batch_size: int, samples: int
-) -> Iterator[Batch]:
+    data: ImageData | EncodedImages, indices: Sequence[int], batch_size: int, samples: int
+) -> Iterator[Batch | EncodedBatch]:
     """Batches in a fixed order, going round until ``samples`` images have come."""
     seen = 0
     for batch in data.batches(indices, batch_size, epochs=None):

@@ -3,6 +3,7 @@
     python -m training.fit --demo
     python -m training.fit --model v1-5-pruned-emaonly.safetensors --data ffhq/ \\
         --output gates.safetensors --target-sparsity 0.3
+    accelerate launch --multi_gpu -m training.fit ...
 
 U-Net, VAE and text encoder are frozen; one score per channel is learned from two competing losses,
 the MSE against the dense model's output and the L1 of the scores (see `training.learning`).
@@ -10,72 +11,61 @@ the MSE against the dense model's output and the L1 of the scores (see `training
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import os
+import shlex
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from ldcp_core import (
-    PADDINGS,
-    SCOPES,
     Gates,
     Latent,
     Site,
-    SoftGate,
     Topology,
     fingerprint,
     gates_report,
     least_kept,
     save_gates,
+    write_atomically,
 )
-from training.budget import Budget, BudgetKind
-from training.config import PRESETS, Constant, FitConfig, Precision, Reconstruction
-from training.criteria import own_effect
-from training.data import Batch, ImageData, open_dataset
+from training.arguments import DEMO_SETTINGS, parse_arguments
+from training.budget import Budget
+from training.cache import default_cache
+from training.calibration import calibrate
+from training.checkpoint import Checkpoints, check_identity
+from training.config import FitConfig
+from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising, HeldOut
+from training.encoding import EncodedImages
 from training.errors import UserError
-from training.gating import ChannelMeans, deviation, hard_gates, topology_of
-from training.learning import (
-    SEED_WEIGHT,
-    TARGET_TOLERANCE,
-    TRAVEL,
-    Alignment,
-    GateLearner,
-    Landing,
-    SparsityController,
-    aligned_scores,
-    default_learning_rate,
-    learning_rate_factor,
-    new_optimizer,
-    noise_scale,
-    price_of,
-)
-from training.models import DTYPES, load_model
-from training.report import History, plot_curves, plot_scores
+from training.gating import hard_gates, topology_of
+from training.html_report import html_report
+from training.learning import TARGET_TOLERANCE, Alignment, GateLearner, aligned_scores
+from training.loop import Learning, run
+from training.models import DTYPES, DiffusionModel, load_model
+from training.processes import Processes
+from training.report import History, curves_png, scores_png
+from training.samples import Samples
+from training.stopping import Stopped
+from training.watching import CsvHistory, SampleImages, TensorBoard, Watcher, summary_writer
+
+__all__ = ["DEMO_SETTINGS", "FitResult", "fit", "main", "parse_arguments"]
 
 log = logging.getLogger("training.fit")
 
-DEMO = Path(__file__).parent / "demo"
-#: what --demo stands for; every option can still be given
-DEMO_SETTINGS: dict[str, Any] = {
-    "model": str(DEMO / "pipeline"),
-    "data": str(DEMO / "images"),
-    "output": "gates.safetensors",
-    "batch_size": 4,
-    "gradient_accumulation": 1,
-    "max_steps": 150,
-}
+#: settings that a resumed run may change: paths, checked by content, and how the same is computed
+MAY_CHANGE = ("model", "data", "output", "device")
+#: sample images
+SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -87,12 +77,22 @@ class FitResult:
     heldout_deviation: float | None
 
 
-def fit(config: FitConfig) -> FitResult:
-    """Run a whole fit; raises UserError for everything a user can put right."""
+def fit(config: FitConfig) -> FitResult | None:
+    """Run a whole fit; raises UserError for everything a user can put right.
+
+    Of several processes the first one writes and returns the result, the others None.
+    """
     output = _checked_output(config.output)
+    processes = Processes.launched(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    if not processes.first:
+        logging.getLogger("training").setLevel(logging.ERROR)
+    if config.run.tensorboard:
+        summary_writer()  # a missing package shows before anything is computed
+    checkpoints = Checkpoints.beside(output, config.run.keep_checkpoints)
+    resumed = checkpoints.load() if config.run.resume else checkpoints.refuse_overwriting()
     data = open_dataset(config.data)  # first, and cheap: a wrong path shows before a model loads
     train, held_out = data.split(config.validation_fraction, config.seed)
-    device = _device(config.device)
+    device = processes.device or _device(config.device)
     model = load_model(config.model, dtype=DTYPES[config.precision], device=device)
     model.vae.float()  # half precision would cost quality in the one pass they make
     model.text_encoder.float()
@@ -103,144 +103,205 @@ def fit(config: FitConfig) -> FitResult:
     sites = _sites(topology, config.scope)
     side = data.resolution // model.vae_scale_factor
     budget = Budget(config.budget, sites, config.padding, Latent(side, side))
+    learner = GateLearner(sites, config.seed, budget, config.floor).to(device)
     _check_target(config, budget, sites)
-    denoising = Denoising(model, config.seed)
-    stream = data.batches(train, config.batch_size, seed=config.seed, epochs=None)
-
+    batch_size = config.batch_size * processes.world
+    identity = _identity(config, batch_size, data, train, model.unet)
+    if resumed is not None:
+        check_identity(resumed, identity)
     log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
-    constants, effect, effects = _calibrate(config, denoising, sites, stream)
+    images = _encoded(config, data, model, processes)
+    samples = _samples(config, data, held_out or train, model) if processes.first else None
+    if images is not data:
+        model = model.without_encoders()
+    if config.run.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    denoising = Denoising(model, config.seed)
+    position = Position()
+    shared = {} if processes.world == 1 else {"share": processes.share}
+    stream = images.batches(
+        train, batch_size, seed=config.seed, epochs=None, position=position, **shared
+    )
+    steps = _optimizer_steps(config, len(train), batch_size)
+    learning = Learning(config, denoising, learner, stream, position, steps, processes)
+
+    if resumed is None:
+        learning.begin(calibrate(config, denoising, sites, stream, processes))
+    else:
+        learning.load_state_dict(resumed.state["learning"])
+        data.broken |= resumed.state["broken"]
+        log.info("going on after step %d of %d (%s)", learning.step, steps, resumed.path)
     log.info(
         "%d channels at %d sites; pruning all of them moves the output by %.3g (MSE)",
         sum(site.channels for site in sites),
         len(sites),
-        effect,
+        learning.calibration.effect,
     )
-    learner = GateLearner(sites, config.seed, budget, config.floor, effects).to(device)
-    unit = price_of(effects, budget) / SEED_WEIGHT
-    history = _learn(config, denoising, learner, constants, unit, stream, len(train))
 
+    def save() -> None:
+        if not processes.first:
+            return
+        state = {"learning": learning.state_dict(), "broken": data.broken}
+        try:
+            checkpoints.save(learning.step, identity, state)
+        except OSError as error:
+            log.warning("The checkpoint of step %d can't be written: %s.", learning.step, error)
+
+    try:
+        with _watched(config, output, learning, samples) as look:
+            run(learning, config.run.checkpoint_every, save, look)
+        if not processes.first:
+            return None
+        result = _finish(
+            config, learning, denoising, data, images, held_out, budget, topology, output, samples
+        )
+    except BaseException:
+        log.warning("%s", checkpoints.advice())
+        raise
+    checkpoints.clear()
+    return result
+
+
+def _finish(
+    config: FitConfig,
+    learning: Learning,
+    denoising: Denoising,
+    data: ImageData,
+    images: ImageData | EncodedImages,
+    held_out: list[int],
+    budget: Budget,
+    topology: Topology,
+    output: Path,
+    samples: Samples | None,
+) -> FitResult:
+    """From logits to a gate file and all that lies beside it."""
+    learning.finish()
+    history, learner = learning.history, learning.learner
     alignment = aligned_scores(learner.scores(), config.target_sparsity, budget, learner.least)
     gates = Gates(
         alignment.scores,
-        constants if config.constant == "mean" else {},
+        learning.calibration.constants if config.constant == "mean" else {},
         config.padding,
         topology,
-        _info(config, data, history, model.unet, sites, budget, alignment.scores),
     )
+    gates = replace(gates, info=_info(config, data, history, denoising.model.unet, budget, gates))
     heldout = None
     if held_out:
-        heldout = _validate(config, denoising, data, held_out, gates)
+        heldout = _validate(config, denoising, images, held_out, gates)
         history.heldout_deviation = heldout
     gates = replace(gates, info={**gates.info, "history": history.to_json()})
-    save_gates(gates, output)
-    plot_curves(history, output.with_suffix(".curves.png"))
-    plot_scores(gates, output.with_suffix(".scores.png"))
+    picture = None
+    if samples is not None:
+        constants = {site: gates.constant(site) for site in gates.scores}
+        picture = samples.picture(gates.keep_sets(), constants)
+    curves, scores = curves_png(history), scores_png(gates)
+    notes = [] if heldout is None else [f"held-out deviation from dense (MSE): {heldout:.3g}"]
+    page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
+    try:
+        save_gates(gates, output)
+        write_atomically(output.with_suffix(".curves.png"), curves)
+        write_atomically(output.with_suffix(".scores.png"), scores)
+        write_atomically(output.with_suffix(".html"), page.encode())
+    except OSError as error:
+        raise UserError(
+            f"The results can't be written beside {output}: {error}.",
+            "a disk with room",
+            "make room, and go on with --resume",
+        ) from error
     _say_result(config, gates, history, alignment, budget, output, data)
     return FitResult(gates, history, heldout)
 
 
-def _learn(
-    config: FitConfig,
-    denoising: Denoising,
-    learner: GateLearner,
-    constants: dict[str, Tensor],
-    unit: float,
-    stream: Iterator[Batch],
-    images: int,
-) -> History:
-    """The loop: two losses, one optimizer, one controller."""
-    steps = _optimizer_steps(config, images)
-    rate = config.learning_rate or default_learning_rate(steps)
-    optimizer = new_optimizer(learner, rate, config.sparsity_weight)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, steps)
-    )
-    scaler = torch.amp.GradScaler(
-        denoising.model.unet.device.type, enabled=config.precision == "fp16"
-    )
-    controller = SparsityController(config.sparsity_weight, config.target_sparsity, steps)
-    landing = Landing(learner, config.target_sparsity, steps)
-    history = History(target=config.target_sparsity)
-    start = learner.keep_sets()
+def _encoded(
+    config: FitConfig, data: ImageData, model: DiffusionModel, processes: Processes
+) -> ImageData | EncodedImages:
+    """The images out of the cache, which is built first; the images themselves where there is none.
 
-    bar = tqdm(range(steps), desc="learning gates", unit="step", dynamic_ncols=True)
-    for step in bar:
-        reconstruction = 0.0
-        for _ in range(config.gradient_accumulation):
-            problem = denoising.problem(next(stream))
-            target = problem.noise if config.reconstruction == "noise" else denoising.dense(problem)
-            masks = learner.masks(noise_scale(step, steps))
-            gates = {site: SoftGate(mask, constants[site]) for site, mask in masks.items()}
-            mse = deviation(denoising.gated(problem, gates, config.padding), target) / unit
-            scaler.scale(mse / config.gradient_accumulation).backward()
-            reconstruction += mse.item() / config.gradient_accumulation
-        if not math.isfinite(reconstruction):
-            raise UserError(
-                f"The reconstruction loss became {reconstruction} at step {step}.",
-                "a finite loss",
-                "use --precision fp32 or bf16, or look for damaged model weights",
-            )
-        penalty = learner.penalty()
-        scaler.scale(controller.weight * penalty).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        learner.clamp_()
-
-        sparsity = learner.sparsity()
-        history.add(reconstruction, penalty.item(), controller.weight, sparsity)
-        controller.update(step, sparsity)
-        landing.watch(step, sparsity)
-        bar.set_postfix(
-            mse=f"{reconstruction:.2e}",
-            l1=f"{penalty.item():.3f}",
-            λ=f"{controller.weight:.1e}",
-            sparsity=f"{sparsity:.1%}",
-        )
-    landing.settle_()
-    end = learner.keep_sets()
-    history.changed = sum(int((start[site] != end[site]).sum()) for site in start)
-    return history
-
-
-def _calibrate(
-    config: FitConfig, denoising: Denoising, sites: list[Site], stream: Iterator[Batch]
-) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
-    """What stands in for pruned channels, the effect of closing all gates, and of closing each.
-
-    The first is the channels' mean over the data, or zero; the second the deviation from dense with
-    every gate closed; the third, as a mean squared error too, is where learning starts (see
-    `training.criteria.own_effect`).
+    Raises UserError when a cache that is needed, or was asked for, can't be written.
     """
-    problems = [denoising.problem(next(stream)) for _ in range(config.calibration_batches)]
-    with ChannelMeans(denoising.model.unet, sites) as means:
-        dense = [denoising.dense(problem) for problem in problems]
-    constants = means.constants()
-    if config.constant == "zero":
-        constants = {site: torch.zeros_like(mean) for site, mean in constants.items()}
+    if config.run.no_cache:
+        if processes.world > 1:
+            raise UserError(
+                f"--no-cache was given to {processes.world} processes.",
+                "a cache: it tells each process which images can be read, without reading them",
+                "leave out --no-cache",
+            )
+        return data
+    images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
+    try:
+        images.build(model, processes.rank, processes.world)
+        processes.wait()
+        images.build(model)  # opens what the others made (and makes it, on another machine's disk)
+    except UserError as error:
+        if config.run.cache is not None or processes.world > 1:
+            raise
+        log.warning("%s\n  Going on without a cache.", error)
+        return data
+    return images
 
-    closed = {site.name: torch.zeros(site.channels, dtype=torch.bool) for site in sites}
-    gates = hard_gates(closed, constants)
-    with torch.no_grad():
-        deviations = [
-            deviation(denoising.gated(problem, gates, config.padding), target).item()
-            for problem, target in zip(problems, dense, strict=True)
-        ]
-    effect = math.fsum(deviations) / len(deviations)
-    if not effect > 0 or not math.isfinite(effect):
-        raise UserError(
-            f"Pruning all of scope {config.scope!r} moves the model's output by {effect}.",
-            "a scope that does something",
-            "check that the model's weights are intact",
-        )
-    effects = own_effect(denoising, problems, sites, constants, config.padding, config.seed)
-    size = problems[0].noisy.numel()  # the loss is a mean over the batch's outputs
-    return constants, effect, {site: total / size for site, total in effects.items()}
+
+def _samples(
+    config: FitConfig, data: ImageData, indices: Sequence[int], model: DiffusionModel
+) -> Samples | None:
+    """What draws sample images, from the captions of a few images; None when not asked for."""
+    if not config.run.sample_every:
+        return None
+    captions = dict.fromkeys(data.records[index].caption() for index in indices)
+    prompts = [caption for caption in captions if caption][:SAMPLES] or [""] * SAMPLES
+    assert data.resolution is not None
+    return Samples(model, prompts, data.resolution, config.padding)
+
+
+@contextmanager
+def _watched(
+    config: FitConfig, output: Path, learning: Learning, samples: Samples | None
+) -> Iterator[Callable[[Learning], None]]:
+    """Everything that looks at the run while it goes, as one function to call after each step."""
+    if not learning.processes.first:
+        yield lambda learning: None
+        return
+    watchers: list[Watcher] = [CsvHistory(output.with_suffix(".history.csv"), learning)]
+    if config.run.tensorboard:
+        watchers.append(TensorBoard(output.with_suffix(".tensorboard"), learning))
+    if samples is not None:
+        folder = output.with_suffix(".samples")
+        watchers.append(SampleImages(folder, samples, config.run.sample_every))
+
+    def look(learning: Learning) -> None:
+        for watcher in watchers:
+            watcher.look(learning)
+
+    try:
+        yield look
+    finally:
+        for watcher in watchers:
+            watcher.close()
+
+
+def _identity(
+    config: FitConfig,
+    batch_size: int,
+    data: ImageData,
+    train: Sequence[int],
+    unet: torch.nn.Module,
+) -> dict[str, Any]:
+    """What two runs must share for one to go on where the other stopped."""
+    settings = {**config.to_json(), "batch_size": batch_size}
+    for name in MAY_CHANGE:
+        del settings[name]
+    return {
+        **{"--" + name.replace("_", "-"): value for name, value in settings.items()},
+        "weights of --model": fingerprint(dict(unet.named_parameters())),
+        "images of --data": data.digest(train),
+    }
 
 
 def _validate(
-    config: FitConfig, denoising: Denoising, data: ImageData, indices: list[int], gates: Gates
+    config: FitConfig,
+    denoising: Denoising,
+    data: ImageData | EncodedImages,
+    indices: list[int],
+    gates: Gates,
 ) -> float:
     """Held-out deviation from dense and denoising loss of the gates as they will be written."""
     heldout = HeldOut(
@@ -292,8 +353,8 @@ def _say_result(
         )
     if broken := data.broken_report():
         print(broken)
-    for path in (output, output.with_suffix(".curves.png"), output.with_suffix(".scores.png")):
-        print(f"wrote {path}")
+    for suffix in (".safetensors", ".history.csv", ".curves.png", ".scores.png", ".html"):
+        print(f"wrote {output.with_suffix(suffix)}")
 
 
 def _info(
@@ -301,12 +362,11 @@ def _info(
     data: ImageData,
     history: History,
     unet: torch.nn.Module,
-    sites: list[Site],
     budget: Budget,
-    scores: dict[str, Tensor],
+    gates: Gates,
 ) -> dict[str, Any]:
     """Everything needed to know later what the gate file is."""
-    gates = Gates(scores)
+    sites = [site for site in gates.topology.all_sites() if site.name in gates.scores]
     weights = {site.name: unet.get_parameter(site.weight) for site in sites}
     packages = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
     return {
@@ -352,10 +412,10 @@ def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
         )
 
 
-def _optimizer_steps(config: FitConfig, images: int) -> int:
+def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
     if config.epochs is None:
         return config.max_steps
-    per_epoch = images / (config.batch_size * config.gradient_accumulation)
+    per_epoch = images / (batch_size * config.gradient_accumulation)
     return max(1, min(config.max_steps, round(config.epochs * per_epoch)))
 
 
@@ -399,62 +459,6 @@ def _device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def parse_arguments(argv: list[str] | None = None) -> FitConfig:
-    """Command line to settings: defaults < --demo < --preset < what was typed."""
-    defaults = {f.name: f.default for f in fields(FitConfig) if f.default is not MISSING}
-    parser = argparse.ArgumentParser(
-        prog="python -m training.fit",
-        description="Learn which channels of a Stable Diffusion 1.5 U-Net to keep.",
-        argument_default=argparse.SUPPRESS,
-    )
-    add = parser.add_argument
-    add("--model", help="hub id, diffusers folder, or single-file SD1.5 checkpoint")
-    add("--data", help="folder of images (FFHQ in any layout), or a hub data set")
-    add("--output", help="the gate file to write (.safetensors)")
-    add("--demo", action="store_true", help="use the embedded demo model and drawn faces")
-    add("--preset", choices=PRESETS, help="target sparsity and λ of the original project")
-    add(
-        "--target-sparsity",
-        type=_sparsity,
-        help="share of channels to prune; 'none' leaves λ fixed (default 0.3)",
-    )
-    add("--sparsity-weight", type=float, help="λ of the L1 penalty (default 0.01)")
-    add(
-        "--scope",
-        help=f"which layers: {', '.join(SCOPES)}, or site names separated by commas, in which * "
-        f"stands for anything (default {defaults['scope']})",
-    )
-    add("--budget", choices=get_args(BudgetKind), help="what the target is a share of (channels)")
-    add("--floor", type=float, help=f"share of each layer that stays ({defaults['floor']})")
-    add("--padding", choices=PADDINGS, help="how constants meet the border (default zero)")
-    add("--constant", choices=get_args(Constant), help="stand-in of a pruned channel (mean)")
-    add("--reconstruction", choices=get_args(Reconstruction), help="MSE target (teacher)")
-    add("--resolution", type=int, help="pixels (default: the model's own)")
-    add("--batch-size", type=int, help=f"images per forward ({defaults['batch_size']})")
-    add("--gradient-accumulation", type=int, help="batches per step (4)")
-    add("--learning-rate", type=float, help=f"of the logits ({TRAVEL:g} / steps)")
-    add("--epochs", type=float, help="end after so many passes over the images")
-    add("--max-steps", type=int, help=f"end after so many steps ({defaults['max_steps']})")
-    add("--precision", choices=get_args(Precision), help="of the frozen U-Net (fp32)")
-    add("--device", help="auto, cpu, cuda, mps (auto)")
-    add("--validation-fraction", type=float, help="share of images held out (0.1)")
-    add("--seed", type=int, help="of everything random (0)")
-    given = vars(parser.parse_args(argv))
-
-    settings = dict(DEMO_SETTINGS) if given.pop("demo", False) else {}
-    if preset := given.pop("preset", None):
-        settings |= PRESETS[preset]
-    settings |= given
-    missing = [f"--{name}" for name in ("model", "data", "output") if name not in settings]
-    if missing:
-        parser.error(f"{', '.join(missing)} missing; or try --demo, which needs nothing")
-    return FitConfig(**settings)
-
-
-def _sparsity(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "diffusers", "transformers", "matplotlib"):
@@ -464,6 +468,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        typed = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+        command = shlex.join(["python", "-m", "training.fit", *typed, "--resume"])
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"{stopped} Go on with:\n  {command}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("interrupted: no gate file was written", file=sys.stderr)
         return 130

@@ -226,7 +226,7 @@ class ChannelMeans:
         self._modules = {site.name: unet.get_submodule(site.name) for site in sites}
         self._sums = {site.name: torch.zeros(site.channels, dtype=torch.float64) for site in sites}
         self._axis = {site.name: -1 if site.kind == "hidden" else 1 for site in sites}
-        self._count = dict.fromkeys(self._sums, 0)
+        self._count = {site.name: torch.zeros((), dtype=torch.float64) for site in sites}
 
     def __enter__(self) -> ChannelMeans:
         self._hooks = [
@@ -245,6 +245,10 @@ class ChannelMeans:
             self._count[site] += rows.shape[1]
 
         return add
+
+    def totals(self) -> list[Tensor]:
+        """Sums and counts, for several processes to add up in place."""
+        return [*self._sums.values(), *self._count.values()]
 
     def constants(self) -> dict[str, Tensor]:
         """Site name -> mean per channel, float32 [C]."""

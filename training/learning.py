@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,7 @@ TARGET_TOLERANCE, ALIGNMENT_SLACK = 0.01, 0.0025
 class GateLearner(nn.Module):
     """One `ChannelGate` per site, with the masks of the current step.
 
-    Of every site at least the share ``floor`` is kept. ``effects`` (site name -> [C], of any scale)
-    is how much each channel does alone: the least important ones start nearest to the threshold.
+    Of every site at least the share ``floor`` is kept.
     """
 
     def __init__(
@@ -69,31 +69,37 @@ class GateLearner(nn.Module):
         seed: int,
         budget: Budget | None = None,
         floor: float = 0.0,
-        effects: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.sites = [site.name for site in sites]
         self.budget = budget or Budget("channels", sites)
         self.least = {site.name: least_kept(site.channels, floor) for site in sites}
         self.generator = torch.Generator().manual_seed(seed)
-        self.gates = nn.ModuleList(map(ChannelGate, self._start(sites, effects)))
+        low, high = START_LOGITS
+        self.gates = nn.ModuleList(
+            ChannelGate(low + (high - low) * torch.rand(site.channels, generator=self.generator))
+            for site in sites
+        )
 
-    def _start(self, sites: Sequence[Site], effects: Mapping[str, Tensor] | None) -> list[Tensor]:
-        """The first logits of every site, between `START_LOGITS` or `RANKED_LOGITS`."""
-        widths = [site.channels for site in sites]
-        if effects is None:
-            low, high = START_LOGITS
-            random = torch.rand(sum(widths), generator=self.generator)
-            return list(torch.split(low + (high - low) * random, widths))
+    @torch.no_grad()
+    def start_(self, effects: Mapping[str, Tensor]) -> None:
+        """Begin at what each channel does alone (site name -> [C], of any scale).
+
+        All are kept, the cheapest nearest to the threshold; those below the price by their rank,
+        since equal logits would fall together.
+        """
         worth = torch.cat(list(worths(effects, self.budget).values()))
         price = price_of(effects, self.budget)
-        below = worth < price
+        below = int((worth < price).sum())
         rank = torch.empty_like(worth)
         rank[worth.argsort()] = torch.arange(len(worth), dtype=worth.dtype)
-        ranked = CHEAPEST_LOGIT + (PRICE_LOGIT - CHEAPEST_LOGIT) * rank / max(int(below.sum()), 1)
+        ranked = CHEAPEST_LOGIT + (PRICE_LOGIT - CHEAPEST_LOGIT) * rank / max(below, 1)
         folds = (worth / price).clamp(min=1.0).log()
-        logits = torch.where(below, ranked, PRICE_LOGIT + LOGIT_PER_FOLD * folds)
-        return list(torch.split(logits.clamp(max=LOGIT_BOUND).float(), widths))
+        logits = torch.where(worth < price, ranked, PRICE_LOGIT + LOGIT_PER_FOLD * folds)
+        widths = [gate.logits.numel() for gate in self.gates]
+        parts = logits.clamp(max=LOGIT_BOUND).split(widths)
+        for gate, part in zip(self.gates, parts, strict=True):
+            gate.logits.copy_(part)
 
     def masks(self, noise_scale: float) -> dict[str, Tensor]:
         """Site name -> mask [C]; exact (the file's rule) when ``noise_scale`` is 0."""
@@ -155,9 +161,9 @@ def price_of(
     full = {site: worth.numel() for site, worth in found.items()}
     weights = dict(zip(full, budget.weights(full), strict=True))
     worth = torch.cat(list(found.values()))
-    shares = torch.cat([torch.full((n,), weights[site]) for site, n in full.items()])
+    shares = torch.cat([torch.full_like(found[site], weights[site]) for site in full])
     order = worth.argsort()
-    passed = shares[order].cumsum(0) >= sparsity * shares.sum()
+    passed = shares[order].cumsum(0) >= sparsity * shares.sum() * (1 - 1e-9)
     return max(float(worth[order][passed][0]), 1e-30)
 
 
@@ -194,6 +200,12 @@ class SparsityController:
         position = self._start + PROPORTIONAL * error + INTEGRAL * self._sum
         self.weight = self._unit * math.sinh(min(max(position, -15.0), 15.0))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight, "sum": self._sum}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.weight, self._sum = state["weight"], state["sum"]
+
 
 class Landing:
     """Brings the learner down on its target: the last state of the final phase that met it.
@@ -225,6 +237,12 @@ class Landing:
         if self._logits is not None:
             for gate, logits in zip(self._learner.gates, self._logits, strict=True):
                 gate.logits.copy_(logits)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"miss": self._miss, "logits": self._logits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._miss, self._logits = state["miss"], state["logits"]
 
 
 def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:

@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,10 @@ class DiffusionModel:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
+
+    def without_encoders(self) -> DiffusionModel:
+        """The same U-Net without VAE and text encoder, whose memory can then be freed."""
+        return replace(self, vae=None, text_encoder=None)
 
     @property
     def vae_scale_factor(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ldcp_core import THRESHOLD, Gates, write_atomically
+import torch
+
+from ldcp_core import THRESHOLD, Gates
 
 
 @dataclass
@@ -29,6 +30,13 @@ class History:
         self.weight.append(weight)
         self.sparsity.append(sparsity)
 
+    def state_dict(self) -> dict[str, Any]:
+        columns = (self.reconstruction, self.l1, self.weight, self.sparsity)
+        return {"columns": torch.tensor(columns, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.reconstruction, self.l1, self.weight, self.sparsity = state["columns"].tolist()
+
     def to_json(self, points: int = 20) -> dict[str, Any]:
         """A summary of at most ``points`` entries, and the end."""
         stride = max(1, len(self.sparsity) // points)
@@ -41,7 +49,7 @@ class History:
         return {"course": shown, "heldout_deviation": self.heldout_deviation}
 
 
-def plot_curves(history: History, path: Path) -> None:
+def curves_png(history: History) -> bytes:
     """Loss, λ and sparsity over the steps, as a PNG."""
     plt = _pyplot()
     figure, (losses, shares) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
@@ -61,10 +69,10 @@ def plot_curves(history: History, path: Path) -> None:
     shares.set_ylim(0, 1)
     shares.set_xlabel("step")
     shares.legend()
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_scores(gates: Gates, path: Path) -> None:
+def scores_png(gates: Gates) -> bytes:
     """The sorted scores of every site with the threshold, as a PNG."""
     plt = _pyplot()
     columns = min(4, len(gates.scores))
@@ -82,7 +90,7 @@ def plot_scores(gates: Gates, path: Path) -> None:
     for axis in list(axes.flat)[len(gates.scores) :]:
         axis.remove()
     axes[0][0].set_ylabel("score")
-    _save(figure, path)
+    return _png(figure)
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
@@ -102,9 +110,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=120)
     _pyplot().close(figure)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()

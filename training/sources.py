@@ -10,6 +10,7 @@ through `datasets`. Nothing is decoded here (see `training.data`).
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -34,17 +35,23 @@ FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 METADATA = ("metadata.jsonl", "metadata.csv")
 # An FFHQ tree holds every picture up to three times; the first of these that is there is used.
 FFHQ_RENDITIONS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")
+#: bytes read at each of three places of a file, to tell its content
+STAMP_SAMPLE = 4096
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 
 
 @dataclass(frozen=True)
 class Record:
-    """One listed image: a stable id, how to get its bytes, and its caption (often empty)."""
+    """One listed image: a stable id, how to get its bytes, and its caption (often empty).
+
+    ``stamp`` tells its content apart from another one, cheaply: without reading all of it.
+    """
 
     id: str
     read: Callable[[], bytes]
     caption: Callable[[], str]
+    stamp: Callable[[], str]
 
 
 def list_images(source: str) -> Sequence[Record]:
@@ -151,7 +158,25 @@ def _file_record(root: Path, file: Path, captions: Mapping[Path, str]) -> Record
 
     name = file.relative_to(root).as_posix()
     printable = name.encode(errors="backslashreplace").decode()  # POSIX names may not be UTF-8
-    return Record(printable, file.read_bytes, caption)
+    return Record(printable, file.read_bytes, caption, lambda: _file_stamp(file))
+
+
+def _file_stamp(file: Path) -> str:
+    """Size and a hash of three samples, of a file's start, middle and end.
+
+    Of the content alone, so that it is the same for a copy elsewhere. The end of a PNG holds a
+    checksum of all its pixels.
+    """
+    found = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            for start in (0, size // 2, max(size - STAMP_SAMPLE, 0)):
+                stream.seek(start)
+                found.update(stream.read(STAMP_SAMPLE))
+    except OSError as error:
+        return f"unreadable: {error}"
+    return f"{size} {found.hexdigest()}"
 
 
 def _read_captions(files: Sequence[Path], images: set[Path]) -> dict[Path, str]:
@@ -323,6 +348,6 @@ def _list_rows(source: str, table: Any) -> Sequence[Record]:
         def caption() -> str:
             return as_caption(captions[row][text]) if captions is not None else ""
 
-        return Record(f"row {row}", read, caption)
+        return Record(f"row {row}", read, caption, lambda: f"{table._fingerprint} {row}")
 
     return [record(row) for row in range(len(table))]

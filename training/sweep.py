@@ -14,7 +14,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
     except (GateFileError, OSError):
         return False
     names = ("model", "data", "output")  # stored without their folders
-    wanted = {k: Path(v).name if k in names else v for k, v in vars(config).items()}
+    settings = config.to_json() if isinstance(config, FitConfig) else asdict(config)
+    wanted = {k: Path(v).name if k in names else v for k, v in settings.items()}
     return bool(found == wanted)
 
 

@@ -28,6 +28,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where latents are kept: never the user's own cache. Shared by the tests of a session."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("LDCP_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with SD1.5's topology, random weights, 16-pixel images."""

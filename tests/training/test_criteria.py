@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -238,8 +240,13 @@ def test_own_effect_is_the_squared_derivative_of_the_output(
     model: DiffusionModel, ladder: Ladder
 ) -> None:
     chosen = every_kind(model)
-    mu, problem = constants(chosen), ladder.problem(500)
-    found = criteria.own_effect(ladder.denoising, [problem] * 200, chosen, mu, "zero", 0)
+    mu = constants(chosen)
+    # the same point of the model with many projections: other noise in place of the loss's target
+    problem = ladder.problem(500)
+    generator = torch.Generator().manual_seed(3)
+    noises = [torch.randn(problem.noise.shape, generator=generator) for _ in range(200)]
+    problems = [replace(problem, noise=noise) for noise in noises]
+    found = criteria.own_effect(ladder.denoising, problems, chosen, mu, "zero")
     site = next(site for site in chosen if site.kind == "inner")
     from ldcp_core import SoftGate
 

@@ -20,6 +20,7 @@ from training.learning import (
     learning_rate_factor,
     new_optimizer,
     noise_scale,
+    price_of,
 )
 
 SITES = Topology(widths=(16, 32, 96, 160)).sites("mid")
@@ -129,6 +130,21 @@ class TestLanding:
     def test_without_a_target_nothing_is_undone(self) -> None:
         assert self.watched([64, 3], None) == 3
 
+    def test_a_landing_comes_back_from_its_state(self) -> None:
+        learner = GateLearner(Topology(widths=(16, 16, 32, 32)).sites("mid"), 0)
+        landing = Landing(learner, 0.5, 100)
+        found = torch.where(torch.arange(128) < 64, -1.0, 1.0)
+        for logits in (found, torch.ones(128)):
+            with torch.no_grad():
+                for gate, part in zip(learner.gates, logits.chunk(4), strict=True):
+                    gate.logits.copy_(part)
+            landing.watch(90, learner.sparsity())
+        again = Landing(learner, 0.5, 100)
+        again.load_state_dict(landing.state_dict())
+        again.watch(91, 0.0)  # as far off as the last one: what was found stays
+        again.settle_()
+        assert torch.equal(torch.cat([gate.logits.detach() for gate in learner.gates]), found)
+
 
 def test_the_masks_of_a_learner_are_the_files_rule_when_there_is_no_noise() -> None:
     learner = GateLearner(SITES, 0)
@@ -175,3 +191,30 @@ class TestAlignment:
         result = aligned_scores(scores, 0.3, Budget("channels", SITES))
         kept = sum(int((s > THRESHOLD).sum()) for s in result.scores.values())
         assert abs(kept - 600) <= 8
+
+
+def test_a_start_at_what_channels_do_keeps_all_and_puts_the_cheapest_nearest() -> None:
+    learner = GateLearner(SITES, 0)
+    generator = torch.Generator().manual_seed(1)
+    effects = {s.name: torch.rand(s.channels, generator=generator) ** 6 for s in SITES}
+    learner.start_(effects)
+    logits = torch.cat([gate.logits.detach() for gate in learner.gates])
+    effect = torch.cat(list(effects.values()))
+    assert learner.sparsity() == 0 and logits.min() == pytest.approx(0.2)
+    order = effect.argsort()
+    assert bool((logits[order][1:] >= logits[order][:-1]).all())
+    below = effect < effect.sort().values[round(0.3 * CHANNELS) - 1]
+    assert logits[below].max() < 1.0 <= logits[~below].min() + 1e-5
+    # ten times the price is ln 10 folds above it
+    price = price_of(effects, learner.budget) / CHANNELS
+    assert logits[effect.argmax()].item() == pytest.approx(
+        1 + 0.5 * math.log(effect.max().item() / price), abs=1e-4
+    )
+
+
+def test_the_price_is_where_the_share_of_the_budget_ends() -> None:
+    effects = {s.name: torch.arange(160.0) + 1 for s in SITES}
+    budget = Budget("channels", SITES)
+    # of 640 channels, each worth its effect times 640, the cheapest 30% end at the 192nd
+    assert price_of(effects, budget) == pytest.approx(48 * 640)
+    assert price_of(effects, budget, 0.5) == pytest.approx(80 * 640)

@@ -1,0 +1,329 @@
+"""Latents and prompt embeddings on disk: the same as computed, shared, interrupted, damaged."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldcp_core import load_gates
+from training import cache as cache_module
+from training import encoding, fit
+from training.cache import SHARD, TensorCache, default_cache
+from training.data import open_dataset
+from training.denoising import Denoising, Encoder
+from training.encoding import EncodedImages
+from training.errors import UserError
+from training.models import DiffusionModel
+
+FORBIDDEN: Callable[..., Any] = lambda *_, **__: pytest.fail("something was computed again")  # noqa: E731
+
+
+def numbers(indices: Sequence[int]) -> Iterator[Tensor | str]:
+    for index in indices:
+        yield "odd one out" if index == 300 else torch.full((2,), float(index))
+
+
+STAMPS = [f"item {i}" for i in range(600)]  # shards of 256, 256 and 88
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> TensorCache:
+    found = TensorCache(tmp_path / "c", STAMPS)
+    found.build(numbers, "numbers")
+    return found
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def test_what_was_computed_comes_back_from_disk(built: TensorCache, tmp_path: Path) -> None:
+    again = TensorCache(tmp_path / "c", STAMPS)
+    again.build(FORBIDDEN, "numbers")
+    for index in (0, 255, 256, 301, 599):
+        assert torch.equal(again[index], torch.full((2,), float(index)))
+    assert again.broken == {300: "odd one out"}
+    with pytest.raises(KeyError):
+        again[300]
+    assert len(list((tmp_path / "c").iterdir())) == 3
+
+
+def test_an_item_is_a_copy(built: TensorCache) -> None:
+    built[5].zero_()
+    assert built[5].tolist() == [5, 5]
+
+
+def test_only_the_shard_with_other_content_is_computed_again(
+    built: TensorCache, tmp_path: Path
+) -> None:
+    computed: list[int] = []
+
+    def watched(indices: Sequence[int]) -> Iterator[Tensor | str]:
+        computed.extend(indices)
+        yield from numbers(indices)
+
+    changed = TensorCache(tmp_path / "c", [*STAMPS[:-1], "another"])
+    changed.build(watched, "numbers")
+    assert computed == list(range(2 * SHARD, 600))
+
+
+def test_an_interrupted_build_goes_on(tmp_path: Path) -> None:
+    def interrupted(indices: Sequence[int]) -> Iterator[Tensor | str]:
+        for index, value in zip(indices, numbers(indices), strict=True):
+            if index == 400:
+                raise KeyboardInterrupt
+            yield value
+
+    with pytest.raises(KeyboardInterrupt):
+        TensorCache(tmp_path, STAMPS).build(interrupted, "numbers")
+    computed: list[int] = []
+
+    def watched(indices: Sequence[int]) -> Iterator[Tensor | str]:
+        computed.extend(indices)
+        yield from numbers(indices)
+
+    TensorCache(tmp_path, STAMPS).build(watched, "numbers")
+    assert computed == list(range(SHARD, 600))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "another format"])
+def test_a_damaged_shard_is_made_again_and_said(
+    built: TensorCache, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    del built  # nothing is mapped any more
+    file = sorted((tmp_path / "c").iterdir())[0]
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-3] ^= 8
+    elif damage == "another format":
+        content = content.replace(b"ldcp.cache.1", b"ldcp.cache.9")
+    else:
+        content = content[: len(content) // 2] if damage == "cut" else bytearray()
+    file.write_bytes(content)
+    again = TensorCache(tmp_path / "c", STAMPS)
+    again.build(numbers, "numbers")
+    assert f"{file} is damaged" in caplog.text and "making it again" in caplog.text
+    assert all(again[i].tolist() == [i, i] for i in range(600) if i != 300)
+
+
+def test_processes_share_the_work_without_overlap(tmp_path: Path) -> None:
+    computed: dict[int, list[int]] = {0: [], 1: []}
+    for rank in (0, 1):
+
+        def watched(indices: Sequence[int], rank: int = rank) -> Iterator[Tensor | str]:
+            computed[rank].extend(indices)
+            yield from numbers(indices)
+
+        # both look before the other one writes
+        TensorCache(tmp_path / f"of {rank}", STAMPS).build(watched, "numbers", rank, 2)
+    assert sorted(computed[0] + computed[1]) == list(range(600))
+    assert computed[1] == list(range(SHARD, 2 * SHARD))
+
+
+def test_a_full_disk_keeps_what_is_there_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = cache_module.write_atomically, iter(range(9))
+
+    def write(path: Path, data: bytes) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, data)
+
+    monkeypatch.setattr(cache_module, "write_atomically", write)
+    with pytest.raises(UserError, match=r"No space left(.|\n)*--no-cache"):
+        TensorCache(tmp_path, STAMPS).build(numbers, "numbers")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert default_cache() == Path(tmp_path.parents[0] / "cache")  # the tests' own
+    monkeypatch.delenv("LDCP_CACHE")
+    monkeypatch.setattr(cache_module.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "ldcp"
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(model: DiffusionModel, images: Path, tmp_path: Path) -> EncodedImages:
+    found = EncodedImages(open_dataset(str(images), resolution=16), model, tmp_path / "images")
+    found.build(model)
+    return found
+
+
+def test_batches_are_those_without_a_cache_to_the_bit(
+    encoded: EncodedImages, model: DiffusionModel, images: Path
+) -> None:
+    data, encoder = open_dataset(str(images), resolution=16), Encoder(model)
+    plain = data.batches(range(20), 3, seed=1, epochs=2)
+    cached = encoded.batches(range(20), 3, seed=1, epochs=2)
+    for a, b in zip(plain, cached, strict=True):
+        assert a.ids == b.ids
+        latents, context = encoder(a)
+        assert torch.equal(latents, b.latents) and torch.equal(context, b.context)
+    problem = Denoising(model, 0).problem(b)
+    assert problem.noisy.shape == b.latents.shape
+
+
+def test_captions_are_embedded_once_each(
+    model: DiffusionModel, images: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "captioned"
+    data.mkdir()
+    for i, file in enumerate(sorted(images.rglob("*.png"))[:4]):
+        (data / f"{i}.png").write_bytes(file.read_bytes())
+        (data / f"{i}.txt").write_text(["a face", "a cat"][i % 2])
+    found = EncodedImages(open_dataset(str(data), resolution=16), model, tmp_path / "c")
+    found.build(model)
+    batch = next(found.batches(range(4), 4))
+    assert torch.equal(batch.context[0], batch.context[2])
+    assert not torch.equal(batch.context[0], batch.context[1])
+    assert len(found.embeddings._rows) == 2
+
+
+def test_a_broken_image_is_known_without_reading_it_again(
+    model: DiffusionModel, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for file in sorted(images.rglob("*.png"))[:3]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "00001.png").write_bytes(b"broken")
+    for attempt in range(2):
+        data = open_dataset(str(folder), resolution=16)
+        found = EncodedImages(data, model, tmp_path / "c")
+        found.build(model)
+        assert [b.ids for b in found.batches(range(3), 3)] == [["00000.png", "00002.png"]]
+        assert data.broken == {"00001.png": "not an image, whatever its name says"}, attempt
+        monkeypatch.setattr(encoding, "encode_images", FORBIDDEN)
+
+
+def test_what_a_latent_depends_on_is_in_its_address(
+    encoded: EncodedImages, model: DiffusionModel, images: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, pipeline: Path,
+) -> None:  # fmt: skip
+    def folders(data: Any, with_model: DiffusionModel) -> tuple[str, str]:
+        found = EncodedImages(data, with_model, tmp_path)
+        return found.latents._paths[0].as_posix(), found.embeddings._paths[0].as_posix()
+
+    data = open_dataset(str(images), resolution=16)
+    latents, prompts = folders(data, model)
+    assert folders(open_dataset(str(images), resolution=16), model) == (latents, prompts)
+    larger = folders(open_dataset(str(images), resolution=24), model)
+    assert larger[0] != latents and larger[1] == prompts
+
+    other = fit.load_model(str(pipeline))
+    with torch.no_grad():
+        other.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-6
+    assert folders(data, other)[0] != latents and folders(data, other)[1] == prompts
+    other = fit.load_model(str(pipeline))
+    with torch.no_grad():
+        other.text_encoder.get_input_embeddings().weight[0, 0] += 1e-6
+    assert folders(data, other)[0] == latents and folders(data, other)[1] != prompts
+    monkeypatch.setattr(encoding, "CROP", "another")
+    assert folders(data, model)[0] != latents
+
+
+def test_the_address_is_of_the_content_and_not_of_the_place(
+    model: DiffusionModel, images: Path, tmp_path: Path
+) -> None:
+    def first(root: Path) -> Path:
+        return EncodedImages(
+            open_dataset(str(root), resolution=16), model, tmp_path
+        ).latents._paths[0]
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in images.rglob("*.png"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert first(copy) == first(images)
+    picture = copy / "00003.png"
+    content = bytearray(picture.read_bytes())
+    content[len(content) // 2] ^= 1
+    picture.write_bytes(content)
+    assert first(copy) != first(images)
+
+
+# --- a fit ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(
+    pipeline: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    monkeypatch.setattr(fit, "curves_png", lambda *_: b"")
+    monkeypatch.setattr(fit, "scores_png", lambda *_: b"")
+    parse = fit.parse_arguments
+    short = {"calibration_batches": 1, "validation_samples": 2}
+    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
+
+    def run(*more: str) -> int:
+        return fit.main([
+            "--model", str(pipeline), "--data", str(images), "--max-steps", "3",
+            "--output", str(tmp_path / "gates.safetensors"), *more,
+        ])  # fmt: skip
+
+    return run
+
+
+def test_a_fit_from_the_cache_equals_one_without(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "gates.safetensors"
+    assert run("--no-cache") == 0
+    assert not (tmp_path / "c").exists()
+    plain = load_gates(file)
+    assert run("--cache", str(tmp_path / "c")) == 0
+    built = load_gates(file)
+    monkeypatch.setattr(encoding, "encode_images", FORBIDDEN)
+    monkeypatch.setattr(encoding, "embed_prompts", FORBIDDEN)
+    assert run("--cache", str(tmp_path / "c")) == 0
+    for found in (built, load_gates(file)):
+        assert all(torch.equal(found.scores[site], plain.scores[site]) for site in plain.scores)
+        assert found.info["history"] == plain.info["history"]
+
+
+def test_vae_and_text_encoder_leave_memory_before_learning(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[weakref.ref[Any]] = []
+    load, steps = fit.load_model, fit.run
+
+    def watched(*arguments: Any, **options: Any) -> DiffusionModel:
+        model = load(*arguments, **options)
+        parts.extend(weakref.ref(part) for part in (model.vae, model.text_encoder))
+        return model
+
+    def checked(*arguments: Any) -> None:
+        gc.collect()
+        assert [part() for part in parts] == [None, None]
+        steps(*arguments)
+
+    monkeypatch.setattr(fit, "load_model", watched)
+    monkeypatch.setattr(fit, "run", checked)
+    assert run() == 0
+
+
+def test_a_cache_that_cannot_be_written(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.WARNING)
+    (tmp_path / "file").write_text("in the way")
+    assert run("--cache", str(tmp_path / "file")) == 1
+    assert "can't be written" in capsys.readouterr().err
+    monkeypatch.setenv("LDCP_CACHE", str(tmp_path / "file"))
+    assert run() == 0  # nobody asked for it: the fit does without
+    assert "Going on without a cache" in caplog.text

@@ -1,0 +1,218 @@
+"""The loop that learns gates: two losses, one optimizer, one controller.
+
+`Learning` owns everything that changes from step to step, so that what a step reads and writes is
+exactly what a checkpoint holds: a run that goes on from one meets the same images, noise and
+timesteps as if it had never stopped, and ends, on a CPU, with the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ldcp_core import SoftGate
+from training.calibration import Calibration
+from training.config import FitConfig
+from training.data import Batch, Position
+from training.denoising import Denoising
+from training.encoding import EncodedBatch
+from training.errors import UserError
+from training.gating import deviation
+from training.learning import (
+    SEED_WEIGHT,
+    GateLearner,
+    Landing,
+    SparsityController,
+    default_learning_rate,
+    learning_rate_factor,
+    new_optimizer,
+    noise_scale,
+    price_of,
+)
+from training.processes import Processes
+from training.randomness import random_state, set_random_state
+from training.report import History
+from training.stopping import Stopped, StopRequest
+
+log = logging.getLogger(__name__)
+
+
+class Learning:
+    """A run of ``steps`` optimizer steps, as far as it has come.
+
+    ``stream`` yields the batches and moves ``position`` along.
+    """
+
+    def __init__(
+        self,
+        config: FitConfig,
+        denoising: Denoising,
+        learner: GateLearner,
+        stream: Iterator[Batch | EncodedBatch],
+        position: Position,
+        steps: int,
+        processes: Processes,
+    ) -> None:
+        self.step = 0
+        self.processes = processes
+        self.steps = steps
+        self.learner = learner
+        self.history = History(target=config.target_sparsity)
+        self._config, self._denoising = config, denoising
+        self._stream, self._position = stream, position
+        self._start = learner.keep_sets()
+        self._calibration: Calibration | None = None
+        rate = config.learning_rate or default_learning_rate(steps)
+        self._optimizer = new_optimizer(learner, rate, config.sparsity_weight)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: learning_rate_factor(step, steps)
+        )
+        self._scaler = torch.amp.GradScaler(
+            denoising.model.unet.device.type, enabled=config.precision == "fp16"
+        )
+        self._controller = SparsityController(config.sparsity_weight, config.target_sparsity, steps)
+        self._landing = Landing(learner, config.target_sparsity, steps)
+
+    @property
+    def calibration(self) -> Calibration:
+        assert self._calibration is not None, "calibrate, or load a state, first"
+        return self._calibration
+
+    def begin(self, found: Calibration) -> None:
+        """Start at what was measured; a run that goes on has it from its checkpoint."""
+        self._use(found)
+        self.learner.start_(found.effects)
+
+    def _use(self, found: Calibration) -> None:
+        self._calibration = found
+        # what the reconstruction is measured in: see `training.learning`
+        self._unit = price_of(found.effects, self.learner.budget) / SEED_WEIGHT
+
+    def advance(self) -> None:
+        """One optimizer step.
+
+        Raises UserError when the loss is no number; the state is then still that of the step before
+        except for the images and noise drawn.
+        """
+        scaler = self._scaler
+        part = sum(self._reconstruct() for _ in range(self._config.gradient_accumulation))
+        reconstruction = self.processes.sum_gradients_(self.learner, part)
+        if not math.isfinite(reconstruction):
+            raise UserError(
+                f"The reconstruction loss became {reconstruction} at step {self.step}.",
+                "a finite loss",
+                "begin anew with --precision fp32 or bf16, or look for damaged model weights",
+            )
+        penalty = self.learner.penalty()
+        scaler.scale(self._controller.weight * penalty).backward()
+        scaler.step(self._optimizer)
+        scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+        self.learner.clamp_()
+
+        sparsity = self.learner.sparsity()
+        self.history.add(reconstruction, penalty.item(), self._controller.weight, sparsity)
+        self._controller.update(self.step, sparsity)
+        self._landing.watch(self.step, sparsity)
+        self.step += 1
+
+    def finish(self) -> None:
+        """Land on the target, and count what changed since the start."""
+        self._landing.settle_()
+        end = self.learner.keep_sets()
+        self.history.changed = sum(
+            int((self._start[site] != end[site]).sum()) for site in self._start
+        )
+
+    def _reconstruct(self) -> float:
+        """Loss and gradient of the next batch, as its share of a step, in `_unit`."""
+        config, constants = self._config, self.calibration.constants
+        problem = self._denoising.problem(next(self._stream))
+        masks = self.learner.masks(noise_scale(self.step, self.steps))
+        gates = {site: SoftGate(mask, constants[site]) for site, mask in masks.items()}
+        if not len(problem):  # the last batch of an epoch may be smaller than there are processes
+            return 0.0
+        with self._denoising.compared(problem, gates, config.padding) as (dense, output):
+            target = problem.noise if config.reconstruction == "noise" else dense
+            mse = deviation(output, target) / self._unit
+            mse = mse * problem.share / config.gradient_accumulation
+            self._scaler.scale(mse).backward()
+        return mse.item()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "calibration": self.calibration.state_dict(),
+            "learner": self.learner.state_dict(),
+            "learner_generator": self.learner.generator.get_state(),
+            "denoising_generator": self._denoising.generator.get_state(),
+            "position": [self._position.epoch, self._position.offset],
+            "random": random_state(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; before the first batch is drawn."""
+        self.step = state["step"]
+        self._use(Calibration.from_state_dict(state["calibration"]))
+        self.learner.load_state_dict(state["learner"])
+        self.learner.generator.set_state(state["learner_generator"])
+        self._denoising.generator.set_state(state["denoising_generator"])
+        self._position.epoch, self._position.offset = state["position"]
+        set_random_state(state["random"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "optimizer": self._optimizer,
+            "schedule": self._schedule,
+            "scaler": self._scaler,
+            "controller": self._controller,
+            "landing": self._landing,
+            "history": self.history,
+        }
+
+
+def run(
+    learning: Learning,
+    every: int,
+    save: Callable[[], None],
+    look: Callable[[Learning], None],
+) -> None:
+    """Take the steps that are left: ``look`` after each, ``save`` after every so many and the last.
+
+    Raises Stopped when Ctrl-C or SIGTERM came; the step was finished and saved.
+    """
+    bar = tqdm(
+        total=learning.steps,
+        initial=learning.step,
+        desc="learning gates",
+        unit="step",
+        dynamic_ncols=True,
+        disable=not learning.processes.first,
+    )
+    with bar, StopRequest() as stop:
+        while learning.step < learning.steps:
+            learning.advance()
+            history = learning.history
+            bar.set_postfix(
+                mse=f"{history.reconstruction[-1]:.2e}",
+                l1=f"{history.l1[-1]:.3f}",
+                λ=f"{history.weight[-1]:.1e}",
+                sparsity=f"{history.sparsity[-1]:.1%}",
+            )
+            bar.update()
+            look(learning)
+            last = learning.step == learning.steps
+            asked = learning.processes.any(stop.asked)
+            if asked or (every and (last or learning.step % every == 0)):
+                save()
+            if asked:
+                raise Stopped(f"Stopped after step {learning.step} of {learning.steps}.")

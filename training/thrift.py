@@ -1,0 +1,116 @@
+"""No wasted work in a step: nothing computed twice, nothing kept that no gate needs.
+
+Weights are frozen and gates sit in a few blocks, so PyTorch records nothing before the first of
+them by itself. Two things it can't know. What lies before the first gate is the same for the dense
+teacher and for the gated model, so it is computed once and replayed. And a convolution keeps its
+input for the gradient of its weight, which nobody asks for, so it is given a backward of its own.
+Both leave every bit of output and gradient as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from training.gating import overridden
+
+
+def stages_before(unet: UNet2DConditionModel, blocks: Iterable[str]) -> list[str]:
+    """The top-level parts of the U-Net that run before the first of the named blocks, in order."""
+    down = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+    up = [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+    stages = ["conv_in", *down, "mid_block", *up]
+    gated = {stage for stage in stages for block in blocks if block.startswith(stage + ".")}
+    first = min((stages.index(stage) for stage in gated), default=len(stages))
+    return stages[:first]
+
+
+@contextmanager
+def recording(unet: UNet2DConditionModel, stages: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Run the U-Net as it is, and keep what the named parts give: name -> output."""
+    outputs: dict[str, Any] = {}
+
+    def forward_of(name: str) -> Any:
+        plain = unet.get_submodule(name).forward
+
+        def forward(*arguments: Any, **options: Any) -> Any:
+            outputs[name] = plain(*arguments, **options)
+            return outputs[name]
+
+        return forward
+
+    with overridden(unet, {name: forward_of(name) for name in stages}):
+        yield outputs
+
+
+def replaying(unet: UNet2DConditionModel, outputs: dict[str, Any]) -> Any:
+    """Context in which parts give what `recording` kept instead of computing it.
+
+    Valid for the very inputs of the recording.
+    """
+
+    def forward_of(name: str) -> Any:
+        return lambda *arguments, **options: outputs[name]
+
+    return overridden(unet, {name: forward_of(name) for name in outputs})
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution whose weight needs no gradient: the weight is all that backward keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.conv, ctx.shape = conv, x.shape
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        conv = ctx.conv
+        found = torch.ops.aten.convolution_backward(
+            grad,
+            grad.new_empty(ctx.shape),  # only its shape counts for the gradient of the input
+            weight,
+            None,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            [0, 0],
+            conv.groups,
+            (True, False, False),
+        )
+        return found[0], None, None, None
+
+
+@contextmanager
+def frozen_convolutions(unet: nn.Module) -> Iterator[None]:
+    """Context in which the frozen convolutions of the U-Net don't keep their inputs."""
+    convolutions = [
+        module
+        for module in unet.modules()
+        if isinstance(module, nn.Conv2d)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+    def forward_of(conv: nn.Conv2d) -> Any:
+        return lambda x, weight, bias: _FrozenConvolution.apply(x, conv, weight, bias)
+
+    try:
+        for conv in convolutions:
+            conv._conv_forward = forward_of(conv)
+        yield
+    finally:
+        for conv in convolutions:
+            conv.__dict__.pop("_conv_forward", None)
