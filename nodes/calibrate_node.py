@@ -11,10 +11,6 @@ from comfy_api.latest import io
 
 from ..ldcp_core import (
     DEFAULT_FLOOR,
-    DEFAULT_SCOPE,
-    PADDINGS,
-    RANKINGS,
-    SCOPES,
     Calibration,
     Gates,
     Padding,
@@ -22,6 +18,7 @@ from ..ldcp_core import (
     scores_at,
 )
 from .apply_node import show_on_node
+from .choice import how_to_prune
 from .estimate_node import estimate
 from .identity import own_fingerprint
 from .io_types import CATEGORY, CalibrationType, GatesType
@@ -201,38 +198,7 @@ class LDCPCalibrateGates(io.ComfyNode):
                     "while sampling, times the weights that read it. l1, l2: the size of its "
                     "weights, as in Estimate Gates from Model; only the means are watched.",
                 ),
-                io.Float.Input(
-                    "sparsity",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of the channels to prune, the least important first; counts "
-                    "per layer are rounded to multiples of 8, and the node shows what came out.",
-                ),
-                io.Combo.Input(
-                    "ranking",
-                    options=list(RANKINGS),
-                    default="global",
-                    tooltip="per layer: every layer loses the same share. global: the channels of "
-                    "all layers compete, each measured against the mean of its layer.",
-                ),
-                io.Combo.Input(
-                    "padding",
-                    options=list(PADDINGS),
-                    default="zero",
-                    tooltip="What lies past the border of a pruned channel. zero: zeros, as in the "
-                    "original model. extend: its constant goes on, which saves more memory and "
-                    "changes the image more.",
-                ),
-                io.Combo.Input(
-                    "scope",
-                    options=list(SCOPES),
-                    default=DEFAULT_SCOPE,
-                    tooltip="Which layers are gated. mid: the four 3x3 convolutions of the middle "
-                    "block; up, down, all: those of these parts of the U-Net; +ff: also the "
-                    "feed-forward layers of the transformers there.",
-                ),
+                *how_to_prune("global"),
                 GatesType.Input(
                     "gates",
                     optional=True,

@@ -12,11 +12,7 @@ from torch import Tensor, nn
 
 from ..ldcp_core import (
     DEFAULT_FLOOR,
-    DEFAULT_SCOPE,
     MAGNITUDES,
-    PADDINGS,
-    RANKINGS,
-    SCOPES,
     Gates,
     Magnitude,
     Padding,
@@ -29,6 +25,7 @@ from ..ldcp_core import (
     sites_of,
 )
 from .apply_node import show_on_node
+from .choice import how_to_prune
 from .identity import own_fingerprint
 from .io_types import CATEGORY, GatesType
 from .schema import schema
@@ -130,38 +127,7 @@ class LDCPEstimateGates(io.ComfyNode):
                     "its weights. l2: the root of the sum of their squares, where single large "
                     "weights count more.",
                 ),
-                io.Float.Input(
-                    "sparsity",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of the channels to prune, the least important first; counts "
-                    "per layer are rounded to multiples of 8, and the node shows what came out.",
-                ),
-                io.Combo.Input(
-                    "ranking",
-                    options=list(RANKINGS),
-                    default="per layer",
-                    tooltip="per layer: every layer loses the same share. global: the channels of "
-                    "all layers compete, each measured against the mean of its layer.",
-                ),
-                io.Combo.Input(
-                    "padding",
-                    options=list(PADDINGS),
-                    default="zero",
-                    tooltip="What lies past the border of a pruned channel. zero: zeros, as in the "
-                    "original model. extend: its constant goes on, which saves more memory and "
-                    "changes the image more.",
-                ),
-                io.Combo.Input(
-                    "scope",
-                    options=list(SCOPES),
-                    default=DEFAULT_SCOPE,
-                    tooltip="Which layers are gated. mid: the four 3x3 convolutions of the middle "
-                    "block; up, down, all: those of these parts of the U-Net; +ff: also the "
-                    "feed-forward layers of the transformers there.",
-                ),
+                *how_to_prune("per layer"),
             ],
             outputs=[
                 GatesType.Output(
