@@ -210,10 +210,7 @@ def measure(
         return criteria.taylor(whole, sites, constants, padding), {}
     if name == "own-effect":
         problems = [problem for ladder in ladders for problem in ladder]
-        found = criteria.own_effect(
-            whole.denoising, problems, sites, constants, padding, config.seed
-        )
-        return found, {}
+        return criteria.own_effect(whole.denoising, problems, sites, constants, padding), {}
     if name == "flap":
         return criteria.flap(whole, sites), {}
     if name == "diff-pruning":
