@@ -93,6 +93,12 @@ TITLE = """([type, number]) => {
             box.y + (node.pos[1] + offset[1] - 15) * scale];
 }"""
 
+#: a mark of an error stays on a node until the next run that is accepted
+FORGIVE = """() => {
+    window.app.lastNodeErrors = null;
+    window.app.graph.nodes.forEach(n => { n.has_errors = false; });
+}"""
+
 
 def missing() -> str | None:
     """Why no browser can be had here; None when one can."""
@@ -184,8 +190,17 @@ class Browser:
         """Click on a node's title, and press keys such as "Control+b"."""
         self.page.mouse.click(*self.page.evaluate(TITLE, [node_type, number]))
         self.page.wait_for_timeout(200)
+        self.keys(keys)
+
+    def keys(self, keys: str) -> None:
+        """Press keys on what is chosen."""
         self.page.keyboard.press(keys)
-        self.page.wait_for_timeout(200)
+        self.page.wait_for_timeout(500)
+
+    def close_dialogs(self) -> None:
+        """Close the messages of a refusal, and take its marks off the nodes."""
+        self.keys("Escape")
+        self.page.evaluate(FORGIVE)
 
     def queue(self) -> dict[str, Any]:
         """Queue what is on the canvas and wait for its end; the server's record of the run.
