@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from training.config import FitConfig
 from training.criteria import CRITERIA
 from training.errors import UserError
 from training.fit import DEMO_SETTINGS, fit
-from training.score import ScoreConfig, score
+from training.score import CUT, Measurement, ScoreConfig, measure, score
 
 log = logging.getLogger("training.sweep")
 
 LEARNED = "learned"
+WITHOUT_CUT: dict[str, Any] = {f.name: f.default for f in fields(ScoreConfig) if f.name in CUT}
+WITHOUT_CUT["output"] = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,12 @@ def plans(given: argparse.Namespace) -> Iterator[Plan]:
                 yield Plan(criterion, scope, target, None, ranking)
 
 
-def make(plan: Plan, given: argparse.Namespace, folder: Path) -> Path:
+def make(
+    plan: Plan,
+    given: argparse.Namespace,
+    folder: Path,
+    measured: Callable[[ScoreConfig], Measurement] = measure,
+) -> Path:
     """The plan's gate file, made now unless it is there."""
     path = folder / f"{plan.name}.safetensors"
     settings: dict[str, Any] = dict(
@@ -98,7 +106,7 @@ def make(plan: Plan, given: argparse.Namespace, folder: Path) -> Path:
     if isinstance(config, FitConfig):
         fit(config)
     else:
-        score(config)
+        score(config, measured(replace(config, **WITHOUT_CUT)))
     return path
 
 
@@ -148,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(given.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [make(plan, given, folder) for plan in plans(given)]
+        # plans that differ only in where they cut follow each other
+        measured = lru_cache(maxsize=1)(measure)
+        paths = [make(plan, given, folder, measured) for plan in plans(given)]
         return evaluate.main(
             [*map(str, paths), "--model", given.model, "--data", given.data]
             + ["--samples", str(given.samples), "--output", str(folder / "evaluation")]

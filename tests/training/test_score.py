@@ -187,3 +187,20 @@ def test_gates_of_another_model_are_refused(
     save_gates(Gates({s.name: torch.ones(s.channels) for s in SD15.sites()}), path)
     assert evaluate.main([str(path), *source, "--samples", "2"]) == 1
     assert "The gates were made for Topology(widths=(320" in capsys.readouterr().err
+
+
+def test_a_sweep_measures_once_for_all_cuts(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], score.measure
+    monkeypatch.setattr(sweep, "measure", lambda config: measured.append(config) or measure(config))
+    options = ["--criteria", "flap", "--targets", "0.3", "0.5", "--rankings", "global", "per layer"]
+    options += ["--samples", "2", "--output", str(tmp_path)]
+    assert sweep.main([*source, *options]) == 0
+    assert len(measured) == 1 and len(list(tmp_path.glob("*.safetensors"))) == 4
+    alone = tmp_path / "alone.safetensors"
+    options = ["--criterion", "flap", "--target-sparsity", "0.5", "--budget", "parameters"]
+    assert score.main([*source, *options, "--ranking", "per layer", "--output", str(alone)]) == 0
+    swept = load_gates(tmp_path / "flap_per-layer_mid_50.safetensors")
+    for site, scores in load_gates(alone).scores.items():
+        assert torch.equal(scores, swept.scores[site])
