@@ -84,6 +84,9 @@ CORNER = """([type, number]) => {
             width: (node.size[0] + 24) * scale, height: (node.size[1] + 68) * scale};
 }"""
 
+#: brings the whole graph into view
+FIT = "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+
 #: where a node's title is on the screen
 TITLE = """([type, number]) => {
     const node = window.app.graph.nodes.filter(n => n.type === type)[number];
@@ -236,7 +239,11 @@ class Browser:
 
     def picture(self, path: Path, node_type: str | None = None) -> Path:
         """A picture of the page, or of one node, once the images on the nodes are drawn."""
-        part = {"clip": self.page.evaluate(CORNER, [node_type, 0])} if node_type else {}
+        if node_type:
+            part = {"clip": self.page.evaluate(CORNER, [node_type, 0])}
+        else:
+            self.page.evaluate(FIT)
+            part = {}
         self.page.mouse.move(5, 300)  # no tooltip
         self.page.wait_for_timeout(1500)
         self.page.screenshot(path=str(path), **part)
