@@ -66,7 +66,7 @@ ADD = """([type]) => {
     const graph = window.app.graph;
     graph.clear();
     const node = window.LiteGraph.createNode(type);
-    node.pos = [500, 120];
+    node.pos = [500, 300];
     graph.add(node);
     Object.assign(window.app.canvas.ds, {scale: 1, offset: [0, 0]});
     window.app.graph.setDirtyCanvas(true, true);
@@ -223,8 +223,17 @@ class Browser:
                 self.page.wait_for_timeout(700)  # the last events reach the canvas
                 return run
             if any(node["red"] for node in self.state()["nodes"]):
-                raise RuntimeError(f"refused: {self.state()['dialogs']}")
+                raise RuntimeError(f"refused: {self._refusal()}")
         raise TimeoutError(f"nothing came back in {RUN_SECONDS} s")
+
+    def _refusal(self) -> str:
+        """What the page says about a refused graph; newer frontends fold the node's own words."""
+        for unfolds in ('button:has-text("View details")', 'button[aria-label^="Info for"]'):
+            self.page.wait_for_timeout(1000)
+            for button in self.page.locator(unfolds).all():
+                button.click()
+        self.page.wait_for_timeout(500)
+        return self.page.locator("body").inner_text()
 
     def _history(self) -> dict[str, Any]:
         return json.loads(self._server.get("/history"))
