@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from comfy_server import Server
 
 RUN_SECONDS = 600
-LOAD_SECONDS = 60
+LOAD_SECONDS = 180
 
 #: reads the file as a drop from the file manager would give it to the canvas
 DROP = """([name, type, bytes]) => {
@@ -29,6 +30,9 @@ DROP = """([name, type, bytes]) => {
     for (const kind of ["dragenter", "dragover", "drop"])
         where.dispatchEvent(new DragEvent(kind, {...at, dataTransfer: data}));
 }"""
+
+#: the canvas is there, and knows this pack
+READY = """() => window.LiteGraph?.registered_node_types['LDCPLoadGates'] && window.app?.graph"""
 
 #: what the canvas has: nodes, links whose ends know each other, marks of errors
 STATE = """() => {
@@ -129,22 +133,19 @@ class Browser:
     def __enter__(self) -> Browser:
         from playwright.sync_api import sync_playwright
 
-        self._playwright = sync_playwright().start()
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        self._browser = self._playwright.chromium.launch(executable_path=chromium(), args=arguments)
-        self.page = self._browser.new_page(**self._view)
-        self.complaints: list[str] = []
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
-        self.page.wait_for_function(
-            "() => window.LiteGraph?.registered_node_types['LDCPLoadGates'] && window.app?.graph",
-            timeout=1000 * LOAD_SECONDS,
-        )
+        with ExitStack() as undo:
+            playwright = undo.enter_context(sync_playwright())
+            arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+            launched = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+            undo.callback(launched.close)
+            self.page = launched.new_page(**self._view)
+            self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
+            self.page.wait_for_function(READY, timeout=1000 * LOAD_SECONDS)
+            self._undo = undo.pop_all()  # a page that did not open leaves nothing behind
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._browser.close()
-        self._playwright.stop()
+        self._undo.close()
 
     def drop(self, path: Path) -> None:
         """Drop a workflow file on the canvas, and wait until all of its nodes are there."""
