@@ -65,6 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
     add("--resolution", type=int, help="pixels (default: the model's own)")
     add("--batch-size", type=int, help=f"images per forward ({defaults['batch_size']})")
     add("--gradient-accumulation", type=int, help="batches per step (4)")
+    add("--reuse", type=int, help=f"how often a batch and its noise come ({defaults['reuse']})")
     add("--learning-rate", type=float, help=f"of the logits ({TRAVEL:g} / steps)")
     add("--epochs", type=float, help="end after so many passes over the images")
     add("--max-steps", type=int, help=f"end after so many steps ({defaults['max_steps']})")
@@ -84,6 +85,11 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         type=int,
         metavar="COUNT",
         help=f"how many stay while it runs ({run['keep_checkpoints']})",
+    )
+    add(
+        "--streaming",
+        action="store_true",
+        help="read a hub data set, or tables, as they come, without keeping them or a cache",
     )
     add("--cache", metavar="FOLDER", help="of latents and prompt embeddings (the user's cache)")
     add("--no-cache", action="store_true", help="keep latents and prompt embeddings in memory")

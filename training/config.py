@@ -65,10 +65,12 @@ class FitConfig:
     resolution: int | None = None  # pixels; None: the model's own
     batch_size: int = 2
     gradient_accumulation: int = 4
+    reuse: int = 4  # steps that meet the same images, noise and timesteps: see `training.reuse`
     learning_rate: float | None = None  # of the logits (Adam); None: by the number of steps
     epochs: float | None = None  # no limit by default: max_steps ends the fit
     max_steps: int = 1000  # optimizer steps
     precision: Precision = "fp32"
+    streaming: bool = False  # read tables as they come: see `training.streaming`
     device: str = "auto"
     validation_fraction: float = 0.1
     validation_samples: int = 64  # held-out images × timesteps of one validation pass
@@ -91,11 +93,26 @@ class FitConfig:
         for name in (
             "batch_size",
             "gradient_accumulation",
+            "reuse",
             "max_steps",
             "validation_samples",
             "calibration_batches",
         ):
             self._require(getattr(self, name) >= 1, name, "1 or more")
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        for name, given, why in (
+            ("--epochs", self.epochs, "nobody knows how many images a stream has"),
+            ("--cache", self.run.cache, "a stream is encoded as it comes"),
+        ):
+            if given is not None:
+                raise UserError(
+                    f"{name} {given} and --streaming were given, but {why}.",
+                    "one of the two",
+                    f"leave out {name}" + (" and use --max-steps" if name == "--epochs" else ""),
+                )
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         _require(holds, name, getattr(self, name), expected)

@@ -30,14 +30,15 @@ WORKERS = min(8, os.cpu_count() or 1)
 class EncodedBatch:
     """Images together: ``latents`` [B, 4, h, w] and ``context`` [B, T, D], float32 on the CPU.
 
-    Where several processes share a batch of ``total`` images, these are its ``rows`` alone.
+    Where several processes share a batch of ``total`` images, these are its ``rows`` alone; the
+    same holds where some of them can't be read.
     """
 
     latents: Tensor
     context: Tensor
     ids: list[str]
     total: int
-    rows: slice
+    rows: slice | list[int]
 
 
 class EncodedImages:
