@@ -92,6 +92,7 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         help="read a hub data set, or tables, as they come, without keeping them or a cache",
     )
     add("--cache", metavar="FOLDER", help="of latents and prompt embeddings (the user's cache)")
+    add("--workers", type=int, help="threads that decode images for the cache (one per core)")
     add("--no-cache", action="store_true", help="keep latents and prompt embeddings in memory")
     add(
         "--gradient-checkpointing",

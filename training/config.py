@@ -35,6 +35,7 @@ class RunOptions:
     keep_checkpoints: int = 2
     cache: str | None = None  # folder of latents and prompt embeddings; None: see `default_cache`
     no_cache: bool = False  # keep them in memory
+    workers: int | None = None  # threads that decode images for the cache; None: one per core
     sample_every: int = 0  # steps between sample images; 0: none
     tensorboard: bool = False
     gradient_checkpointing: bool = False  # less memory, more time: blocks are evaluated again
@@ -44,6 +45,7 @@ class RunOptions:
         _require(every >= 0, "checkpoint_every", every, "0 or more")
         keep = self.keep_checkpoints
         _require(keep >= 1, "keep_checkpoints", keep, "1 or more")
+        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more")
         _require(self.sample_every >= 0, "sample_every", self.sample_every, "0 or more")
 
 

@@ -90,6 +90,8 @@ class ImageData:
         record = self.records[index]
         try:
             image = decode_image(record.read())
+        except MemoryError:  # says nothing about the image
+            raise
         except Exception as error:  # damaged bytes make image decoders raise nearly anything
             raise self._note_broken(record.id, error) from error
         if min(image.size) < self.resolution and not self._warned_small:

@@ -39,13 +39,13 @@ from ldcp_core import (
 )
 from training.arguments import DEMO_SETTINGS, parse_arguments
 from training.budget import Budget
-from training.cache import default_cache
+from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
 from training.config import FitConfig
 from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising, HeldOut
-from training.encoding import EncodedImages
+from training.encoding import WORKERS, EncodedImages
 from training.errors import UserError
 from training.gating import hard_gates, topology_of
 from training.html_report import html_report
@@ -244,10 +244,10 @@ def _encoded(
         return data
     images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
     try:
-        images.build(model, processes.rank, processes.world)
+        images.build(model, processes.rank, processes.world, config.run.workers or WORKERS)
         processes.wait()
         images.build(model)  # opens what the others made (and makes it, on another machine's disk)
-    except UserError as error:
+    except CacheNotWritable as error:
         if config.run.cache is not None or processes.world > 1:
             raise
         log.warning("%s\n  Going on without a cache.", error)
