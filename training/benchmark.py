@@ -357,6 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from training.benchmarking import training
 
         return training.main(typed[1:])
+    if typed[:1] == ["throughput"]:
+        from training.benchmarking import throughput
+
+        return throughput.main(typed[1:])
     config = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)

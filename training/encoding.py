@@ -61,6 +61,10 @@ class EncodedImages:
         self.latents = TensorCache(folder / f"latents-{latents}", data.stamps())
         self.embeddings = TensorCache(folder / f"prompts-{embeddings}", self._prompts)
 
+    def __len__(self) -> int:
+        """How many images there are, those included that can't be read."""
+        return len(self._data)
+
     def build(
         self, model: DiffusionModel, rank: int = 0, world: int = 1, workers: int = WORKERS
     ) -> None:

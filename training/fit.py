@@ -51,7 +51,7 @@ from training.gating import hard_gates, topology_of
 from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, GateLearner, aligned_scores
 from training.loop import Learning, run
-from training.models import DTYPES, DiffusionModel, load_model
+from training.models import DTYPES, DiffusionModel, give_back_memory, load_model
 from training.processes import Processes
 from training.report import History, curves_png, scores_png
 from training.samples import Samples
@@ -116,6 +116,7 @@ def fit(config: FitConfig) -> FitResult | None:
     samples = _samples(config, data, held_out or train, model) if processes.first else None
     if isinstance(images, EncodedImages):
         model = model.without_encoders()
+        give_back_memory()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     denoising = Denoising(model, config.seed)

@@ -35,14 +35,21 @@ from training.budget import Budget
 from training.cache import default_cache
 from training.calibration import Calibration
 from training.config import FitConfig
-from training.data import Position, open_dataset
+from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising
 from training.encoding import EncodedImages
 from training.errors import UserError
 from training.gating import deviation, masked, topology_of
 from training.learning import GateLearner, new_optimizer, noise_scale
 from training.loop import Learning
-from training.models import DTYPES, embed_prompts, encode_images, load_model
+from training.models import (
+    DTYPES,
+    DiffusionModel,
+    embed_prompts,
+    encode_images,
+    give_back_memory,
+    load_model,
+)
 from training.processes import Processes
 from training.reuse import WINDOW
 
@@ -98,35 +105,47 @@ def measure(loop: str, config: FitConfig, steps: int) -> dict[str, Any]:
     for _ in range(WARM_UP):
         step()
     clock.parts.clear()
-    _reset_peak()
+    reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         step()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     parts = {name: seconds / steps for name, seconds in clock.parts.items()}
-    return {"cpu": cpu / steps, "wall": wall / steps, "parts": parts, "peak": _peak()}
+    return {"cpu": cpu / steps, "wall": wall / steps, "parts": parts, "peak": peak()}
 
 
-def _ours(config: FitConfig, clock: Clock) -> Callable[[], None]:
-    """One step of `Learning`, with its evaluations of the U-Net and its backward on the clock."""
+def opened(config: FitConfig) -> tuple[DiffusionModel, ImageData]:
+    """Model and images as a fit opens them."""
     model = load_model(config.model, dtype=DTYPES[config.precision])
-    model.vae.float()  # as in a fit
+    model.vae.float()
     model.text_encoder.float()
-    data = open_dataset(config.data, resolution=config.resolution or model.resolution)
-    images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
-    images.build(model)
-    model = model.without_encoders()
+    return model, open_dataset(config.data, resolution=config.resolution or model.resolution)
+
+
+def new_learning(config: FitConfig, model: DiffusionModel, images: EncodedImages) -> Learning:
+    """A run at its first step, on made-up constants and effects: they take no time in a step."""
     sites = topology_of(model.unet).sites(config.scope)
     denoising = Denoising(model, config.seed)
     position = Position()
-    stream = images.batches(
-        range(len(data)), config.batch_size, seed=0, epochs=None, position=position
-    )
+    indices = range(len(images))
+    stream = images.batches(indices, config.batch_size, seed=0, epochs=None, position=position)
     learner = GateLearner(sites, config.seed, Budget("channels", sites))
     steps = config.max_steps
     learning = Learning(config, denoising, learner, stream, position, steps, Processes())
     zeros = {site.name: torch.zeros(site.channels) for site in sites}
     learning.begin(Calibration(zeros, 1.0, {name: zero + 1 for name, zero in zeros.items()}))
+    return learning
+
+
+def _ours(config: FitConfig, clock: Clock) -> Callable[[], None]:
+    """One step of `Learning`, with its evaluations of the U-Net and its backward on the clock."""
+    model, data = opened(config)
+    images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
+    images.build(model)
+    model = model.without_encoders()
+    give_back_memory()
+    learning = new_learning(config, model, images)
+    denoising = learning._denoising
     predict = denoising._predict
     denoising._predict = clock.timed(  # type: ignore[method-assign]
         lambda: "gated forward" if torch.is_grad_enabled() else "dense forward", predict
@@ -190,7 +209,7 @@ def _original(config: FitConfig, clock: Clock, gradients: bool) -> Callable[[], 
     return step
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Let the kernel count the peak from now on (Linux; elsewhere it is that of the process)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -198,8 +217,8 @@ def _reset_peak() -> None:
         pass
 
 
-def _peak() -> int | None:
-    """Peak resident bytes since `_reset_peak`; None where the system doesn't tell."""
+def peak() -> int | None:
+    """Peak resident bytes since `reset_peak`; None where the system doesn't tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -221,8 +240,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _median(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ordered = sorted(results, key=lambda result: result["cpu"])
-    peak = max(result["peak"] or 0 for result in results)
-    return {**ordered[len(ordered) // 2], "peak": peak}
+    most = max(result["peak"] or 0 for result in results)
+    return {**ordered[len(ordered) // 2], "peak": most}
 
 
 def _in_a_process(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -247,10 +266,10 @@ def render(found: dict[str, dict[str, Any]], batch: int) -> str:
     ours = found["ours"]["cpu"]
     for loop, result in found.items():
         cpu = result["cpu"]
-        peak = f"{result['peak'] / MIB:,.0f} MiB" if result["peak"] else "unknown"
+        most = f"{result['peak'] / MIB:,.0f} MiB" if result["peak"] else "unknown"
         lines.append(
             f"| {loop} | {batch / cpu:.2f} | {cpu:.3f} | {cpu / ours:.2f} | {result['wall']:.3f} | "
-            f"{peak} |"
+            f"{most} |"
         )
     parts = list(dict.fromkeys(name for result in found.values() for name in result["parts"]))
     lines += [
