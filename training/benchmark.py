@@ -361,6 +361,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from training.benchmarking import throughput
 
         return throughput.main(typed[1:])
+    if typed[:1] == ["memory"]:
+        from training.benchmarking import memory
+
+        return memory.main(typed[1:])
     config = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
