@@ -142,14 +142,13 @@ class TensorCache:
         if not self._paths[k].is_file():
             return False
         try:
-            with safe_open(self._paths[k], framework="pt") as file:
-                metadata: Mapping[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("rows", "values")}
+            metadata, tensors = _mapped(self._paths[k])
             reasons = metadata.get("broken", "")
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"format {metadata.get('format')}")
             if metadata.get("checksum") != _checksum(tensors, reasons):
                 raise ValueError("its checksum does not match its contents")
+            tensors = _mapped(self._paths[k])[1]  # anew: without the pages that were just read
         except (SafetensorError, ValueError, OSError) as error:
             log.warning("The cache %s is damaged (%s); making it again.", self._paths[k], error)
             return False
@@ -159,6 +158,13 @@ class TensorCache:
         self.broken |= {first + int(place): why for place, why in json.loads(reasons).items()}
         self._there.add(k)
         return True
+
+
+def _mapped(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a shard; their pages come into memory when they are read."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("rows", "values")}
+        return file.metadata() or {}, tensors
 
 
 def _checksum(tensors: Mapping[str, Tensor], reasons: str) -> str:

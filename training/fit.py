@@ -42,6 +42,7 @@ from training.budget import Budget
 from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
+from training.compiling import compile_
 from training.config import FitConfig
 from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising, HeldOut
@@ -119,6 +120,8 @@ def fit(config: FitConfig) -> FitResult | None:
         give_back_memory()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
+    if config.run.compile:
+        compile_(model.unet, [site.name for site in sites])
     denoising = Denoising(model, config.seed)
     position = Position()
     shared = {} if processes.world == 1 else {"share": processes.share}
