@@ -65,6 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
     add("--resolution", type=int, help="pixels (default: the model's own)")
     add("--batch-size", type=int, help=f"images per forward ({defaults['batch_size']})")
     add("--gradient-accumulation", type=int, help="batches per step (4)")
+    add("--reuse", type=int, help=f"how often a batch and its noise come ({defaults['reuse']})")
     add("--learning-rate", type=float, help=f"of the logits ({TRAVEL:g} / steps)")
     add("--epochs", type=float, help="end after so many passes over the images")
     add("--max-steps", type=int, help=f"end after so many steps ({defaults['max_steps']})")
@@ -85,12 +86,23 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         metavar="COUNT",
         help=f"how many stay while it runs ({run['keep_checkpoints']})",
     )
+    add(
+        "--streaming",
+        action="store_true",
+        help="read a hub data set, or tables, as they come, without keeping them or a cache",
+    )
     add("--cache", metavar="FOLDER", help="of latents and prompt embeddings (the user's cache)")
+    add("--workers", type=int, help="threads that decode images for the cache (one per core)")
     add("--no-cache", action="store_true", help="keep latents and prompt embeddings in memory")
     add(
         "--gradient-checkpointing",
         action="store_true",
         help="less memory, more time: evaluate blocks again for the gradient",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile for the parts that hold no gate: minutes first, then faster steps",
     )
     add(
         "--sample-every",

@@ -67,6 +67,10 @@ def weights_digest(module: torch.nn.Module) -> str:
     return found.hexdigest()[:32]
 
 
+class CacheNotWritable(UserError):
+    """The disk takes no cache."""
+
+
 class TensorCache:
     """One tensor per item, read from ``folder``; `build` first.
 
@@ -93,7 +97,7 @@ class TensorCache:
         """Open what is there and whole, and compute and keep the rest, with a progress bar.
 
         Of ``world`` processes each calls it with its ``rank``, and computes its share of the
-        missing shards. Raises UserError when the cache can't be written.
+        missing shards. Raises `CacheNotWritable`.
         """
         missing = [
             k for k in range(len(self._shards)) if k not in self._there and not self._open(k)
@@ -106,7 +110,7 @@ class TensorCache:
             for k in mine:
                 self._write(k, compute, bar)
                 if not self._open(k):
-                    raise UserError(f"{self._paths[k]} was written and can't be read back.")
+                    raise CacheNotWritable(f"{self._paths[k]} was written and can't be read back.")
 
     def _write(self, k: int, compute: Compute, bar: tqdm[None]) -> None:
         values: list[Tensor] = []
@@ -127,7 +131,7 @@ class TensorCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._paths[k], serialize(tensors, metadata))
         except OSError as error:
-            raise UserError(
+            raise CacheNotWritable(
                 f"The cache {self._paths[k]} can't be written: {error}.",
                 "a folder that can be written, with room",
                 "make room (what is cached so far stays), or use --cache FOLDER or --no-cache",
@@ -138,14 +142,13 @@ class TensorCache:
         if not self._paths[k].is_file():
             return False
         try:
-            with safe_open(self._paths[k], framework="pt") as file:
-                metadata: Mapping[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("rows", "values")}
+            metadata, tensors = _mapped(self._paths[k])
             reasons = metadata.get("broken", "")
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"format {metadata.get('format')}")
             if metadata.get("checksum") != _checksum(tensors, reasons):
                 raise ValueError("its checksum does not match its contents")
+            tensors = _mapped(self._paths[k])[1]  # anew: without the pages that were just read
         except (SafetensorError, ValueError, OSError) as error:
             log.warning("The cache %s is damaged (%s); making it again.", self._paths[k], error)
             return False
@@ -155,6 +158,13 @@ class TensorCache:
         self.broken |= {first + int(place): why for place, why in json.loads(reasons).items()}
         self._there.add(k)
         return True
+
+
+def _mapped(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a shard; their pages come into memory when they are read."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("rows", "values")}
+        return file.metadata() or {}, tensors
 
 
 def _checksum(tensors: Mapping[str, Tensor], reasons: str) -> str:

@@ -35,16 +35,25 @@ class RunOptions:
     keep_checkpoints: int = 2
     cache: str | None = None  # folder of latents and prompt embeddings; None: see `default_cache`
     no_cache: bool = False  # keep them in memory
+    workers: int | None = None  # threads that decode images for the cache; None: one per core
     sample_every: int = 0  # steps between sample images; 0: none
     tensorboard: bool = False
     gradient_checkpointing: bool = False  # less memory, more time: blocks are evaluated again
+    compile: bool = False  # parts of the U-Net without gates: see `training.compiling`
 
     def __post_init__(self) -> None:
         every = self.checkpoint_every
         _require(every >= 0, "checkpoint_every", every, "0 or more")
         keep = self.keep_checkpoints
         _require(keep >= 1, "keep_checkpoints", keep, "1 or more")
+        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more")
         _require(self.sample_every >= 0, "sample_every", self.sample_every, "0 or more")
+        if self.compile and self.gradient_checkpointing:
+            raise UserError(
+                "--gradient-checkpointing and --compile were given.",
+                "one of the two: compiled parts are not evaluated again",
+                "leave out one of them",
+            )
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,12 @@ class FitConfig:
     resolution: int | None = None  # pixels; None: the model's own
     batch_size: int = 2
     gradient_accumulation: int = 4
+    reuse: int = 4  # steps that meet the same images, noise and timesteps: see `training.reuse`
     learning_rate: float | None = None  # of the logits (Adam); None: by the number of steps
     epochs: float | None = None  # no limit by default: max_steps ends the fit
     max_steps: int = 1000  # optimizer steps
     precision: Precision = "fp32"
+    streaming: bool = False  # read tables as they come: see `training.streaming`
     device: str = "auto"
     validation_fraction: float = 0.1
     validation_samples: int = 64  # held-out images × timesteps of one validation pass
@@ -91,11 +102,26 @@ class FitConfig:
         for name in (
             "batch_size",
             "gradient_accumulation",
+            "reuse",
             "max_steps",
             "validation_samples",
             "calibration_batches",
         ):
             self._require(getattr(self, name) >= 1, name, "1 or more")
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        for name, given, why in (
+            ("--epochs", self.epochs, "nobody knows how many images a stream has"),
+            ("--cache", self.run.cache, "a stream is encoded as it comes"),
+        ):
+            if given is not None:
+                raise UserError(
+                    f"{name} {given} and --streaming were given, but {why}.",
+                    "one of the two",
+                    f"leave out {name}" + (" and use --max-steps" if name == "--epochs" else ""),
+                )
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         _require(holds, name, getattr(self, name), expected)

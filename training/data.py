@@ -11,6 +11,7 @@ import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,10 +48,14 @@ class Batch:
 
 @dataclass
 class Position:
-    """How far a stream of batches has come: the epoch, and how much of its order lies behind."""
+    """How far a stream of batches has come: the epoch, and how much of its order lies behind.
+
+    ``stream`` is the state of a data set that is read as it comes.
+    """
 
     epoch: int = 0
     offset: int = 0
+    stream: dict[str, Any] | None = None
 
 
 @dataclass
@@ -85,6 +90,8 @@ class ImageData:
         record = self.records[index]
         try:
             image = decode_image(record.read())
+        except MemoryError:  # says nothing about the image
+            raise
         except Exception as error:  # damaged bytes make image decoders raise nearly anything
             raise self._note_broken(record.id, error) from error
         if min(image.size) < self.resolution and not self._warned_small:
@@ -112,9 +119,10 @@ class ImageData:
                 log.warning("Skipping the broken image %s: %s", id, reason)
             self.broken[id] = reason
 
-    def captions(self) -> dict[int, str]:
-        """Index -> caption of every image."""
-        return {index: record.caption() for index, record in enumerate(self.records)}
+    def captions(self, indices: Iterable[int] | None = None) -> dict[int, str]:
+        """Index -> caption of the given images, or of all."""
+        chosen = range(len(self)) if indices is None else indices
+        return {index: self.records[index].caption() for index in chosen}
 
     def stamps(self) -> list[str]:
         """What tells each image's content apart (see `Record`)."""

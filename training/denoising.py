@@ -6,20 +6,29 @@ image and kept in memory: every epoch after the first costs neither VAE nor text
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ldcp_core import SoftGate, blocks_of
 from ldcp_core.gates import Padding
 from training.data import Batch, ImageData
 from training.encoding import EncodedBatch, EncodedImages
 from training.gating import masked
+from training.kernels import fast_layers
 from training.models import DiffusionModel, embed_prompts, encode_images
-from training.thrift import frozen_convolutions, recording, replaying, stages_before
+from training.thrift import (
+    beside_gates,
+    frozen_convolutions,
+    recording,
+    replaying,
+    stages_before,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,22 @@ class Problem:
 
     def __len__(self) -> int:
         return self.noisy.shape[0]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A problem, the dense model's answer, and the outputs of parts that no gate changes."""
+
+    problem: Problem
+    dense: Tensor
+    shared: dict[str, Any]
+
+    def to(self, device: torch.device) -> Answered:
+        """The same on another device."""
+        problem, dense, shared = tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), (vars(self.problem), self.dense, self.shared)
+        )
+        return Answered(Problem(**problem), dense, shared)
 
 
 class Encoder:
@@ -104,28 +129,48 @@ class Denoising:
 
     def dense(self, problem: Problem) -> Tensor:
         """The unpruned U-Net's prediction of the noise, without gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), fast_layers(self.model.unet):
             return self._predict(problem)
 
     def gated(self, problem: Problem, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
         """The prediction under gates, differentiable in their masks."""
-        with masked(self.model.unet, gates, padding):
+        with fast_layers(self.model.unet), masked(self.model.unet, gates, padding):
             return self._predict(problem)
+
+    def answered(self, problem: Problem, sites: Iterable[str]) -> Answered:
+        """The problem with its dense prediction and what gates at these sites do not change."""
+        unet = self.model.unet
+        stages = stages_before(unet, blocks_of(sites))
+        parts = [*stages, *beside_gates(unet, stages)]
+        with torch.no_grad(), fast_layers(unet), recording(unet, parts) as shared:
+            return Answered(problem, self._predict(problem), shared)
+
+    @contextmanager
+    def pruned(
+        self, answered: Answered, gates: Mapping[str, SoftGate], padding: Padding
+    ) -> Iterator[Tensor]:
+        """The prediction with gates at the sites of ``answered``, differentiable in the masks.
+
+        Run its backward within the context: under gradient checkpointing blocks are evaluated
+        again, with their gates.
+        """
+        unet = self.model.unet
+        with (
+            frozen_convolutions(unet),
+            fast_layers(unet),
+            replaying(unet, answered.shared),
+            masked(unet, gates, padding),
+        ):
+            yield self._predict(answered.problem)
 
     @contextmanager
     def compared(
         self, problem: Problem, gates: Mapping[str, SoftGate], padding: Padding
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The predictions without and with gates; what comes before the first gate is shared.
-
-        The second is differentiable in the masks. Run its backward within the context: under
-        gradient checkpointing blocks are evaluated again, with their gates.
-        """
-        unet = self.model.unet
-        with torch.no_grad(), recording(unet, stages_before(unet, blocks_of(gates))) as shared:
-            dense = self._predict(problem)
-        with frozen_convolutions(unet), replaying(unet, shared), masked(unet, gates, padding):
-            yield dense, self._predict(problem)
+        """The predictions without and with gates: `answered` and `pruned` in one."""
+        answered = self.answered(problem, gates)
+        with self.pruned(answered, gates, padding) as output:
+            yield answered.dense, output
 
     def _predict(self, problem: Problem) -> Tensor:
         result: Tensor = self.model.unet(

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from training.cache import TensorCache, digest, weights_digest
 from training.data import BrokenImage, ImageData, Item, Position
+from training.errors import UserError
 from training.models import DiffusionModel, embed_prompts, encode_images
 
 #: how an image becomes a square (`to_pixels`) and a latent (`encode_images`): change it with them
 CROP = "centre square, lanczos, mode of the posterior"
-#: images decoded ahead, each in a thread of its own (Pillow decodes outside Python's lock)
+#: threads that read and decode images ahead (Pillow decodes outside Python's lock)
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -30,14 +31,15 @@ WORKERS = min(8, os.cpu_count() or 1)
 class EncodedBatch:
     """Images together: ``latents`` [B, 4, h, w] and ``context`` [B, T, D], float32 on the CPU.
 
-    Where several processes share a batch of ``total`` images, these are its ``rows`` alone.
+    Where several processes share a batch of ``total`` images, these are its ``rows`` alone; the
+    same holds where some of them can't be read.
     """
 
     latents: Tensor
     context: Tensor
     ids: list[str]
     total: int
-    rows: slice
+    rows: slice | list[int]
 
 
 class EncodedImages:
@@ -59,11 +61,21 @@ class EncodedImages:
         self.latents = TensorCache(folder / f"latents-{latents}", data.stamps())
         self.embeddings = TensorCache(folder / f"prompts-{embeddings}", self._prompts)
 
-    def build(self, model: DiffusionModel, rank: int = 0, world: int = 1) -> None:
-        """Compute what is not cached yet; see `TensorCache.build`."""
+    def __len__(self) -> int:
+        """How many images there are, those included that can't be read."""
+        return len(self._data)
+
+    def build(
+        self, model: DiffusionModel, rank: int = 0, world: int = 1, workers: int = WORKERS
+    ) -> None:
+        """Compute what is not cached yet; see `TensorCache.build`.
+
+        ``workers`` threads read and decode ahead of the VAE. Raises UserError when one of them
+        dies; what is cached so far stays.
+        """
 
         def latents(indices: Sequence[int]) -> Iterator[Tensor | str]:
-            for found in _ahead(self._decoded, indices):
+            for found in _ahead(self._decoded, indices, workers):
                 # one by one: a latent must not depend on what it was computed together with
                 broken = isinstance(found, str)
                 yield found if broken else encode_images(model, found.pixels[None])[0].cpu()
@@ -110,19 +122,32 @@ class EncodedImages:
             )
 
     def _decoded(self, index: int) -> Item | str:
+        id = self._data.records[index].id
         try:
             return self._data[index]
         except BrokenImage:
-            return self._data.broken[self._data.records[index].id]
+            return self._data.broken[id]
+        except BaseException as error:
+            raise UserError(
+                f"A worker that read images died at {id}: {error!r}.",
+                "memory for a few decoded images per worker",
+                "run the same command again, with fewer --workers: what is cached so far stays",
+            ) from error
 
 
-def _ahead(read: Callable[[int], Item | str], indices: Sequence[int]) -> Iterator[Item | str]:
+def _ahead(
+    read: Callable[[int], Item | str], indices: Sequence[int], workers: int
+) -> Iterator[Item | str]:
     """``read`` of each index in order, a few ahead of what is asked for."""
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Item | str]] = deque()
-        for index in indices:
-            waiting.append(pool.submit(read, index))
-            if len(waiting) > 2 * WORKERS:
+        try:
+            for index in indices:
+                waiting.append(pool.submit(read, index))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for left in waiting:
+                left.cancel()

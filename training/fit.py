@@ -39,23 +39,25 @@ from ldcp_core import (
 )
 from training.arguments import DEMO_SETTINGS, parse_arguments
 from training.budget import Budget
-from training.cache import default_cache
+from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
+from training.compiling import compile_
 from training.config import FitConfig
 from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising, HeldOut
-from training.encoding import EncodedImages
+from training.encoding import WORKERS, EncodedImages
 from training.errors import UserError
 from training.gating import hard_gates, topology_of
 from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, GateLearner, aligned_scores
 from training.loop import Learning, run
-from training.models import DTYPES, DiffusionModel, load_model
+from training.models import DTYPES, DiffusionModel, give_back_memory, load_model
 from training.processes import Processes
 from training.report import History, curves_png, scores_png
 from training.samples import Samples
 from training.stopping import Stopped
+from training.streaming import StreamedImages
 from training.watching import CsvHistory, SampleImages, TensorBoard, Watcher, summary_writer
 
 __all__ = ["DEMO_SETTINGS", "FitResult", "fit", "main", "parse_arguments"]
@@ -66,6 +68,7 @@ log = logging.getLogger("training.fit")
 MAY_CHANGE = ("model", "data", "output", "device")
 #: sample images
 SAMPLES = 4
+Data = ImageData | StreamedImages
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,7 @@ def fit(config: FitConfig) -> FitResult | None:
         summary_writer()  # a missing package shows before anything is computed
     checkpoints = Checkpoints.beside(output, config.run.keep_checkpoints)
     resumed = checkpoints.load() if config.run.resume else checkpoints.refuse_overwriting()
-    data = open_dataset(config.data)  # first, and cheap: a wrong path shows before a model loads
-    train, held_out = data.split(config.validation_fraction, config.seed)
+    data, train, held_out = _opened(config)  # first: a wrong path shows before a model loads
     device = processes.device or _device(config.device)
     model = load_model(config.model, dtype=DTYPES[config.precision], device=device)
     model.vae.float()  # half precision would cost quality in the one pass they make
@@ -109,13 +111,17 @@ def fit(config: FitConfig) -> FitResult | None:
     identity = _identity(config, batch_size, data, train, model.unet)
     if resumed is not None:
         check_identity(resumed, identity)
-    log.info("%s: %d images to learn from, %d held out", data.source, len(train), len(held_out))
+    many = "a stream of" if config.streaming else str(len(train))
+    log.info("%s: %s images to learn from, %d held out", data.source, many, len(held_out))
     images = _encoded(config, data, model, processes)
     samples = _samples(config, data, held_out or train, model) if processes.first else None
-    if images is not data:
+    if isinstance(images, EncodedImages):
         model = model.without_encoders()
+        give_back_memory()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
+    if config.run.compile:
+        compile_(model.unet, [site.name for site in sites])
     denoising = Denoising(model, config.seed)
     position = Position()
     shared = {} if processes.world == 1 else {"share": processes.share}
@@ -166,9 +172,9 @@ def _finish(
     config: FitConfig,
     learning: Learning,
     denoising: Denoising,
-    data: ImageData,
-    images: ImageData | EncodedImages,
-    held_out: list[int],
+    data: Data,
+    images: Data | EncodedImages,
+    held_out: Sequence[int],
     budget: Budget,
     topology: Topology,
     output: Path,
@@ -212,13 +218,26 @@ def _finish(
     return FitResult(gates, history, heldout)
 
 
+def _opened(config: FitConfig) -> tuple[Data, Sequence[int], Sequence[int]]:
+    """The images, and which of them to learn from and to hold out."""
+    if config.streaming:
+        samples = config.validation_samples if config.validation_fraction else 0
+        stream = StreamedImages(config.data, samples)
+        return stream, *stream.split()
+    data = open_dataset(config.data)
+    return data, *data.split(config.validation_fraction, config.seed)
+
+
 def _encoded(
-    config: FitConfig, data: ImageData, model: DiffusionModel, processes: Processes
-) -> ImageData | EncodedImages:
+    config: FitConfig, data: Data, model: DiffusionModel, processes: Processes
+) -> Data | EncodedImages:
     """The images out of the cache, which is built first; the images themselves where there is none.
 
     Raises UserError when a cache that is needed, or was asked for, can't be written.
     """
+    if isinstance(data, StreamedImages):
+        data.encode_with(model)
+        return data
     if config.run.no_cache:
         if processes.world > 1:
             raise UserError(
@@ -229,10 +248,10 @@ def _encoded(
         return data
     images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
     try:
-        images.build(model, processes.rank, processes.world)
+        images.build(model, processes.rank, processes.world, config.run.workers or WORKERS)
         processes.wait()
         images.build(model)  # opens what the others made (and makes it, on another machine's disk)
-    except UserError as error:
+    except CacheNotWritable as error:
         if config.run.cache is not None or processes.world > 1:
             raise
         log.warning("%s\n  Going on without a cache.", error)
@@ -241,12 +260,12 @@ def _encoded(
 
 
 def _samples(
-    config: FitConfig, data: ImageData, indices: Sequence[int], model: DiffusionModel
+    config: FitConfig, data: Data, indices: Sequence[int], model: DiffusionModel
 ) -> Samples | None:
     """What draws sample images, from the captions of a few images; None when not asked for."""
     if not config.run.sample_every:
         return None
-    captions = dict.fromkeys(data.records[index].caption() for index in indices)
+    captions = dict.fromkeys(data.captions(indices).values())
     prompts = [caption for caption in captions if caption][:SAMPLES] or [""] * SAMPLES
     assert data.resolution is not None
     return Samples(model, prompts, data.resolution, config.padding)
@@ -281,7 +300,7 @@ def _watched(
 def _identity(
     config: FitConfig,
     batch_size: int,
-    data: ImageData,
+    data: Data,
     train: Sequence[int],
     unet: torch.nn.Module,
 ) -> dict[str, Any]:
@@ -299,8 +318,8 @@ def _identity(
 def _validate(
     config: FitConfig,
     denoising: Denoising,
-    data: ImageData | EncodedImages,
-    indices: list[int],
+    data: Data | EncodedImages,
+    indices: Sequence[int],
     gates: Gates,
 ) -> float:
     """Held-out deviation from dense and denoising loss of the gates as they will be written."""
@@ -333,7 +352,7 @@ def _say_result(
     alignment: Alignment,
     budget: Budget,
     output: Path,
-    data: ImageData,
+    data: Data,
 ) -> None:
     target, channels = config.target_sparsity, gates.channels
     print(gates_report(gates).text())
@@ -359,7 +378,7 @@ def _say_result(
 
 def _info(
     config: FitConfig,
-    data: ImageData,
+    data: Data,
     history: History,
     unet: torch.nn.Module,
     budget: Budget,
@@ -380,7 +399,7 @@ def _info(
         "steps": len(history.sparsity),
         "changed_channels": history.changed,
         "seed": config.seed,
-        "data": {"source": Path(data.source).name, "images": len(data)},
+        "data": {"source": Path(data.source).name, "images": _count(data)},
         "config": {
             **config.to_json(),
             "model": Path(config.model).name,
@@ -391,6 +410,11 @@ def _info(
         "versions": {name: version(name) for name in packages},
         "created": time.strftime("%Y-%m-%d"),
     }
+
+
+def _count(data: Data) -> int | None:
+    """How many images there are; None where nobody knows."""
+    return None if isinstance(data, StreamedImages) else len(data)
 
 
 def _sites(topology: Topology, scope: str) -> list[Site]:
@@ -415,7 +439,7 @@ def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
 def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
     if config.epochs is None:
         return config.max_steps
-    per_epoch = images / (batch_size * config.gradient_accumulation)
+    per_epoch = images * config.reuse / (batch_size * config.gradient_accumulation)
     return max(1, min(config.max_steps, round(config.epochs * per_epoch)))
 
 

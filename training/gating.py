@@ -122,19 +122,36 @@ def _adapter(name: str, block: Any) -> DiffusersResBlock | DiffusersFeedForward:
 CompactBlock = CompactResBlock | CompactFeedForward
 #: the forward of a block of the U-Net, in its own signature
 BlockForward = Callable[..., Tensor]
+#: a module, the name of one of its methods, and what to call instead
+Method = tuple[torch.nn.Module, str, Callable[..., Any]]
 
 
 @contextmanager
-def overridden(unet: UNet2DConditionModel, forwards: Mapping[str, BlockForward]) -> Iterator[None]:
-    """Run the named blocks through ``forwards[name]`` within the context."""
-    blocks: dict[str, Any] = {name: unet.get_submodule(name) for name in forwards}
+def replaced(
+    functions: Iterable[tuple[torch.nn.Module, str, Callable[..., Any]]],
+) -> Iterator[None]:
+    """Give modules methods of their own within the context. Afterwards each has what it had before.
+
+    That is its class's method, or one of its own.
+    """
+    before: list[tuple[torch.nn.Module, str, Any]] = []
     try:
-        for name, block in blocks.items():
-            block.forward = forwards[name]
+        for module, name, function in functions:
+            before.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = function
         yield
     finally:
-        for block in blocks.values():
-            block.__dict__.pop("forward", None)
+        for module, name, own in reversed(before):
+            if own is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = own
+
+
+def overridden(unet: UNet2DConditionModel, forwards: Mapping[str, BlockForward]) -> Any:
+    """Context in which the named blocks run through ``forwards[name]``."""
+    blocks = [(unet.get_submodule(name), "forward", forwards[name]) for name in forwards]
+    return replaced(blocks)
 
 
 def masked(unet: UNet2DConditionModel, gates: Mapping[str, SoftGate], padding: Padding) -> Any:

@@ -37,6 +37,7 @@ from training.learning import (
 from training.processes import Processes
 from training.randomness import random_state, set_random_state
 from training.report import History
+from training.reuse import WINDOW, Problems
 from training.stopping import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class Learning:
         self.learner = learner
         self.history = History(target=config.target_sparsity)
         self._config, self._denoising = config, denoising
-        self._stream, self._position = stream, position
+        window = WINDOW * config.gradient_accumulation
+        self._problems = Problems(denoising, stream, position, learner.sites, window, config.reuse)
         self._start = learner.keep_sets()
         self._calibration: Calibration | None = None
         rate = config.learning_rate or default_learning_rate(steps)
@@ -87,6 +89,7 @@ class Learning:
         """Start at what was measured; a run that goes on has it from its checkpoint."""
         self._use(found)
         self.learner.start_(found.effects)
+        self._problems.begin()
 
     def _use(self, found: Calibration) -> None:
         self._calibration = found
@@ -133,13 +136,14 @@ class Learning:
     def _reconstruct(self) -> float:
         """Loss and gradient of the next batch, as its share of a step, in `_unit`."""
         config, constants = self._config, self.calibration.constants
-        problem = self._denoising.problem(next(self._stream))
+        answered = next(self._problems)
         masks = self.learner.masks(noise_scale(self.step, self.steps))
         gates = {site: SoftGate(mask, constants[site]) for site, mask in masks.items()}
-        if not len(problem):  # the last batch of an epoch may be smaller than there are processes
+        if answered is None:
             return 0.0
-        with self._denoising.compared(problem, gates, config.padding) as (dense, output):
-            target = problem.noise if config.reconstruction == "noise" else dense
+        problem = answered.problem
+        with self._denoising.pruned(answered, gates, config.padding) as output:
+            target = problem.noise if config.reconstruction == "noise" else answered.dense
             mse = deviation(output, target) / self._unit
             mse = mse * problem.share / config.gradient_accumulation
             self._scaler.scale(mse).backward()
@@ -151,8 +155,6 @@ class Learning:
             "calibration": self.calibration.state_dict(),
             "learner": self.learner.state_dict(),
             "learner_generator": self.learner.generator.get_state(),
-            "denoising_generator": self._denoising.generator.get_state(),
-            "position": [self._position.epoch, self._position.offset],
             "random": random_state(),
             **{name: part.state_dict() for name, part in self._parts().items()},
         }
@@ -163,8 +165,6 @@ class Learning:
         self._use(Calibration.from_state_dict(state["calibration"]))
         self.learner.load_state_dict(state["learner"])
         self.learner.generator.set_state(state["learner_generator"])
-        self._denoising.generator.set_state(state["denoising_generator"])
-        self._position.epoch, self._position.offset = state["position"]
         set_random_state(state["random"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
@@ -177,6 +177,7 @@ class Learning:
             "controller": self._controller,
             "landing": self._landing,
             "history": self.history,
+            "problems": self._problems,
         }
 
 

@@ -9,6 +9,7 @@ through `datasets`. Nothing is decoded here (see `training.data`).
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -260,21 +261,30 @@ def _list_saved(root: Path) -> Sequence[Record]:
 
 
 def _list_tables(files: Sequence[Path]) -> Sequence[Record]:
+    return _list_rows(str(files[0].parent), _load_tables(files))
+
+
+def _load_tables(files: Sequence[Path], streaming: bool = False) -> Any:
     import datasets
 
     kind = _TABLES[files[0].suffix.lower()]
     try:
-        table = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train")
+        return datasets.load_dataset(
+            kind, data_files=[str(f) for f in files], split="train", streaming=streaming
+        )
     except Exception as error:  # builders wrap whatever their file format raises
         raise UserError(
             f"{files[0]} ({len(files)} {kind} file(s)) can't be read: {error.__cause__ or error}.",
             EXPECTED,
             "download or pack the files again",
         ) from error
-    return _list_rows(str(files[0].parent), table)
 
 
 def _list_hub(source: str) -> Sequence[Record]:
+    return _list_rows(source, _load_hub(source))
+
+
+def _load_hub(source: str, **options: Any) -> Any:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or Path(source).suffix.lower() in SUFFIXES:
         raise UserError(
             f"There is no file or folder {source}.",
@@ -284,7 +294,7 @@ def _list_hub(source: str) -> Sequence[Record]:
     import datasets
 
     try:
-        table = _choose_split(datasets.load_dataset(source))
+        return _choose_split(datasets.load_dataset(source, **options))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
             f"There is no data set {source} on the hub that you may read, and no such path here.",
@@ -304,7 +314,58 @@ def _list_hub(source: str) -> Sequence[Record]:
             EXPECTED,
             "download it and pass the local folder",
         ) from error
-    return _list_rows(source, table)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A table that is read as it comes: ``table`` is an `IterableDataset` of undecoded images."""
+
+    table: Any
+    image: str
+    text: str | None
+
+    def table_at(self, epoch: int, state: Mapping[str, Any] | None) -> Any:
+        """The table, to be read from where ``state`` was taken, or from its start."""
+        table = copy.deepcopy(self.table)
+        table.set_epoch(epoch)
+        if state is not None:
+            table.load_state_dict(dict(state))
+        return table
+
+    def read(self, row: Mapping[str, Any]) -> bytes:
+        """The bytes of a row's image; raises ValueError where it has none."""
+        return _image_bytes(row[self.image])
+
+    def caption(self, row: Mapping[str, Any]) -> str:
+        return as_caption(row[self.text]) if self.text else ""
+
+
+def open_stream(source: str) -> Stream:
+    """Open a hub data set, or tables in a local folder, without downloading or converting it.
+
+    Raises UserError as `list_images`, and for a folder of image files, which needs no streaming.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() or path.is_file():
+        table = _local_tables(path)
+    else:
+        table = _load_hub(source, streaming=True)
+    features = table.features or table._resolve_features().features or {}
+    image, text = _columns(source, features)
+    columns = [image, text] if text else [image]
+    return Stream(_undecoded(source, table.select_columns(columns), image), image, text)
+
+
+def _local_tables(path: Path) -> Any:
+    files = sorted(_walk(path)) if path.is_dir() else [path]
+    for suffix in _TABLES:
+        if tables := [file for file in files if file.suffix.lower() == suffix]:
+            return _load_tables(tables, streaming=True)
+    raise UserError(
+        f"--streaming was given, and {path} holds no tables.",
+        f"a hub data set, or files that end in {', '.join(_TABLES)}",
+        "leave out --streaming: single images are read from where they are",
+    )
 
 
 def _choose_split(data: Any) -> Any:
@@ -318,9 +379,26 @@ def _choose_split(data: Any) -> Any:
 
 
 def _list_rows(source: str, table: Any) -> Sequence[Record]:
+    column, text = _columns(source, table.features)
+    images = _undecoded(source, table.select_columns([column]), column)
+    captions = table.select_columns([text]) if text else None
+
+    def record(row: int) -> Record:
+        def read() -> bytes:
+            return _image_bytes(images[row][column])
+
+        def caption() -> str:
+            return as_caption(captions[row][text]) if captions is not None else ""
+
+        return Record(f"row {row}", read, caption, lambda: f"{table._fingerprint} {row}")
+
+    return [record(row) for row in range(len(table))]
+
+
+def _columns(source: str, features: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The names of the columns of images and of captions."""
     import datasets
 
-    features = table.features
     column = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
     column = column or next((name for name in IMAGE_COLUMNS if name in features), None)
     if column is None:
@@ -330,24 +408,29 @@ def _list_rows(source: str, table: Any) -> Sequence[Record]:
             "rename the column",
         )
     text = next((name for name in (*CAPTION_COLUMNS, "json") if name in features), None)
+    return column, text
+
+
+def _undecoded(source: str, table: Any, column: str) -> Any:
+    """The table, whose images come as bytes or as a path."""
+    import datasets
+
     try:
-        images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        return table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # arrow's own errors differ between versions
         raise UserError(
-            f"The column {column} of {source} holds {features[column]}.", "images", "convert it"
+            f"The column {column} of {source} holds {table.features[column]}.",
+            "images",
+            "convert it",
         ) from error
-    captions = table.select_columns([text]) if text else None
 
-    def record(row: int) -> Record:
-        def read() -> bytes:
-            value = images[row][column]
-            if value is None:
-                raise ValueError("the row has no image")
-            return value["bytes"] or Path(value["path"]).read_bytes()
 
-        def caption() -> str:
-            return as_caption(captions[row][text]) if captions is not None else ""
+def _image_bytes(value: Mapping[str, Any] | None) -> bytes:
+    if value is None:
+        raise ValueError("the row has no image")
+    if value["bytes"]:
+        return bytes(value["bytes"])
+    import fsspec
 
-        return Record(f"row {row}", read, caption, lambda: f"{table._fingerprint} {row}")
-
-    return [record(row) for row in range(len(table))]
+    with fsspec.open(value["path"], "rb") as file:
+        return bytes(file.read())

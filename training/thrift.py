@@ -1,10 +1,11 @@
 """No wasted work in a step: nothing computed twice, nothing kept that no gate needs.
 
 Weights are frozen and gates sit in a few blocks, so PyTorch records nothing before the first of
-them by itself. Two things it can't know. What lies before the first gate is the same for the dense
-teacher and for the gated model, so it is computed once and replayed. And a convolution keeps its
-input for the gradient of its weight, which nobody asks for, so it is given a backward of its own.
-Both leave every bit of output and gradient as it was.
+them by itself. Two things it can't know. What lies before the first gate, and what later sees
+timestep or prompt alone, is the same for the dense teacher and for the gated model, so it is
+computed once and replayed. And a convolution keeps its input for the gradient of its weight, which
+nobody asks for, so it is given a backward of its own. Both leave every bit of output and gradient
+as it was.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from training.gating import overridden
+from training.gating import overridden, replaced
 
 
 def stages_before(unet: UNet2DConditionModel, blocks: Iterable[str]) -> list[str]:
@@ -29,6 +30,17 @@ def stages_before(unet: UNet2DConditionModel, blocks: Iterable[str]) -> list[str
     gated = {stage for stage in stages for block in blocks if block.startswith(stage + ".")}
     first = min((stages.index(stage) for stage in gated), default=len(stages))
     return stages[:first]
+
+
+def beside_gates(unet: UNet2DConditionModel, stages: Iterable[str]) -> list[str]:
+    """The parts after ``stages`` that see timestep or prompt alone, which no gate changes."""
+    before = tuple(stage + "." for stage in stages)
+    ends = ("time_embedding", ".time_emb_proj", ".attn2.to_k", ".attn2.to_v")
+    return [
+        name
+        for name, _ in unet.named_modules()
+        if name.endswith(ends) and not name.startswith(before)
+    ]
 
 
 @contextmanager
@@ -92,8 +104,7 @@ class _FrozenConvolution(torch.autograd.Function):
         return found[0], None, None, None
 
 
-@contextmanager
-def frozen_convolutions(unet: nn.Module) -> Iterator[None]:
+def frozen_convolutions(unet: nn.Module) -> Any:
     """Context in which the frozen convolutions of the U-Net don't keep their inputs."""
     convolutions = [
         module
@@ -107,10 +118,4 @@ def frozen_convolutions(unet: nn.Module) -> Iterator[None]:
     def forward_of(conv: nn.Conv2d) -> Any:
         return lambda x, weight, bias: _FrozenConvolution.apply(x, conv, weight, bias)
 
-    try:
-        for conv in convolutions:
-            conv._conv_forward = forward_of(conv)
-        yield
-    finally:
-        for conv in convolutions:
-            conv.__dict__.pop("_conv_forward", None)
+    return replaced((conv, "_conv_forward", forward_of(conv)) for conv in convolutions)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldcp_core import load_gates
 from training import cache as cache_module
+from training import data as data_module
 from training import encoding, fit
 from training.cache import SHARD, TensorCache, default_cache
 from training.data import open_dataset
@@ -208,6 +209,35 @@ def test_a_broken_image_is_known_without_reading_it_again(
         assert [b.ids for b in found.batches(range(3), 3)] == [["00000.png", "00002.png"]]
         assert data.broken == {"00001.png": "not an image, whatever its name says"}, attempt
         monkeypatch.setattr(encoding, "encode_images", FORBIDDEN)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_dies_is_named_and_nothing_is_lost(
+    model: DiffusionModel, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cache_module, "SHARD", 8)  # 20 images: shards of 8, 8 and 4
+    decode = data_module.decode_image
+
+    def fail(data: bytes) -> Any:
+        if data == doomed:
+            raise MemoryError
+        return decode(data)
+
+    data = open_dataset(str(images), resolution=16)
+    doomed = data.records[9].read()
+    found = EncodedImages(data, model, tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(data_module, "decode_image", fail)
+        with pytest.raises(UserError, match=r"00009.png: MemoryError(.|\n)*fewer --workers"):
+            found.build(model, workers=workers)
+    assert not data.broken  # the image itself is fine
+    assert len(list(tmp_path.glob("c/latents-*/*"))) == 1
+    read: list[int] = []
+    again = EncodedImages(data, model, tmp_path / "c")
+    monkeypatch.setattr(again, "_decoded", lambda i: read.append(i) or data[i])
+    again.build(model, workers=workers)
+    assert sorted(read) == list(range(8, 20))
 
 
 def test_what_a_latent_depends_on_is_in_its_address(

@@ -6,20 +6,23 @@
 The original read, encoded and embedded its images again in every step, and its graph spanned the
 whole U-Net. Whether it also computed gradients of the weights depends on whether they were frozen,
 so both are timed. Each measurement is a process of its own, so that its peak of memory is its own;
-the processes take turns, and a time is the median over all steps of all rounds.
+the processes take turns. Times are CPU seconds of the process, which other work on the machine
+moves less than it moves the clock's, averaged over the steps of a round; the median over the rounds
+counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import math
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +35,27 @@ from training.budget import Budget
 from training.cache import default_cache
 from training.calibration import Calibration
 from training.config import FitConfig
-from training.data import Position, open_dataset
-from training.denoising import Denoising, Problem
+from training.data import ImageData, Position, open_dataset
+from training.denoising import Denoising
 from training.encoding import EncodedImages
 from training.errors import UserError
-from training.gating import deviation, topology_of
+from training.gating import deviation, masked, topology_of
 from training.learning import GateLearner, new_optimizer, noise_scale
 from training.loop import Learning
-from training.models import embed_prompts, encode_images, load_model
+from training.models import (
+    DTYPES,
+    DiffusionModel,
+    embed_prompts,
+    encode_images,
+    give_back_memory,
+    load_model,
+)
 from training.processes import Processes
+from training.reuse import WINDOW
 
 LOOPS = {
     "ours": "this repository's loop, latents and embeddings from the cache",
+    "ours, no reuse": "the same with new images, noise and timesteps in every step (`--reuse 1`)",
     "original": "encode and embed every step, the graph spans the whole U-Net",
     "original, weights": "the same, with gradients of all weights of the U-Net",
 }
@@ -53,18 +65,18 @@ MIB = 2**20
 
 
 class Clock:
-    """Seconds per part of a step."""
+    """CPU seconds per part of a step."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             yield
         finally:
-            self.parts[name] += time.perf_counter() - start
+            self.parts[name] += time.process_time() - start
 
     def timed(self, name: Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, on the clock under what ``name`` says when it is called."""
@@ -77,39 +89,63 @@ class Clock:
 
 
 def measure(loop: str, config: FitConfig, steps: int) -> dict[str, Any]:
-    """Seconds of each of ``steps`` steps, seconds per part, and peak memory in bytes while so."""
+    """CPU and wall seconds per step, CPU seconds per part, and peak memory in bytes while so.
+
+    Over ``steps`` steps, or as many more as it takes until all problems were met equally often.
+    """
     clock = Clock()
-    step = (_ours if loop == "ours" else _original)(config, clock, loop)
+    if loop == "ours, no reuse":
+        config = replace(config, reuse=1)
+    if loop.startswith("ours"):
+        cycle = 1 if config.reuse == 1 else WINDOW * config.reuse
+        steps = math.ceil(steps / cycle) * cycle
+        step = _ours(config, clock)
+    else:
+        step = _original(config, clock, gradients=loop.endswith("weights"))
     for _ in range(WARM_UP):
         step()
     clock.parts.clear()
-    _reset_peak()
-    seconds = []
+    reset_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        start = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "parts": dict(clock.parts), "peak": _peak()}
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    parts = {name: seconds / steps for name, seconds in clock.parts.items()}
+    return {"cpu": cpu / steps, "wall": wall / steps, "parts": parts, "peak": peak()}
 
 
-def _ours(config: FitConfig, clock: Clock, loop: str) -> Callable[[], None]:
-    """One step of `Learning`, with its evaluations of the U-Net and its backward on the clock."""
-    model = load_model(config.model)
-    data = open_dataset(config.data, resolution=config.resolution or model.resolution)
-    images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
-    images.build(model)
-    model = model.without_encoders()
+def opened(config: FitConfig) -> tuple[DiffusionModel, ImageData]:
+    """Model and images as a fit opens them."""
+    model = load_model(config.model, dtype=DTYPES[config.precision])
+    model.vae.float()
+    model.text_encoder.float()
+    return model, open_dataset(config.data, resolution=config.resolution or model.resolution)
+
+
+def new_learning(config: FitConfig, model: DiffusionModel, images: EncodedImages) -> Learning:
+    """A run at its first step, on made-up constants and effects: they take no time in a step."""
     sites = topology_of(model.unet).sites(config.scope)
     denoising = Denoising(model, config.seed)
     position = Position()
-    stream = images.batches(
-        range(len(data)), config.batch_size, seed=0, epochs=None, position=position
-    )
+    indices = range(len(images))
+    stream = images.batches(indices, config.batch_size, seed=0, epochs=None, position=position)
     learner = GateLearner(sites, config.seed, Budget("channels", sites))
     steps = config.max_steps
     learning = Learning(config, denoising, learner, stream, position, steps, Processes())
     zeros = {site.name: torch.zeros(site.channels) for site in sites}
     learning.begin(Calibration(zeros, 1.0, {name: zero + 1 for name, zero in zeros.items()}))
+    return learning
+
+
+def _ours(config: FitConfig, clock: Clock) -> Callable[[], None]:
+    """One step of `Learning`, with its evaluations of the U-Net and its backward on the clock."""
+    model, data = opened(config)
+    images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
+    images.build(model)
+    model = model.without_encoders()
+    give_back_memory()
+    learning = new_learning(config, model, images)
+    denoising = learning._denoising
     predict = denoising._predict
     denoising._predict = clock.timed(  # type: ignore[method-assign]
         lambda: "gated forward" if torch.is_grad_enabled() else "dense forward", predict
@@ -126,18 +162,20 @@ def _ours(config: FitConfig, clock: Clock, loop: str) -> Callable[[], None]:
     return step
 
 
-def _original(config: FitConfig, clock: Clock, loop: str) -> Callable[[], None]:
-    """One step as the original project took it."""
-    model = load_model(config.model)
+def _original(config: FitConfig, clock: Clock, gradients: bool) -> Callable[[], None]:
+    """One step as the original project took it, with ``gradients`` of the weights or without."""
+    model = load_model(config.model, dtype=DTYPES[config.precision])
     data = open_dataset(config.data, resolution=config.resolution or model.resolution)
     unet = model.unet
     sites = topology_of(unet).sites(config.scope)
-    denoising = Denoising(model, config.seed)
     learner = GateLearner(sites, config.seed, Budget("channels", sites))
     optimizer = new_optimizer(learner, 0.1, config.sparsity_weight)
     stream = data.batches(range(len(data)), config.batch_size, seed=0, epochs=None)
-    unet.requires_grad_(loop.endswith("weights"))
+    unet.requires_grad_(gradients)
     alphas = model.alphas_cumprod
+
+    def predict(noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> Any:
+        return unet(noisy, timesteps, encoder_hidden_states=context).sample
 
     def step() -> None:
         for _ in range(config.gradient_accumulation):
@@ -149,20 +187,18 @@ def _original(config: FitConfig, clock: Clock, loop: str) -> Callable[[], None]:
                 context = embed_prompts(model, batch.captions)
             timesteps = torch.randint(0, len(alphas), (len(latents),))
             noise = torch.randn_like(latents)
-            alpha = alphas[timesteps][:, None, None, None]
+            alpha = alphas[timesteps][:, None, None, None].to(latents)
             noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-            with clock.part("dense forward"):
-                dense = denoising.dense(Problem(noisy, timesteps, context, noise))
+            with clock.part("dense forward"), torch.no_grad():
+                dense = predict(noisy, timesteps, context)
             noisy = noisy.detach().requires_grad_()  # the graph begins with the U-Net
             masks = learner.masks(noise_scale(0, 1))
             gates = {
                 site: SoftGate(mask, torch.zeros_like(mask.detach()))
                 for site, mask in masks.items()
             }
-            with clock.part("gated forward"):
-                output = denoising.gated(
-                    Problem(noisy, timesteps, context, noise), gates, config.padding
-                )
+            with clock.part("gated forward"), masked(unet, gates, config.padding):
+                output = predict(noisy, timesteps, context)
             loss = deviation(output, dense) + config.sparsity_weight * learner.penalty()
             with clock.part("backward"):
                 (loss / config.gradient_accumulation).backward()
@@ -173,7 +209,7 @@ def _original(config: FitConfig, clock: Clock, loop: str) -> Callable[[], None]:
     return step
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Let the kernel count the peak from now on (Linux; elsewhere it is that of the process)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -181,8 +217,8 @@ def _reset_peak() -> None:
         pass
 
 
-def _peak() -> int | None:
-    """Peak resident bytes since `_reset_peak`; None where the system doesn't tell."""
+def peak() -> int | None:
+    """Peak resident bytes since `reset_peak`; None where the system doesn't tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -191,23 +227,27 @@ def _peak() -> int | None:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Each loop in turn, ``rounds`` times, each time in a fresh process; results by loop."""
-    found: dict[str, dict[str, Any]] = {
-        loop: {"seconds": [], "parts": defaultdict(float), "peak": 0} for loop in LOOPS
-    }
+    """Each loop in turn, ``rounds`` times, each time in a fresh process.
+
+    The result of a loop is its round of median CPU time, with the highest peak of all rounds.
+    """
+    found: dict[str, list[dict[str, Any]]] = {loop: [] for loop in LOOPS}
     for _ in range(arguments.rounds):
-        for loop, total in found.items():
-            result = _in_a_process(loop, arguments)
-            total["seconds"] += result["seconds"]
-            total["peak"] = max(total["peak"], result["peak"] or 0)
-            for name, seconds in result["parts"].items():
-                total["parts"][name] += seconds
-    return found
+        for loop, results in found.items():
+            results.append(_in_a_process(loop, arguments))
+    return {loop: _median(results) for loop, results in found.items()}
+
+
+def _median(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    ordered = sorted(results, key=lambda result: result["cpu"])
+    most = max(result["peak"] or 0 for result in results)
+    return {**ordered[len(ordered) // 2], "peak": most}
 
 
 def _in_a_process(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("model", "data", "steps")]
-    options += [f"--batch={arguments.batch}", f"--threads={arguments.threads}", f"--loop={loop}"]
+    names = ("model", "data", "steps", "batch", "threads", "precision")
+    options = [f"--{name}={getattr(arguments, name)}" for name in names]
+    options.append(f"--loop={loop}")
     if arguments.resolution:
         options.append(f"--resolution={arguments.resolution}")
     command = [sys.executable, "-m", "training.benchmarking.training", *options]
@@ -218,25 +258,28 @@ def _in_a_process(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(found: dict[str, dict[str, Any]], batch: int) -> str:
-    """Markdown: a row per loop, and where the time of a step goes."""
-    median = {loop: statistics.median(result["seconds"]) for loop, result in found.items()}
+    """Markdown: a row per loop, and where the CPU time of a step goes."""
     lines = [
-        "| loop | images/s | s per step | × ours | peak resident |",
-        "|---|---|---|---|---|",
+        "| loop | images per CPU second | CPU s per step | × ours | wall s | peak resident |",
+        "|---|---|---|---|---|---|",
     ]
+    ours = found["ours"]["cpu"]
     for loop, result in found.items():
-        peak = f"{result['peak'] / MIB:,.0f} MiB" if result["peak"] else "unknown"
+        cpu = result["cpu"]
+        most = f"{result['peak'] / MIB:,.0f} MiB" if result["peak"] else "unknown"
         lines.append(
-            f"| {loop} | {batch / median[loop]:.2f} | {median[loop]:.3f} | "
-            f"{median[loop] / median['ours']:.2f} | {peak} |"
+            f"| {loop} | {batch / cpu:.2f} | {cpu:.3f} | {cpu / ours:.2f} | {result['wall']:.3f} | "
+            f"{most} |"
         )
     parts = list(dict.fromkeys(name for result in found.values() for name in result["parts"]))
-    head = f"| share of a step | {' | '.join(parts)} | rest |"
-    lines += ["", head, f"|{'---|' * (len(parts) + 2)}"]
+    lines += [
+        "",
+        f"| CPU s per step | {' | '.join(parts)} | rest |",
+        f"|{'---|' * (len(parts) + 2)}",
+    ]
     for loop, result in found.items():
-        whole = sum(result["seconds"])
-        shares = [result["parts"].get(name, 0.0) / whole for name in parts]
-        cells = " | ".join(f"{share:.1%}" for share in [*shares, 1 - sum(shares)])
+        seconds = [result["parts"].get(name, 0.0) for name in parts]
+        cells = " | ".join(f"{part:.3f}" for part in [*seconds, result["cpu"] - sum(seconds)])
         lines.append(f"| {loop} | {cells} |")
     return "\n".join([*lines, "", *(f"- {loop}: {what}" for loop, what in LOOPS.items())])
 
@@ -248,7 +291,8 @@ def main(argv: Sequence[str]) -> int:
     add("--data", default=DEMO_SETTINGS["data"], help="(the embedded demo's drawn faces)")
     add("--resolution", type=int, help="pixels (the model's own)")
     add("--batch", type=int, default=4, help="images per step (4)")
-    add("--steps", type=int, default=6, help="timed steps per round (6)")
+    add("--steps", type=int, default=6, help="timed steps per round, at least (6)")
+    add("--precision", choices=DTYPES, default="fp32", help="of the U-Net, in all loops (fp32)")
     add("--rounds", type=int, default=3, help="(3)")
     add("--threads", type=int, default=torch.get_num_threads(), help="(PyTorch's choice)")
     add("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # one measurement, as JSON
@@ -261,6 +305,7 @@ def main(argv: Sequence[str]) -> int:
         resolution=arguments.resolution,
         batch_size=arguments.batch,
         gradient_accumulation=1,
+        precision=arguments.precision,
     )
     try:
         if arguments.loop:
@@ -274,8 +319,8 @@ def main(argv: Sequence[str]) -> int:
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
     print(f"Measured on: {facts['cpu']}, {facts['threads']} thread(s); {packages}.")
     print(
-        f"{arguments.model}, batch {arguments.batch}, float32, {arguments.rounds} rounds of "
-        f"{arguments.steps} steps.\n"
+        f"{arguments.model}, batch {arguments.batch}, {arguments.precision}, the median of "
+        f"{arguments.rounds} rounds; {machine.MMAP_THRESHOLD}={facts['malloc_mmap_threshold']}.\n"
     )
     print(render(found, arguments.batch))
     return 0

@@ -1,0 +1,88 @@
+"""Draw faces in FFHQ's layout, as many as wanted: a data set to try a long run on.
+
+    python -m training.demo.draw --images 2000 --output faces/
+
+The faces are those of the demo (`faces.py`), with captions in `metadata.jsonl`; equal numbers give
+equal faces. Images that are there already are left as they are, so that an interrupted command goes
+on and a larger number adds to what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ldcp_core import write_atomically
+from training.demo.faces import draw_face
+from training.demo.traits import draw_traits
+from training.errors import UserError
+
+#: apart from the faces that the demo model learned from and those in `images/`
+FIRST_SEED = 10_000_000
+PER_FOLDER = 1000
+
+
+def file_name(number: int) -> str:
+    """FFHQ's own: a folder for every thousand.
+
+    >>> file_name(12345)
+    '12000/12345.png'
+    """
+    return f"{number // PER_FOLDER * PER_FOLDER:05d}/{number:05d}.png"
+
+
+def draw(folder: Path, images: int, size: int, workers: int) -> None:
+    """Draw what is missing of ``images`` faces of ``size`` x ``size`` pixels; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"file_name": file_name(i), "text": draw_traits(FIRST_SEED + i).caption})
+        for i in range(images)
+    ]
+    write_atomically(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+    for start in range(0, images, PER_FOLDER):
+        (folder / file_name(start)).parent.mkdir(exist_ok=True)
+    missing = [i for i in range(images) if not (folder / file_name(i)).exists()]
+    with Pool(workers) as pool:
+        drawn = pool.imap_unordered(partial(_draw, folder, size), missing, 16)
+        for _ in tqdm(drawn, "drawing", len(missing), unit="image", dynamic_ncols=True):
+            pass
+
+
+def _draw(folder: Path, size: int, number: int) -> None:
+    path = folder / file_name(number)
+    torn = path.with_suffix(".part")
+    draw_face(FIRST_SEED + number, size)[0].save(torn, "PNG")
+    torn.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.demo.draw", description="Draw faces in FFHQ's layout."
+    )
+    parser.add_argument("--images", type=int, required=True, help="how many")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--size", type=int, default=128, help="pixels (128)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    arguments = parser.parse_args(argv)
+    try:
+        for name in ("images", "size", "workers"):
+            if (value := getattr(arguments, name)) < 1:
+                raise UserError(f"--{name} is {value}.", "1 or more", f"change --{name}")
+        draw(arguments.output, arguments.images, arguments.size, arguments.workers)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.images} images in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

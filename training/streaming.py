@@ -1,0 +1,169 @@
+"""Images of a data set too large for the disk: read as they come, encoded, and forgotten.
+
+Nothing is downloaded whole and nothing is cached, so VAE and text encoder stay in memory. Images
+come in the order of the data set, every epoch the same; whoever wants another order shuffles the
+rows when the data set is made. The first images are held out. Where the stream stands is part of
+the position, so that a run goes on with the very next image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.data import Position, decode_image, to_pixels
+from training.encoding import EncodedBatch
+from training.errors import UserError
+from training.models import DiffusionModel, embed_prompts, encode_images
+from training.sources import Stream, open_stream
+
+log = logging.getLogger(__name__)
+
+#: rows whose bytes tell one stream from another
+DIGEST_ROWS = 8
+#: prompt embeddings kept in memory
+PROMPTS = 1024
+
+
+class StreamedImages:
+    """The images of a streamed table; in a fit it stands in for `ImageData` and its cache.
+
+    ``held_out`` images at the start are not for training. Set ``resolution`` and call `encode_with`
+    before batches are drawn. ``broken`` holds id and reason of what could not be read.
+    """
+
+    def __init__(self, source: str, held_out: int) -> None:
+        self.source = source
+        self.resolution: int | None = None
+        self.broken: dict[str, str] = {}
+        self._stream: Stream = open_stream(source)
+        self._held_out = held_out
+        self._model: DiffusionModel | None = None
+        self._embedded: dict[str, Tensor] = {}
+
+    def split(self) -> tuple[range, range]:
+        """Row numbers to train on, without end, and those held out."""
+        return range(self._held_out, sys.maxsize), range(self._held_out)
+
+    def encode_with(self, model: DiffusionModel) -> None:
+        self._model = model
+
+    def digest(self, indices: Iterable[int] = ()) -> str:
+        """A short hash of the first rows' bytes and the number held out."""
+        found = hashlib.sha256(str(self._held_out).encode())
+        for row in islice(self._stream.table, DIGEST_ROWS):
+            found.update(hashlib.sha256(self._stream.read(row)).digest())
+        return found.hexdigest()[:32]
+
+    def captions(self, indices: Sequence[int]) -> dict[int, str]:
+        """Row number -> caption of the given rows among the first ones."""
+        rows = enumerate(islice(self._stream.table, self._held_out or 1))
+        return {number: self._stream.caption(row) for number, row in rows if number in indices}
+
+    def broken_report(self) -> str:
+        """How many images were skipped and which, or "" when none were."""
+        if not self.broken:
+            return ""
+        lines = [f"{len(self.broken)} streamed images could not be read and were skipped:"]
+        return "\n".join(lines + [f"  {id}: {reason}" for id, reason in self.broken.items()])
+
+    def batches(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epochs: int | None = 1,
+        position: Position | None = None,
+        share: Callable[[int], slice] = slice,
+    ) -> Iterator[EncodedBatch]:
+        """Batches of the rows in ``indices``, in the order of the stream whatever the ``seed``.
+
+        As `EncodedImages.batches`. Every process reads the whole stream, and decodes and encodes
+        its own rows alone. An image that can't be read leaves its place in the batch empty.
+
+        Raises UserError when there is no row to read, or not one can be.
+        """
+        position = position or Position()
+        while epochs is None or position.epoch < epochs:
+            seen = position.offset > 0
+            for chosen in self._rows(indices, batch_size, position):
+                seen = True
+                yield self._encoded(chosen, share(len(chosen)))
+            if not seen:
+                raise UserError(
+                    f"{self.source} has no images beyond the first {self._held_out}, which are "
+                    "held out.",
+                    "more images",
+                    "use --validation-fraction 0, or another data set",
+                )
+            position.epoch, position.offset, position.stream = position.epoch + 1, 0, None
+
+    def _rows(
+        self, indices: Sequence[int], batch_size: int, position: Position
+    ) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+        """Numbered rows in batches; moves ``position`` behind each batch before it is yielded."""
+        table = self._stream.table_at(position.epoch, position.stream)
+        batch: list[tuple[int, Mapping[str, Any]]] = []
+        for row in table:
+            number, position.offset = position.offset, position.offset + 1
+            if number in indices:
+                batch.append((number, row))
+            if len(batch) == batch_size:
+                position.stream = table.state_dict()
+                yield batch
+                batch = []
+            if number >= indices[-1]:
+                break
+        if batch:
+            position.stream = table.state_dict()
+            yield batch
+
+    def _encoded(
+        self, chosen: Sequence[tuple[int, Mapping[str, Any]]], rows: slice
+    ) -> EncodedBatch:
+        assert self._model is not None and self.resolution is not None
+        latents: dict[int, Tensor] = {}
+        context: dict[int, Tensor] = {}
+        for place in range(len(chosen))[rows]:
+            number, row = chosen[place]
+            try:
+                pixels = to_pixels(decode_image(self._stream.read(row)), self.resolution)
+            except Exception as error:  # damaged bytes make image decoders raise nearly anything
+                self._note_broken(f"row {number}", error)
+                continue
+            latents[place] = encode_images(self._model, pixels[None])[0].cpu()
+            context[place] = self._embedding(self._stream.caption(row))
+        if not latents:
+            latents[0] = torch.zeros(self._latent_shape())
+            context[0] = self._embedding("")
+            return EncodedBatch(latents[0][None][:0], context[0][None][:0], [], len(chosen), [])
+        ids = [f"row {chosen[place][0]}" for place in latents]
+        stacked = [torch.stack(list(values.values())) for values in (latents, context)]
+        return EncodedBatch(stacked[0], stacked[1], ids, len(chosen), list(latents))
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        assert self._model is not None and self.resolution is not None
+        side = self.resolution // self._model.vae_scale_factor
+        return self._model.vae.config.latent_channels, side, side
+
+    def _embedding(self, caption: str) -> Tensor:
+        assert self._model is not None
+        if caption not in self._embedded:
+            if len(self._embedded) == PROMPTS:
+                del self._embedded[next(iter(self._embedded))]
+            self._embedded[caption] = embed_prompts(self._model, [caption])[0].cpu()
+        return self._embedded[caption]
+
+    def _note_broken(self, id: str, error: Exception) -> None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not self.broken:
+            log.warning("Skipping the broken image %s: %s", id, reason)
+        self.broken[id] = reason
