@@ -3,12 +3,15 @@
     python -m training.evaluate a.safetensors b.safetensors --demo --output evaluation
     python -m training.evaluate a.safetensors --model sd15.safetensors --data ffhq/ \\
         --images images/ --output evaluation
+    python -m training.evaluate a.safetensors --demo --precision fp32 fp8 int8 --unstructured l1
 
-All gate files meet the same held-out images, noise and timesteps. Where the held-out deviations of
-two files overlap, they share a rank. With --images, pictures are drawn from every model with the
-same prompts and seeds and compared with the dense ones, their prompts and a reference; what needs
-weights that are not there is left out, and the report says which file to put where. Writes
-PREFIX.md, PREFIX.json, PREFIX.png (quality against cost) and PREFIX.grid.png.
+All gate files, in every --precision, meet the same held-out images, noise and timesteps. Where the
+held-out deviations of two overlap, they share a rank. Bytes and times are measured. With
+--unstructured, single weights are set to zero as well, for comparison. With --images, pictures are
+drawn from every model with the same prompts and seeds and compared with the dense ones, their
+prompts and a reference; what needs weights that are not there is left out, and the report says
+which file to put where. Writes PREFIX.md, PREFIX.json, PREFIX.png (quality against cost) and
+PREFIX.grid.png.
 """
 
 from __future__ import annotations
@@ -17,15 +20,18 @@ import argparse
 import io
 import json
 import logging
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
-from ldcp_core import Gates, Latent, Savings, savings, write_atomically
+from ldcp_core import Gates, Latent, savings, write_atomically
+from training.benchmarking import machine
+from training.benchmarking.timing import Variant, stopwatch
+from training.benchmarking.variants import Inputs
 from training.cache import default_cache
 from training.data import open_dataset
 from training.denoising import Denoising, HeldOut
@@ -36,11 +42,13 @@ from training.evaluation.plots import grid, plot
 from training.evaluation.reference import Reference
 from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
+from training.evaluation.unstructured import Unstructured, unstructured_of
 from training.fit import DEMO_SETTINGS
-from training.gating import hard_gates
-from training.models import DTYPES, DiffusionModel, load_model
+from training.models import DiffusionModel, load_model
+from training.precision import PRECISIONS, storage_of
 from training.sample import (
     DENSE,
+    Candidate,
     Settings,
     Shot,
     check_fits,
@@ -51,95 +59,130 @@ from training.sample import (
 
 log = logging.getLogger("training.evaluate")
 
-
-@dataclass(frozen=True)
-class Quality:
-    """Per held-out sample: deviation from the dense output and denoising loss, float64 [N]."""
-
-    deviation: np.ndarray
-    loss: np.ndarray
+#: an image with guidance, as often as this for the time of an evaluation
+BATCH, REPEATS = 2, 5
 
 
-def held_out_quality(
-    heldout: HeldOut, gates: Mapping[str, Gates]
-) -> tuple[dict[str, Quality], np.ndarray]:
-    """Quality of dense and of every gate file on the same samples, and the samples' timesteps."""
-    dense = heldout.losses(None, "zero").double().numpy()
-    found = {DENSE: Quality(np.zeros_like(dense), dense)}
-    for name, file in gates.items():
-        constants = {site: file.constant(site) for site in file.scores}
-        masks = hard_gates(file.keep_sets(), constants)
-        found[name] = Quality(
-            heldout.deviations(masks, file.padding).double().numpy(),
-            heldout.losses(masks, file.padding).double().numpy(),
-        )
-        log.info("%s: deviation %.3g", name, found[name].deviation.mean())
-    return found, heldout.timesteps.numpy()
+def candidates_of(gates: Mapping[str, Gates], precisions: Sequence[str]) -> dict[str, Candidate]:
+    """Dense and every gate file in every precision, by name; the first is the reference.
 
-
-def row(
-    name: str, gates: Gates | None, quality: Quality, cost: Savings | None, steps: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Everything about one model, JSON-able."""
-    info = {} if gates is None else gates.info
-    found: dict[str, Any] = {
-        "name": name,
-        "criterion": info.get("criterion", DENSE),
-        "scope": info.get("scope", ""),
-        "target": info.get("target_sparsity"),
-        "channels_pruned": 0.0 if gates is None else gates.sparsity,
-        "parameters_left": 1.0 if cost is None else 1 - cost.parameter_share,
-        "flops_left": 1.0 if cost is None else 1 - cost.flop_share,
-        "loss": summary(quality.loss),
-        "loss_by_timestep": by_timestep(quality.loss, **steps),
-    }
-    if gates is not None:
-        found["deviation"] = summary(quality.deviation)
-        found["deviation_interval"] = bootstrap(quality.deviation)
-        found["deviation_by_timestep"] = by_timestep(quality.deviation, **steps)
+    >>> list(candidates_of({}, ["fp32", "int8"]))
+    ['dense', 'dense-int8']
+    """
+    found: dict[str, Candidate] = {}
+    for precision in precisions:
+        for name, of in {DENSE: None, **gates}.items():
+            full = name if precision == precisions[0] else f"{name}-{precision}"
+            if full in found:
+                raise UserError(f"Two models are called {full!r}.", "different file names")
+            found[full] = Candidate(of, precision)
     return found
 
 
 def evaluate(
     model: DiffusionModel,
     data: str,
-    gates: Mapping[str, Gates],
+    candidates: Mapping[str, Candidate | Unstructured],
     samples: int,
     seed: int,
     resolution: int | None = None,
     split: tuple[float, int] = (0.1, 0),
 ) -> dict[str, Any]:
-    """Quality on held-out images and cost of dense and of every gate file, JSON-able.
+    """Quality on held-out images and cost of every candidate, JSON-able.
 
-    ``split`` is the fraction of images that the fits held out and the seed that chose them. Raises
-    UserError for gates of another architecture and data without held-out images.
+    The first candidate is what deviations are from. ``split`` is the fraction of images that the
+    fits held out and the seed that chose them. Raises UserError for gates of another architecture
+    and data without held-out images.
     """
-    for file in gates.values():
-        check_fits(model, file)
-    images = open_dataset(data, resolution=resolution or model.resolution)
+    for candidate in candidates.values():
+        check_fits(model, candidate.gates)
+    resolution = resolution or model.resolution
+    images = open_dataset(data, resolution=resolution)
     _, held_out = images.split(*split)
     if not held_out:
         raise UserError("No image is held out to evaluate on.", "more images")
-    heldout = HeldOut(Denoising(model, 0), images, held_out, samples, 8, seed)
-    qualities, timesteps = held_out_quality(heldout, gates)
-    steps = {"timesteps": timesteps, "steps": model.alphas_cumprod.numel()}
-    side = (resolution or model.resolution) // model.vae_scale_factor
-    rows = [row(DENSE, None, qualities[DENSE], None, steps)]
-    for name, file in gates.items():
-        counts = {site: int(keep.sum()) for site, keep in file.keep_sets().items()}
-        cost = savings(file.topology, counts, file.padding, Latent(side, side))
-        rows.append(row(name, file, qualities[name], cost, steps))
-    found = ranks({name: qualities[name].deviation for name in gates})
-    for r in rows[1:]:
-        r["rank"] = found[r["name"]]
+    reference = next(iter(candidates.values()))
+    with reference.running(model.unet):
+        heldout = HeldOut(Denoising(model, 0), images, held_out, samples, 8, seed)
+    side = resolution // model.vae_scale_factor
+    inputs = Inputs.random(model.unet, BATCH, side, seed)
+    timesteps = heldout.timesteps.numpy()
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    rows, deviations = [], {}
+    for name, candidate in candidates.items():
+        with candidate.running(model.unet) as size:
+            deviation, loss = (values.double().numpy() for values in heldout.as_it_is())
+            seconds = median_seconds(model, inputs)
+            zeroed = isinstance(candidate, Unstructured)
+            layers = candidate.layers(model.unet) if zeroed else []
+        cost = {"bytes": size, "seconds": seconds, **counted(candidate.gates, side)}
+        found = {"name": name, **described(candidate), **cost, "loss": summary(loss)}
+        found["sparsity"] = 1 - found["parameters_left"]
+        if zeroed:
+            zeros = sum(layer["parameters"] - layer["nonzero"] for layer in layers)
+            found |= {"sparsity": zeros / parameters, "layers": layers}
+        steps = {"timesteps": timesteps, "steps": model.alphas_cumprod.numel()}
+        found["loss_by_timestep"] = by_timestep(loss, **steps)
+        if candidate is not reference:
+            deviations[name] = deviation
+            found["deviation"] = summary(deviation)
+            found["deviation_interval"] = bootstrap(deviation)
+            found["deviation_by_timestep"] = by_timestep(deviation, **steps)
+        rows.append(found)
+        log.info("%s: deviation %.3g, %.0f ms", name, deviation.mean(), 1000 * seconds)
+    places = ranks(deviations)
+    for found in rows[1:]:
+        found["rank"] = places[found["name"]]
     return {
         "format": "ldcp.evaluation",
         "version": 1,
         "samples": len(timesteps),
-        "resolution": resolution or model.resolution,
+        "resolution": resolution,
+        "reference_precision": reference.precision,
+        "machine": machine.describe(model.unet.device),
         "rows": rows,
         "notes": [],
     }
+
+
+def described(candidate: Candidate | Unstructured) -> dict[str, Any]:
+    """What a candidate is."""
+    if isinstance(candidate, Unstructured):
+        return {
+            "precision": candidate.precision,
+            "criterion": f"unstructured {candidate.kind}",
+            "scope": "",
+            "target": candidate.amount,
+            "channels_pruned": 0.0,
+            "zeroed": True,
+        }
+    gates = candidate.gates
+    info = {} if gates is None else gates.info
+    return {
+        "precision": candidate.precision,
+        "criterion": info.get("criterion", DENSE),
+        "scope": info.get("scope", ""),
+        "target": info.get("target_sparsity"),
+        "channels_pruned": 0.0 if gates is None else gates.sparsity,
+        "zeroed": False,
+    }
+
+
+def counted(gates: Gates | None, side: int) -> dict[str, float]:
+    """Shares of the U-Net's parameters and FLOPs that are left, by the cost model."""
+    if gates is None:
+        return {"parameters_left": 1.0, "flops_left": 1.0}
+    counts = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
+    cost = savings(gates.topology, counts, gates.padding, Latent(side, side))
+    return {"parameters_left": 1 - cost.parameter_share, "flops_left": 1 - cost.flop_share}
+
+
+def median_seconds(model: DiffusionModel, inputs: Inputs) -> float:
+    """Measured time of one evaluation of the U-Net as it runs now: one to warm up, then a few."""
+    seconds = stopwatch(model.unet.device)
+    run = Variant("", "", lambda: inputs.run(model.unet))
+    seconds(run)
+    return statistics.median(seconds(run) for _ in range(REPEATS))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,14 +193,27 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, drawn = found.add_argument, Settings()
-    add("gates", nargs="+", help="gate files")
+    add("gates", nargs="*", help="gate files")
     add("--model", help="checkpoint file, diffusers folder or hub id")
     add("--data", help="the images that the fits held a part of out")
     add("--demo", action="store_true", help="the embedded demo model and faces")
     add("--samples", type=int, default=96, help="held-out samples (images × timesteps)")
     add("--seed", type=int, default=1000, help="of noise and timesteps")
     add("--resolution", type=int, help="pixels (default: the model's own)")
-    add("--precision", choices=list(DTYPES), default="fp32")
+    add(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["fp32"],
+        help="of the U-Net; several: every model in each, against dense in the first (fp32)",
+    )
+    add(
+        "--unstructured",
+        nargs="+",
+        default=[],
+        metavar="KIND[=AMOUNTS]",
+        help="single weights at zero for comparison: l1, sensitivity, percentage, or l1=0.1,0.35",
+    )
     add("--device", default="cpu")
     add("--output", metavar="PREFIX", help="write PREFIX.md, .json, .png and .grid.png")
     images = found.add_argument_group("images")
@@ -188,7 +244,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.error("--model and --data are missing; or use --demo")
     try:
         check(given)
-        gates, prompts = named_gates(given.gates), read_prompts(given.prompts)
+        precisions = list(dict.fromkeys(given.precision))
+        candidates: dict[str, Candidate | Unstructured] = {
+            **candidates_of(named_gates(given.gates), precisions),
+            **unstructured_of(given.unstructured, precisions[0]),
+        }
+        prompts = read_prompts(given.prompts)
+        for precision in precisions:  # a missing package shows before anything is computed
+            storage_of(precision, torch.device(given.device))
         folder = Path(given.cache or default_cache())
         networks = None
         if given.images is not None:  # a wrong path shows before anything is computed
@@ -196,14 +259,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             networks = load_networks(
                 given.inception, given.vgg, given.clip, folder / "metrics", given.device
             )
-        model = load_model(given.model, dtype=DTYPES[given.precision], device=given.device)
-        result = evaluate(model, given.data, gates, given.samples, given.seed, given.resolution)
+        model = load_model(given.model, device=given.device)
+        result = evaluate(
+            model, given.data, candidates, given.samples, given.seed, given.resolution
+        )
         paths: dict[str, list[Path]] = {}
         if networks is not None:
             images.resolution = model.resolution
             shots = shots_of(prompts, given.seeds)
             settings = Settings(given.steps, given.guidance)
-            paths = sample(model, {DENSE: None, **gates}, shots, settings, Path(given.images))
+            paths = sample(model, candidates, shots, settings, Path(given.images))
             found = compare_images(paths, prompts, networks, Reference(images, folder))
             result |= {"images": found.single, "sets": found.sets}
             result["notes"] += found.notes
@@ -227,6 +292,12 @@ def check(given: argparse.Namespace) -> None:
     for name in ("samples", "seeds", "steps"):
         if getattr(given, name) < 1:
             raise UserError(f"--{name} is {getattr(given, name)}.", "1 or more", f"change --{name}")
+    if not given.gates and not given.unstructured and len(set(given.precision)) < 2:
+        raise UserError(
+            "There is nothing to compare the dense model with.",
+            "gate files, several of --precision, or --unstructured",
+            "make a gate file with training.fit or training.score",
+        )
     of_images = ("prompts", "reference", "inception", "vgg", "clip")
     named = [f"--{name}" for name in of_images if getattr(given, name) is not None]
     if named and given.images is None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldcp_core import SD15, Gates, save_gates
 from training import evaluate, sample, score
+from training.evaluation.plots import panels_of
 from training.evaluation.statistics import bootstrap, by_timestep, ranks
 
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
@@ -107,6 +108,85 @@ def test_more_seeds_add_images_and_show_diversity(
         assert grid.width == 2 * 16  # a column per prompt, however many seeds
 
 
+def test_every_model_is_measured_in_every_precision_against_dense_in_the_first(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao")
+    output = ["--samples", "2", "--output", str(tmp_path / "e")]
+    precisions = ["--precision", "fp32", "bf16", "fp8", "int8"]
+    assert evaluate.main([str(half), *source, *precisions, *output]) == 0
+    found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in found["rows"]}
+    others = [f"{name}-{p}" for p in ("bf16", "fp8", "int8") for name in ("dense", "half")]
+    assert list(rows) == ["dense", "half", *others]
+    assert "deviation" not in rows["dense"] and found["reference_precision"] == "fp32"
+    for p in ("bf16", "fp8", "int8"):
+        dense, pruned = rows[f"dense-{p}"], rows[f"half-{p}"]
+        assert 0 < dense["deviation"]["mean"] < pruned["deviation"]["mean"]
+        assert pruned["bytes"] < dense["bytes"] < rows["dense"]["bytes"]
+        assert pruned["bytes"] < rows["half"]["bytes"]
+        assert pruned["parameters_left"] == rows["half"]["parameters_left"] < 1
+    assert all(row["seconds"] > 0 for row in rows.values())
+    printed = capsys.readouterr().out
+    assert "| half-int8 | int8 | random | all+ff |" in printed
+    assert "pruned first, then cast or quantized" in printed
+
+
+def test_unstructured_pruning_stands_beside_the_gates(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--samples", "2", "--output", str(tmp_path / "e")]
+    kinds = ["--unstructured", "l1=0.3", "sensitivity=0.5,1"]
+    assert evaluate.main([str(half), *source, *kinds, *output]) == 0
+    found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    dense, gates, l1, low, high = found["rows"]
+    assert l1["name"] == "unstructured-l1-0.3" and l1["sparsity"] == pytest.approx(0.3, abs=0.02)
+    assert l1["parameters_left"] == 1 and l1["bytes"] == dense["bytes"] > gates["bytes"]
+    assert gates["sparsity"] == 1 - gates["parameters_left"] > 0
+    assert 0 < low["sparsity"] < high["sparsity"]
+    assert 0 < low["deviation"]["mean"] < high["deviation"]["mean"]
+    zeros = sum(row["parameters"] - row["nonzero"] for row in l1["layers"])
+    assert zeros == pytest.approx(0.3 * sum(row["parameters"] for row in l1["layers"]), abs=1)
+    assert {row["rank"] for row in found["rows"][1:]} <= {1, 2, 3, 4}
+    assert "saves neither time nor memory" in capsys.readouterr().out
+
+
+def test_panels_show_equal_sparsity_and_bytes() -> None:
+    def row(criterion: str, scope: str, precision: str, zeroed: bool = False) -> dict[str, object]:
+        words = {"criterion": criterion, "scope": scope, "precision": precision}
+        return {**words, "zeroed": zeroed, "sparsity": 0.3, "parameters_left": 0.7, "bytes": 2**20}
+
+    found = panels_of(
+        [row("taylor", "mid", "fp32"), row("unstructured l1", "", "fp32", True)], False
+    )
+    assert [panel.title for panel in found] == ["scope mid", "structured beside unstructured"]
+    assert list(found[0].lines) == ["taylor"]
+    assert list(found[1].lines) == ["taylor mid", "unstructured l1"]
+    assert {found[1].x(r) for of in found[1].lines.values() for r in of} == {30}
+    found = panels_of([row("taylor", "mid", "fp32"), row("dense", "", "int8")], True)
+    assert [panel.title for panel in found] == ["scope mid", "pruned, then cast or quantized"]
+    assert list(found[1].lines) == ["taylor mid fp32", "dense int8"]
+    assert found[1].x(row("taylor", "mid", "fp32")) == 1
+
+
+def test_images_of_other_gates_of_the_same_name_are_drawn_again(
+    source: list[str], half: Path, tmp_path: Path
+) -> None:
+    drawing = ["--steps", "1", "--output", str(tmp_path), "--prompts", str(tmp_path / "p.txt")]
+    (tmp_path / "p.txt").write_text("a face\n", encoding="utf-8")
+    image = tmp_path / "half" / "000_42.png"
+    assert sample.main([*source[:2], "--gates", str(half), *drawing]) == 0
+    first = image.read_bytes()
+    assert sample.main([*source[:2], "--gates", str(half), *drawing, "--precision", "bf16"]) == 0
+    second = image.read_bytes()
+    assert second != first
+    other = tmp_path / "half.safetensors"
+    options = ["--criterion", "random", "--seed", "1", "--output", str(other)]
+    assert score.main([*source, *QUICK, *options]) == 0
+    assert sample.main([*source[:2], "--gates", str(other), *drawing, "--precision", "bf16"]) == 0
+    assert image.read_bytes() != second
+
+
 def test_gates_of_another_model_are_refused(
     source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +200,7 @@ def test_gates_of_another_model_are_refused(
     ("options", "message"),
     [
         (["--seeds", "0"], "--seeds is 0"),
+        (["--unstructured", "l2"], "l1, sensitivity, percentage"),
         (["--reference", "x"], "--reference given without --images"),
         (["--images", "i", "--inception", "no.pt"], "There is no no.pt."),
         (["--images", "i", "--reference", "no/such/folder"], "no/such/folder"),
@@ -135,3 +216,10 @@ def test_bad_options_are_answered(
     assert evaluate.main([str(half), *source, *options]) == 1
     assert message in capsys.readouterr().err
     assert not Path("i").exists()
+
+
+def test_nothing_to_compare_is_answered(
+    source: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(source) == 1
+    assert "nothing to compare the dense model with" in capsys.readouterr().err

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+Row = Mapping[str, Any]
 
-def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Deviation against parameters and FLOPs left, a line per criterion and scope, as PNG."""
+
+def plot(rows: Sequence[Row]) -> bytes:
+    """Deviation against what is left of the U-Net, a line per criterion and precision, as PNG.
+
+    A panel for every scope; one against bytes where there are several precisions; one for
+    structured beside unstructured pruning where there is such.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for r in rows:
-        if "deviation" in r:
-            groups.setdefault((r["scope"], r["criterion"]), []).append(r)
-    scopes = list(dict.fromkeys(scope for scope, _ in groups))
-    figure, axes = plt.subplots(1, len(scopes), figsize=(6 * len(scopes), 4.5), squeeze=False)
-    for axis, scope in zip(axes[0], scopes, strict=True):
-        for (of, criterion), members in groups.items():
-            if of != scope:
-                continue
-            members = sorted(members, key=lambda r: r["parameters_left"])
-            x = [100 * r["parameters_left"] for r in members]
-            y = [r["deviation"]["mean"] for r in members]
-            low = [m - r["deviation_interval"][0] for m, r in zip(y, members, strict=True)]
-            high = [r["deviation_interval"][1] - m for m, r in zip(y, members, strict=True)]
-            axis.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, label=criterion)
+    several = len({r["precision"] for r in rows}) > 1
+    panels = panels_of([r for r in rows if "deviation" in r], several)
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for label, members in panel.lines.items():
+            points = sorted((panel.x(r), r) for r in members)
+            y = [r["deviation"]["mean"] for _, r in points]
+            low = [m - r["deviation_interval"][0] for m, (_, r) in zip(y, points, strict=True)]
+            high = [r["deviation_interval"][1] - m for m, (_, r) in zip(y, points, strict=True)]
+            style = "--" if label.startswith("unstructured") else "-"
+            x = [value for value, _ in points]
+            axis.errorbar(x, y, [low, high], marker="o", capsize=3, label=label, linestyle=style)
         axis.set(
-            title=f"scope {scope}",
-            xlabel="parameters of the U-Net left, %",
+            title=panel.title,
+            xlabel=panel.label,
             ylabel="deviation from dense (MSE, held out)",
             yscale="log",
         )
@@ -46,6 +49,49 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines of rows by label, and what they lie over."""
+
+    title: str
+    label: str
+    x: Callable[[Row], float]
+    lines: dict[str, list[Row]]
+
+
+def panels_of(rows: Sequence[Row], several: bool) -> list[Panel]:
+    """The panels of `plot`, of rows that have a deviation, in one precision or several."""
+    gates = [r for r in rows if r["scope"]]
+
+    def lines(of: Sequence[Row], *more: str) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for r in of:
+            words = [r["criterion"], *(r[name] for name in more)]
+            words += [r["precision"]] if several else []
+            found.setdefault(" ".join(filter(None, words)), []).append(r)
+        return found
+
+    panels = [
+        Panel(
+            f"scope {scope}",
+            "parameters of the U-Net left, %",
+            lambda r: 100 * r["parameters_left"],
+            lines([r for r in gates if r["scope"] == scope]),
+        )
+        for scope in dict.fromkeys(r["scope"] for r in gates)
+    ]
+    if several:
+        of_bytes = lines([r for r in rows if not r["zeroed"]], "scope")
+        title = "pruned, then cast or quantized"
+        panels.append(Panel(title, "weights, MiB", lambda r: r["bytes"] / 2**20, of_bytes))
+    if any(r["zeroed"] for r in rows):
+        title = "structured beside unstructured"
+        of_all = lines([r for r in rows if r["scope"] or r["zeroed"]], "scope")
+        label = "parameters of the U-Net left out or zero, %"
+        panels.append(Panel(title, label, lambda r: 100 * r["sparsity"], of_all))
+    return panels
 
 
 def grid(paths: Mapping[str, Sequence[Path]], prompts: Sequence[str]) -> Image.Image:
