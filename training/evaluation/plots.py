@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 Row = Mapping[str, Any]
@@ -29,12 +30,12 @@ def plot(rows: Sequence[Row]) -> bytes:
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         for label, members in panel.lines.items():
-            points = sorted((panel.x(r), r) for r in members)
-            y = [r["deviation"]["mean"] for _, r in points]
-            low = [m - r["deviation_interval"][0] for m, (_, r) in zip(y, points, strict=True)]
-            high = [r["deviation_interval"][1] - m for m, (_, r) in zip(y, points, strict=True)]
+            points = sorted(members, key=panel.x)
+            x = [panel.x(r) for r in points]
+            y = [r["deviation"]["mean"] for r in points]
+            low = [m - r["deviation_interval"][0] for m, r in zip(y, points, strict=True)]
+            high = [r["deviation_interval"][1] - m for m, r in zip(y, points, strict=True)]
             style = "--" if label.startswith("unstructured") else "-"
-            x = [value for value, _ in points]
             axis.errorbar(x, y, [low, high], marker="o", capsize=3, label=label, linestyle=style)
         axis.set(
             title=panel.title,
@@ -92,6 +93,53 @@ def panels_of(rows: Sequence[Row], several: bool) -> list[Panel]:
         label = "parameters of the U-Net left out or zero, %"
         panels.append(Panel(title, label, lambda r: 100 * r["sparsity"], of_all))
     return panels
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A learned gate file of a sweep: target sparsity, λ, and what came of them."""
+
+    scope: str
+    target: float
+    weight: float
+    deviation: float
+    pruned: float
+
+
+def heat_map(cells: Sequence[Cell]) -> bytes:
+    """Deviation over target sparsity × λ, a panel per scope, as PNG.
+
+    Each cell says its deviation and the share of channels that was really pruned.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    scopes = list(dict.fromkeys(cell.scope for cell in cells))
+    targets, weights = (sorted({getattr(c, of) for c in cells}) for of in ("target", "weight"))
+    values = [cell.deviation for cell in cells]
+    norm = LogNorm(min(values), max(values) * (1 + 1e-9))
+    size = (2 + 1.4 * len(targets) * len(scopes), 1.5 + 0.9 * len(weights))
+    figure, axes = plt.subplots(1, len(scopes), figsize=size, squeeze=False, layout="constrained")
+    for axis, scope in zip(axes[0], scopes, strict=True):
+        table = np.full((len(weights), len(targets)), np.nan)
+        for cell in (cell for cell in cells if cell.scope == scope):
+            place = weights.index(cell.weight), targets.index(cell.target)
+            table[place] = cell.deviation
+            text = f"{cell.deviation:.1e}\n{cell.pruned:.1%} pruned"
+            dark = norm(cell.deviation) < 0.5
+            axis.text(*place[::-1], text, ha="center", va="center", color="w" if dark else "k")
+        image = axis.imshow(table, norm=norm, aspect="auto")
+        axis.set(title=f"scope {scope}", xlabel="target sparsity", ylabel="λ")
+        axis.set_xticks(range(len(targets)), [f"{target:.0%}" for target in targets])
+        axis.set_yticks(range(len(weights)), [f"{weight:g}" for weight in weights])
+    figure.colorbar(image, ax=axes[0], label="deviation from dense (MSE, held out)")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 def grid(paths: Mapping[str, Sequence[Path]], prompts: Sequence[str]) -> Image.Image:
