@@ -164,6 +164,10 @@ class HeldOut:
             ]
         return torch.cat([part.mean((1, 2, 3)) for part in parts]).cpu()
 
+    def refer_to_this(self) -> None:
+        """Take the answers of the U-Net as it runs now for what deviations are from."""
+        self._dense = [self._denoising.dense(problem) for problem in self._problems]
+
     def as_it_is(self) -> tuple[Tensor, Tensor]:
         """Deviations and losses, float32 [N] each, of the U-Net as it runs now.
 

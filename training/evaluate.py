@@ -102,8 +102,10 @@ def evaluate(
     if not held_out:
         raise UserError("No image is held out to evaluate on.", "more images")
     reference = next(iter(candidates.values()))
-    with reference.running(model.unet):
-        heldout = HeldOut(Denoising(model, 0), images, held_out, samples, 8, seed)
+    heldout = HeldOut(Denoising(model, 0), images, held_out, samples, 8, seed)
+    if reference.precision != Candidate.precision:
+        with reference.running(model.unet):
+            heldout.refer_to_this()
     side = resolution // model.vae_scale_factor
     inputs = Inputs.random(model.unet, BATCH, side, seed)
     timesteps = heldout.timesteps.numpy()

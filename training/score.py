@@ -36,6 +36,7 @@ from ldcp_core import (
     Padding,
     Ranking,
     Site,
+    Topology,
     aligned_counts,
     fingerprint,
     gates_report,
@@ -60,6 +61,8 @@ log = logging.getLogger("training.score")
 
 #: criteria whose threshold can be given instead of a target sparsity
 THRESHOLDS = ("sensitivity", "percentage")
+#: settings that say where to cut, and leave what is measured alone
+CUT = ("output", "ranking", "target_sparsity", "budget", "floor", "threshold")
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,60 @@ class ScoreConfig:
             require(getattr(self, name) >= 1, name, "1 or more")
 
 
-def score(config: ScoreConfig) -> Gates:
-    """Measure, rank and write; raises UserError for everything a user can put right."""
+@dataclass(frozen=True)
+class Measurement:
+    """What a criterion found on a model: all that does not depend on how much is to be pruned."""
+
+    sites: Sequence[Site]
+    topology: Topology
+    importances: Importances
+    constants: Mapping[str, Tensor]
+    latent: Latent
+    facts: Mapping[str, Any]  # for the gate file
+
+
+def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
+    """Measure, rank and write; raises UserError for everything a user can put right.
+
+    ``found`` saves the measuring: a `Measurement` of settings that differ only in `CUT`.
+    """
     output = Path(config.output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
+    found = found or measure(config)
+    budget = Budget(config.budget, found.sites, config.padding, found.latent)
+    scores = pruned_scores(config, found.importances, budget)
+    gates = Gates(scores, found.constants, config.padding, found.topology)
+    info = {
+        "criterion": config.criterion,
+        "ranking": config.ranking,
+        "scope": config.scope,
+        "target_sparsity": config.target_sparsity,
+        "achieved_sparsity": gates.sparsity,
+        "budget": config.budget,
+        "achieved_budget": budget.pruned(gates.keep_sets()),
+        "floor": config.floor,
+        "seed": config.seed,
+        **found.facts,
+        "config": asdict(config)
+        | {name: Path(getattr(config, name)).name for name in ("model", "data", "output")},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "safetensors")},
+        "created": time.strftime("%Y-%m-%d"),
+    }
+    gates = Gates(scores, found.constants, config.padding, found.topology, info, found.importances)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_gates(gates, output)
+    print(gates_report(gates).text())
+    if config.criterion in THRESHOLDS:
+        print(f"\n{layer_table(gates)}\n")
+    if "stopped_at" in found.facts:
+        print(f"gradients were accumulated up to timestep {found.facts['stopped_at']}")
+    print(f"measured in {found.facts['seconds']:.1f} s; wrote {output}")
+    return gates
+
+
+def measure(config: ScoreConfig) -> Measurement:
+    """The importance of every channel in scope, and the constants that would replace them."""
     data = open_dataset(config.data)
     model = load_model(config.model, dtype=DTYPES[config.precision], device=config.device)
     model.vae.float()
@@ -140,42 +192,15 @@ def score(config: ScoreConfig) -> Gates:
                 denoising.dense(problem)
     constants = means.constants()
     start = time.perf_counter()
-    importances, facts = measure(config, model.unet, ladders, sites, constants)
-    seconds = time.perf_counter() - start
+    importances, facts = _importances(config, model.unet, ladders, sites, constants)
     side = data.resolution // model.vae_scale_factor
-    budget = Budget(config.budget, sites, config.padding, Latent(side, side))
-    scores = pruned_scores(config, importances, budget)
     weights = {site.name: model.unet.get_parameter(site.weight) for site in sites}
-    gates = Gates(scores, constants, config.padding, topology)
-    info = {
-        "criterion": config.criterion,
-        "ranking": config.ranking,
-        "scope": config.scope,
-        "target_sparsity": config.target_sparsity,
-        "achieved_sparsity": gates.sparsity,
-        "budget": config.budget,
-        "achieved_budget": budget.pruned(gates.keep_sets()),
-        "floor": config.floor,
-        **facts,
-        "seconds": round(seconds, 2),
-        "seed": config.seed,
+    facts |= {
+        "seconds": round(time.perf_counter() - start, 2),
         "data": {"source": Path(data.source).name, "images": len(data)},
-        "config": asdict(config)
-        | {name: Path(getattr(config, name)).name for name in ("model", "data", "output")},
         "fingerprint": fingerprint(weights),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "safetensors")},
-        "created": time.strftime("%Y-%m-%d"),
     }
-    gates = Gates(scores, constants, config.padding, topology, info, importances)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_gates(gates, output)
-    print(gates_report(gates).text())
-    if config.criterion in THRESHOLDS:
-        print(f"\n{layer_table(gates)}\n")
-    if "stopped_at" in facts:
-        print(f"gradients were accumulated up to timestep {facts['stopped_at']}")
-    print(f"measured in {seconds:.1f} s; wrote {output}")
-    return gates
+    return Measurement(sites, topology, importances, constants, Latent(side, side), facts)
 
 
 def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list[Ladder]:
@@ -194,7 +219,7 @@ def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list
     return ladders
 
 
-def measure(
+def _importances(
     config: ScoreConfig,
     unet: torch.nn.Module,
     ladders: Sequence[Ladder],

@@ -16,8 +16,9 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
 from training.fit import DEMO_SETTINGS, fit
-from training.score import THRESHOLDS, ScoreConfig, score
+from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure, score
 
 log = logging.getLogger("training.sweep")
 
 LEARNED = "learned"
+WITHOUT_CUT: dict[str, Any] = {f.name: f.default for f in fields(ScoreConfig) if f.name in CUT}
+WITHOUT_CUT["output"] = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,12 @@ def thresholds_of(texts: Sequence[str], criteria: Sequence[str]) -> dict[str, li
     return found
 
 
-def make(plan: Plan, given: argparse.Namespace, folder: Path) -> Path:
+def make(
+    plan: Plan,
+    given: argparse.Namespace,
+    folder: Path,
+    measured: Callable[[ScoreConfig], Measurement] = measure,
+) -> Path:
     """The plan's gate file, made now unless it is there."""
     path = folder / f"{plan.name}.safetensors"
     settings: dict[str, Any] = dict(
@@ -136,7 +144,7 @@ def make(plan: Plan, given: argparse.Namespace, folder: Path) -> Path:
     if isinstance(config, FitConfig):
         fit(config)
     else:
-        score(config)
+        score(config, measured(replace(config, **WITHOUT_CUT)))
     return path
 
 
@@ -199,12 +207,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = [str(folder / f"{plan.name}.safetensors") for plan in chosen]
         evaluate.check(evaluate.parser().parse_args([*paths, *options]))  # before the long part
         folder.mkdir(parents=True, exist_ok=True)
+        # plans that differ only in where they cut follow each other
+        measured = lru_cache(maxsize=1)(measure)
         for plan in chosen:
-            make(plan, given, folder)
+            make(plan, given, folder, measured)
         status = evaluate.main([*paths, *options])
-        if status == 0 and len(given.weights or []) > 1 and len(given.targets) > 1:
+        learned = [plan for plan in chosen if plan.weight is not None]
+        several = len({p.target for p in learned}) > 1 and len({p.weight for p in learned}) > 1
+        if status == 0 and several:
             rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
-            picture = heat_map(cells(chosen, {row["name"]: row for row in rows}))
+            picture = heat_map(cells(learned, {row["name"]: row for row in rows}))
             write_atomically(folder / "heatmap.png", picture)
             print(f"written: {folder / 'heatmap.png'}")
         return status
@@ -213,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def cells(chosen: Sequence[Plan], rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+def cells(learned: Sequence[Plan], rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
     """What the heat map shows of the learned gates."""
     return [
         Cell(
@@ -223,8 +235,8 @@ def cells(chosen: Sequence[Plan], rows: Mapping[str, Mapping[str, Any]]) -> list
             rows[plan.name]["deviation"]["mean"],
             rows[plan.name]["channels_pruned"],
         )
-        for plan in chosen
-        if plan.criterion == LEARNED and plan.weight is not None
+        for plan in learned
+        if plan.weight is not None
     ]
 
 

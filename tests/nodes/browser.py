@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from comfy_server import Server
 
 RUN_SECONDS = 600
-LOAD_SECONDS = 60
+LOAD_SECONDS = 180
 
 #: reads the file as a drop from the file manager would give it to the canvas
 DROP = """([name, type, bytes]) => {
@@ -29,6 +30,9 @@ DROP = """([name, type, bytes]) => {
     for (const kind of ["dragenter", "dragover", "drop"])
         where.dispatchEvent(new DragEvent(kind, {...at, dataTransfer: data}));
 }"""
+
+#: the canvas is there, and knows this pack
+READY = """() => window.LiteGraph?.registered_node_types['LDCPLoadGates'] && window.app?.graph"""
 
 #: what the canvas has: nodes, links whose ends know each other, marks of errors
 STATE = """() => {
@@ -66,7 +70,7 @@ ADD = """([type]) => {
     const graph = window.app.graph;
     graph.clear();
     const node = window.LiteGraph.createNode(type);
-    node.pos = [500, 120];
+    node.pos = [500, 300];
     graph.add(node);
     Object.assign(window.app.canvas.ds, {scale: 1, offset: [0, 0]});
     window.app.graph.setDirtyCanvas(true, true);
@@ -84,6 +88,9 @@ CORNER = """([type, number]) => {
             width: (node.size[0] + 24) * scale, height: (node.size[1] + 68) * scale};
 }"""
 
+#: brings the whole graph into view
+FIT = "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+
 #: where a node's title is on the screen
 TITLE = """([type, number]) => {
     const node = window.app.graph.nodes.filter(n => n.type === type)[number];
@@ -91,6 +98,12 @@ TITLE = """([type, number]) => {
     const box = document.querySelector("#graph-canvas").getBoundingClientRect();
     return [box.x + (node.pos[0] + offset[0] + 60) * scale,
             box.y + (node.pos[1] + offset[1] - 15) * scale];
+}"""
+
+#: a mark of an error stays on a node until the next run that is accepted
+FORGIVE = """() => {
+    window.app.lastNodeErrors = null;
+    window.app.graph.nodes.forEach(n => { n.has_errors = false; });
 }"""
 
 
@@ -120,22 +133,19 @@ class Browser:
     def __enter__(self) -> Browser:
         from playwright.sync_api import sync_playwright
 
-        self._playwright = sync_playwright().start()
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        self._browser = self._playwright.chromium.launch(executable_path=chromium(), args=arguments)
-        self.page = self._browser.new_page(**self._view)
-        self.complaints: list[str] = []
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
-        self.page.wait_for_function(
-            "() => window.LiteGraph?.registered_node_types['LDCPLoadGates'] && window.app?.graph",
-            timeout=1000 * LOAD_SECONDS,
-        )
+        with ExitStack() as undo:
+            playwright = undo.enter_context(sync_playwright())
+            arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+            launched = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+            undo.callback(launched.close)
+            self.page = launched.new_page(**self._view)
+            self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
+            self.page.wait_for_function(READY, timeout=1000 * LOAD_SECONDS)
+            self._undo = undo.pop_all()  # a page that did not open leaves nothing behind
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._browser.close()
-        self._playwright.stop()
+        self._undo.close()
 
     def drop(self, path: Path) -> None:
         """Drop a workflow file on the canvas, and wait until all of its nodes are there."""
@@ -184,8 +194,17 @@ class Browser:
         """Click on a node's title, and press keys such as "Control+b"."""
         self.page.mouse.click(*self.page.evaluate(TITLE, [node_type, number]))
         self.page.wait_for_timeout(200)
+        self.keys(keys)
+
+    def keys(self, keys: str) -> None:
+        """Press keys on what is chosen."""
         self.page.keyboard.press(keys)
-        self.page.wait_for_timeout(200)
+        self.page.wait_for_timeout(500)
+
+    def close_dialogs(self) -> None:
+        """Close the messages of a refusal, and take its marks off the nodes."""
+        self.keys("Escape")
+        self.page.evaluate(FORGIVE)
 
     def queue(self) -> dict[str, Any]:
         """Queue what is on the canvas and wait for its end; the server's record of the run.
@@ -205,8 +224,17 @@ class Browser:
                 self.page.wait_for_timeout(700)  # the last events reach the canvas
                 return run
             if any(node["red"] for node in self.state()["nodes"]):
-                raise RuntimeError(f"refused: {self.state()['dialogs']}")
+                raise RuntimeError(f"refused: {self._refusal()}")
         raise TimeoutError(f"nothing came back in {RUN_SECONDS} s")
+
+    def _refusal(self) -> str:
+        """What the page says about a refused graph; newer frontends fold the node's own words."""
+        for unfolds in ('button:has-text("View details")', 'button[aria-label^="Info for"]'):
+            self.page.wait_for_timeout(1000)
+            for button in self.page.locator(unfolds).all():
+                button.click()
+        self.page.wait_for_timeout(500)
+        return self.page.locator("body").inner_text()
 
     def _history(self) -> dict[str, Any]:
         return json.loads(self._server.get("/history"))
@@ -221,7 +249,11 @@ class Browser:
 
     def picture(self, path: Path, node_type: str | None = None) -> Path:
         """A picture of the page, or of one node, once the images on the nodes are drawn."""
-        part = {"clip": self.page.evaluate(CORNER, [node_type, 0])} if node_type else {}
+        if node_type:
+            part = {"clip": self.page.evaluate(CORNER, [node_type, 0])}
+        else:
+            self.page.evaluate(FIT)
+            part = {}
         self.page.mouse.move(5, 300)  # no tooltip
         self.page.wait_for_timeout(1500)
         self.page.screenshot(path=str(path), **part)

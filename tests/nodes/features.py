@@ -347,7 +347,7 @@ class Other:
 OTHERS = (
     Other(
         "torch.compile",
-        "within 2e-06 (backend `eager`; backends that generate code, and speed, not tested)",
+        "`eager`: within 2e-06; `inductor`: within 3.2e-06, where compiling alone changes 2.9e-06",
         "test_a_compiled_model_is_pruned_as_an_uncompiled_one",
     ),
     Other(

@@ -51,6 +51,15 @@ def test_a_compiled_model_is_pruned_as_an_uncompiled_one(comfy, kit, make_gates,
     dense = kit.sample(kit.graph(base))
     with masked(base, gates):
         expected = kit.sample(kit.graph(base))
-    error, effect = ((found - expected).norm() / expected.norm() for found in (latent, dense))
-    print(f"\n{BACKEND}, {order}: {error:.1e} from masked, dense {effect:.1e}")
-    assert error <= 2e-6 and effect >= 2e-4
+    # generated code rounds differently, with pruning or without
+    rounding = apart(kit.sample(kit.graph(compiled(kit, base))), dense)
+    error, effect = apart(latent, expected), apart(dense, expected)
+    print(
+        f"\n{BACKEND}, {order}: {error:.1e} from masked, dense {effect:.1e}, "
+        f"compiling alone {rounding:.1e}"
+    )
+    assert error <= max(2e-6, 2 * rounding) and rounding <= 1e-5 and effect >= 2e-4
+
+
+def apart(found, expected):
+    return float((found - expected).norm() / expected.norm())

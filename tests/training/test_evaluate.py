@@ -132,6 +132,17 @@ def test_every_model_is_measured_in_every_precision_against_dense_in_the_first(
     assert "pruned first, then cast or quantized" in printed
 
 
+def test_the_first_precision_is_the_reference(source: list[str], tmp_path: Path) -> None:
+    found = []
+    for precisions in (["fp32", "fp8"], ["fp8", "fp32"]):
+        output = ["--samples", "2", "--output", str(tmp_path / "e"), "--precision", *precisions]
+        assert evaluate.main([*source, *output]) == 0
+        rows = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["rows"]
+        assert rows[0]["precision"] == precisions[0] and "deviation" not in rows[0]
+        found.append(rows[1]["deviation"]["mean"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0  # either way the same
+
+
 def test_unstructured_pruning_stands_beside_the_gates(
     source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,13 +188,13 @@ def test_images_of_other_gates_of_the_same_name_are_drawn_again(
     image = tmp_path / "half" / "000_42.png"
     assert sample.main([*source[:2], "--gates", str(half), *drawing]) == 0
     first = image.read_bytes()
-    assert sample.main([*source[:2], "--gates", str(half), *drawing, "--precision", "bf16"]) == 0
+    assert sample.main([*source[:2], "--gates", str(half), *drawing, "--precision", "fp8"]) == 0
     second = image.read_bytes()
     assert second != first
     other = tmp_path / "half.safetensors"
     options = ["--criterion", "random", "--seed", "1", "--output", str(other)]
     assert score.main([*source, *QUICK, *options]) == 0
-    assert sample.main([*source[:2], "--gates", str(other), *drawing, "--precision", "bf16"]) == 0
+    assert sample.main([*source[:2], "--gates", str(other), *drawing, "--precision", "fp8"]) == 0
     assert image.read_bytes() != second
 
 

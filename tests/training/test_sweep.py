@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from ldcp_core import load_gates
@@ -47,7 +48,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[sweep.Plan]:
     """Plans of a sweep whose gate files come from `random` in no time."""
     found: list[sweep.Plan] = []
 
-    def make(plan: sweep.Plan, given: argparse.Namespace, folder: Path) -> None:
+    def make(plan: sweep.Plan, given: argparse.Namespace, folder: Path, measured: object) -> None:
         found.append(plan)
         output = ["--output", str(folder / f"{plan.name}.safetensors"), "--scope", plan.scope]
         share = ["--target-sparsity", str(plan.target), "--seed", str(len(found))]
@@ -150,3 +151,20 @@ def test_unknown_options_are_refused(
     with pytest.raises(SystemExit):
         sweep.main([*source, *options, "--output", str(tmp_path / "s")])
     assert options[0] in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_a_sweep_measures_once_for_all_cuts(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], score.measure
+    monkeypatch.setattr(sweep, "measure", lambda config: measured.append(config) or measure(config))
+    options = ["--criteria", "flap", "--targets", "0.3", "0.5", "--rankings", "global", "per layer"]
+    options += ["--samples", "2", "--output", str(tmp_path)]
+    assert sweep.main([*source, *options]) == 0
+    assert len(measured) == 1 and len(list(tmp_path.glob("*.safetensors"))) == 4
+    alone = tmp_path / "alone.safetensors"
+    options = ["--criterion", "flap", "--target-sparsity", "0.5", "--budget", "parameters"]
+    assert score.main([*source, *options, "--ranking", "per layer", "--output", str(alone)]) == 0
+    swept = load_gates(tmp_path / "flap_per-layer_mid_50.safetensors")
+    for site, scores in load_gates(alone).scores.items():
+        assert torch.equal(scores, swept.scores[site])
