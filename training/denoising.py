@@ -209,6 +209,22 @@ class HeldOut:
             ]
         return torch.cat([part.mean((1, 2, 3)) for part in parts]).cpu()
 
+    def refer_to_this(self) -> None:
+        """Take the answers of the U-Net as it runs now for what deviations are from."""
+        self._dense = [self._denoising.dense(problem) for problem in self._problems]
+
+    def as_it_is(self) -> tuple[Tensor, Tensor]:
+        """Deviations and losses, float32 [N] each, of the U-Net as it runs now.
+
+        Within a context that prunes or quantizes it, that is; see `deviations` and `losses`.
+        """
+        deviations, losses = [], []
+        for problem, dense in zip(self._problems, self._dense, strict=True):
+            output = self._denoising.dense(problem).float()
+            deviations.append((output - dense.float()).square().mean((1, 2, 3)))
+            losses.append((output - problem.noise.float()).square().mean((1, 2, 3)))
+        return torch.cat(deviations).cpu(), torch.cat(losses).cpu()
+
     @property
     def timesteps(self) -> Tensor:
         """The timestep of each held-out sample, int64 [N]."""

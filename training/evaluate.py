@@ -3,11 +3,15 @@
     python -m training.evaluate a.safetensors b.safetensors --demo --output evaluation
     python -m training.evaluate a.safetensors --model sd15.safetensors --data ffhq/ \\
         --images images/ --output evaluation
+    python -m training.evaluate a.safetensors --demo --precision fp32 fp8 int8 --unstructured l1
 
-All gate files meet the same held-out images, noise and timesteps. Where the held-out deviations of
-two files overlap, they share a rank. With --images, pictures are drawn from every model with the
-same prompts and seeds and compared with the dense ones. Writes PREFIX.md, PREFIX.json, PREFIX.png
-(quality against cost) and PREFIX.grid.png.
+All gate files, in every --precision, meet the same held-out images, noise and timesteps. Where the
+held-out deviations of two overlap, they share a rank. Bytes and times are measured. With
+--unstructured, single weights are set to zero as well, for comparison. With --images, pictures are
+drawn from every model with the same prompts and seeds and compared with the dense ones, their
+prompts and a reference; what needs weights that are not there is left out, and the report says
+which file to put where. Writes PREFIX.md, PREFIX.json, PREFIX.png (quality against cost) and
+PREFIX.grid.png.
 """
 
 from __future__ import annotations
@@ -16,26 +20,35 @@ import argparse
 import io
 import json
 import logging
+import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from torch import Tensor
 
-from ldcp_core import Gates, Latent, Savings, savings, write_atomically
+from ldcp_core import Gates, Latent, savings, write_atomically
+from training.benchmarking import machine
+from training.benchmarking.timing import Variant, stopwatch
+from training.benchmarking.variants import Inputs
+from training.cache import default_cache
 from training.data import open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
+from training.evaluation.images import compare_images
+from training.evaluation.networks import CLIP, INCEPTION, VGG, load_networks
+from training.evaluation.plots import grid, plot
+from training.evaluation.reference import Reference
+from training.evaluation.report import render
+from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
+from training.evaluation.unstructured import Unstructured, unstructured_of
 from training.fit import DEMO_SETTINGS
-from training.gating import hard_gates
-from training.models import DTYPES, DiffusionModel, load_model
+from training.models import DiffusionModel, load_model
+from training.precision import PRECISIONS, storage_of
 from training.sample import (
     DENSE,
+    Candidate,
     Settings,
     Shot,
     check_fits,
@@ -46,360 +59,263 @@ from training.sample import (
 
 log = logging.getLogger("training.evaluate")
 
-#: parts of the timestep schedule whose losses are reported by themselves
-PARTS = 5
-RESAMPLES = 2000
-CONFIDENCE = 0.95
+#: an image with guidance, as often as this for the time of an evaluation
+BATCH, REPEATS = 2, 5
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Per held-out sample: deviation from the dense output and denoising loss, float64 [N]."""
+def candidates_of(gates: Mapping[str, Gates], precisions: Sequence[str]) -> dict[str, Candidate]:
+    """Dense and every gate file in every precision, by name; the first is the reference.
 
-    deviation: np.ndarray
-    loss: np.ndarray
-
-
-def held_out_quality(
-    heldout: HeldOut, gates: Mapping[str, Gates]
-) -> tuple[dict[str, Quality], np.ndarray]:
-    """Quality of dense and of every gate file on the same samples, and the samples' timesteps."""
-    dense = heldout.losses(None, "zero").double().numpy()
-    found = {DENSE: Quality(np.zeros_like(dense), dense)}
-    for name, file in gates.items():
-        constants = {site: file.constant(site) for site in file.scores}
-        masks = hard_gates(file.keep_sets(), constants)
-        found[name] = Quality(
-            heldout.deviations(masks, file.padding).double().numpy(),
-            heldout.losses(masks, file.padding).double().numpy(),
-        )
-        log.info("%s: deviation %.3g", name, found[name].deviation.mean())
-    return found, heldout.timesteps.numpy()
-
-
-def summary(values: np.ndarray) -> dict[str, float]:
-    """Mean, median, minimum, maximum and standard deviation."""
-    return {
-        "mean": float(values.mean()),
-        "median": float(np.median(values)),
-        "minimum": float(values.min()),
-        "maximum": float(values.max()),
-        "deviation": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
-    }
-
-
-def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean (Efron & Tibshirani 1993, §13.3)."""
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(0, len(values), (RESAMPLES, len(values)))
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(values[draws].mean(1), [tail, 100 - tail])
-    return float(low), float(high)
-
-
-def ranks(deviations: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, int]:
-    """1 for the best; a file whose paired difference to the best of a rank may be zero shares it.
-
-    The samples are the same for all files, so it is the mean of the differences that is
-    bootstrapped.
+    >>> list(candidates_of({}, ["fp32", "int8"]))
+    ['dense', 'dense-int8']
     """
-    ordered = sorted(deviations, key=lambda name: float(deviations[name].mean()))
-    found: dict[str, int] = {}
-    best = None
-    for place, name in enumerate(ordered, 1):
-        if best is not None:
-            low, _ = bootstrap(deviations[name] - deviations[best], seed)
-            if low <= 0:
-                found[name] = found[best]
-                continue
-        best, found[name] = name, place
+    found: dict[str, Candidate] = {}
+    for precision in precisions:
+        for name, of in {DENSE: None, **gates}.items():
+            full = name if precision == precisions[0] else f"{name}-{precision}"
+            if full in found:
+                raise UserError(f"Two models are called {full!r}.", "different file names")
+            found[full] = Candidate(of, precision)
     return found
-
-
-def by_timestep(values: np.ndarray, timesteps: np.ndarray, steps: int) -> list[float | None]:
-    """Mean of ``values`` in each of `PARTS` equal parts of the schedule; None where none fell."""
-    part = np.minimum(timesteps * PARTS // steps, PARTS - 1)
-    return [float(values[part == p].mean()) if (part == p).any() else None for p in range(PARTS)]
-
-
-# --- images ---------------------------------------------------------------------------------------
-
-
-def image_metrics() -> tuple[dict[str, Callable[[Tensor, Tensor], Tensor]], list[str]]:
-    """Metrics of one image [1, 3, H, W] in [0, 1] against another, and why some are missing."""
-    try:
-        from torchmetrics.functional import image as metrics
-    except ImportError:
-        return {}, ["image metrics: torchmetrics is not installed; pip install torchmetrics"]
-
-    def multi_scale(a: Tensor, b: Tensor) -> Tensor:
-        return metrics.multiscale_structural_similarity_index_measure(a, b, data_range=1.0)
-
-    return {
-        "PSNR": lambda a, b: metrics.peak_signal_noise_ratio(a, b, data_range=1.0),
-        "SSIM": lambda a, b: metrics.structural_similarity_index_measure(a, b, data_range=1.0),
-        "MS-SSIM": multi_scale,
-        "UQI": metrics.universal_image_quality_index,
-        "L1": lambda a, b: (a - b).abs().mean(),
-    }, []
-
-
-def compare_images(
-    paths: Mapping[str, Sequence[Path]],
-) -> tuple[dict[str, dict[str, dict[str, float]]], list[str]]:
-    """Metric -> summary over the images of every pruned model against the dense ones."""
-    metrics, notes = image_metrics()
-    dense = [_pixels(path) for path in paths[DENSE]]
-    if dense and min(dense[0].shape[-2:]) <= 160 and "MS-SSIM" in metrics:
-        metrics.pop("MS-SSIM")
-        notes.append("MS-SSIM needs images of more than 160 pixels: left out")
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, files in paths.items():
-        if name == DENSE:
-            continue
-        images = [_pixels(path) for path in files]
-        found[name] = {}
-        for metric, of in metrics.items():
-            values = [float(of(a, b)) for a, b in zip(images, dense, strict=True)]
-            found[name][metric] = summary(np.array(values))
-    return found, notes
-
-
-def _pixels(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(array).permute(2, 0, 1)[None]
-
-
-def grid(paths: Mapping[str, Sequence[Path]], prompts: Sequence[str]) -> Image.Image:
-    """One row per model and one column per image, each row labelled with its model."""
-    rows = {
-        name: [Image.open(path).convert("RGB") for path in files] for name, files in paths.items()
-    }
-    side, label, head = next(iter(rows.values()))[0].width, 18, 20
-    sheet = Image.new(
-        "RGB", (side * len(prompts), head + (side + label) * len(rows)), (255, 255, 255)
-    )
-    canvas = ImageDraw.Draw(sheet)
-    for column, prompt in enumerate(prompts):
-        text = prompt
-        while text and canvas.textlength(text) > side - 4:
-            text = text[:-1]
-        canvas.text((column * side + 2, 4), text, (0, 0, 0))
-    for row, (name, images) in enumerate(rows.items()):
-        y = head + row * (side + label)
-        canvas.text((2, y + 2), name, (0, 0, 0))
-        for column, image in enumerate(images):
-            sheet.paste(image, (column * side, y + label))
-    return sheet
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-
-def row(
-    name: str, gates: Gates | None, quality: Quality, cost: Savings | None, steps: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Everything about one model, JSON-able."""
-    info = {} if gates is None else gates.info
-    found: dict[str, Any] = {
-        "name": name,
-        "criterion": info.get("criterion", DENSE),
-        "scope": info.get("scope", ""),
-        "target": info.get("target_sparsity"),
-        "channels_pruned": 0.0 if gates is None else gates.sparsity,
-        "parameters_left": 1.0 if cost is None else 1 - cost.parameter_share,
-        "flops_left": 1.0 if cost is None else 1 - cost.flop_share,
-        "loss": summary(quality.loss),
-        "loss_by_timestep": by_timestep(quality.loss, **steps),
-    }
-    if gates is not None:
-        found["deviation"] = summary(quality.deviation)
-        found["deviation_interval"] = bootstrap(quality.deviation)
-        found["deviation_by_timestep"] = by_timestep(quality.deviation, **steps)
-    return found
-
-
-def render(result: Mapping[str, Any]) -> str:
-    """The Markdown report of a result."""
-    lines = [
-        f"Held out: {result['samples']} samples, the same images, noise and timesteps for all; "
-        f"deviation is the mean squared distance of the U-Net's output from the dense model's, "
-        f"with a 95% bootstrap interval. Equal ranks: the paired difference may be zero. Costs are "
-        f"counted, at {result['resolution']} pixels with guidance.",
-        "",
-        "| gates | criterion | scope | channels pruned | parameters left | FLOPs left | "
-        "deviation from dense | median | min | max | std | loss | rank |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in result["rows"]:
-        head = (
-            f"| {r['name']} | {r['criterion']} | {r['scope']} | {r['channels_pruned']:.1%} | "
-            f"{r['parameters_left']:.1%} | {r['flops_left']:.1%} | "
-        )
-        if "deviation" not in r:
-            lines.append(f"{head}0 | | | | | {r['loss']['mean']:.5f} | |")
-            continue
-        d, (low, high) = r["deviation"], r["deviation_interval"]
-        lines.append(
-            f"{head}{d['mean']:.2e} ({low:.1e} to {high:.1e}) | {d['median']:.1e} | "
-            f"{d['minimum']:.1e} | {d['maximum']:.1e} | {d['deviation']:.1e} | "
-            f"{r['loss']['mean']:.5f} | {r['rank']} |"
-        )
-    edges = [f"{p / PARTS:.0%} to {(p + 1) / PARTS:.0%}" for p in range(PARTS)]
-    lines += ["", "Denoising loss by part of the timestep schedule (0 is the clean end):", ""]
-    lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * PARTS}"]
-    for r in result["rows"]:
-        shown = ["" if v is None else f"{v:.5f}" for v in r["loss_by_timestep"]]
-        lines.append(f"| {r['name']} | {' | '.join(shown)} |")
-    if result.get("images"):
-        lines += ["", *_image_table(result["images"])]
-    lines += [f"\n{note}." for note in result["notes"]]
-    return "\n".join(lines) + "\n"
-
-
-def _image_table(images: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    lines = [
-        "Images against the dense model's of the same prompt and seed:",
-        "",
-        "| gates | metric | mean | median | min | max | std |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, metrics in images.items():
-        for metric, s in metrics.items():
-            values = (s["mean"], s["median"], s["minimum"], s["maximum"], s["deviation"])
-            lines.append(f"| {name} | {metric} | {' | '.join(f'{v:.4g}' for v in values)} |")
-    return lines
-
-
-def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Deviation against parameters and FLOPs left, a line per criterion and scope, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for r in rows:
-        if "deviation" in r:
-            groups.setdefault((r["scope"], r["criterion"]), []).append(r)
-    scopes = list(dict.fromkeys(scope for scope, _ in groups))
-    figure, axes = plt.subplots(1, len(scopes), figsize=(6 * len(scopes), 4.5), squeeze=False)
-    for axis, scope in zip(axes[0], scopes, strict=True):
-        for (of, criterion), members in groups.items():
-            if of != scope:
-                continue
-            members = sorted(members, key=lambda r: r["parameters_left"])
-            x = [100 * r["parameters_left"] for r in members]
-            y = [r["deviation"]["mean"] for r in members]
-            low = [m - r["deviation_interval"][0] for m, r in zip(y, members, strict=True)]
-            high = [r["deviation_interval"][1] - m for m, r in zip(y, members, strict=True)]
-            axis.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, label=criterion)
-        axis.set(
-            title=f"scope {scope}",
-            xlabel="parameters of the U-Net left, %",
-            ylabel="deviation from dense (MSE, held out)",
-            yscale="log",
-        )
-        axis.grid(alpha=0.3, which="both")
-        axis.legend()
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 def evaluate(
     model: DiffusionModel,
     data: str,
-    gates: Mapping[str, Gates],
+    candidates: Mapping[str, Candidate | Unstructured],
     samples: int,
     seed: int,
     resolution: int | None = None,
     split: tuple[float, int] = (0.1, 0),
 ) -> dict[str, Any]:
-    """Quality on held-out images and cost of dense and of every gate file, JSON-able.
+    """Quality on held-out images and cost of every candidate, JSON-able.
 
-    ``split`` is the fraction of images that the fits held out and the seed that chose them. Raises
-    UserError for gates of another architecture and data without held-out images.
+    The first candidate is what deviations are from. ``split`` is the fraction of images that the
+    fits held out and the seed that chose them. Raises UserError for gates of another architecture
+    and data without held-out images.
     """
-    for file in gates.values():
-        check_fits(model, file)
-    images = open_dataset(data, resolution=resolution or model.resolution)
+    for candidate in candidates.values():
+        check_fits(model, candidate.gates)
+    resolution = resolution or model.resolution
+    images = open_dataset(data, resolution=resolution)
     _, held_out = images.split(*split)
     if not held_out:
         raise UserError("No image is held out to evaluate on.", "more images")
+    reference = next(iter(candidates.values()))
     heldout = HeldOut(Denoising(model, 0), images, held_out, samples, 8, seed)
-    qualities, timesteps = held_out_quality(heldout, gates)
-    steps = {"timesteps": timesteps, "steps": model.alphas_cumprod.numel()}
-    side = (resolution or model.resolution) // model.vae_scale_factor
-    rows = [row(DENSE, None, qualities[DENSE], None, steps)]
-    for name, file in gates.items():
-        counts = {site: int(keep.sum()) for site, keep in file.keep_sets().items()}
-        cost = savings(file.topology, counts, file.padding, Latent(side, side))
-        rows.append(row(name, file, qualities[name], cost, steps))
-    found = ranks({name: qualities[name].deviation for name in gates})
-    for r in rows[1:]:
-        r["rank"] = found[r["name"]]
+    if reference.precision != Candidate.precision:
+        with reference.running(model.unet):
+            heldout.refer_to_this()
+    side = resolution // model.vae_scale_factor
+    inputs = Inputs.random(model.unet, BATCH, side, seed)
+    timesteps = heldout.timesteps.numpy()
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    rows, deviations = [], {}
+    for name, candidate in candidates.items():
+        with candidate.running(model.unet) as size:
+            deviation, loss = (values.double().numpy() for values in heldout.as_it_is())
+            seconds = median_seconds(model, inputs)
+            zeroed = isinstance(candidate, Unstructured)
+            layers = candidate.layers(model.unet) if zeroed else []
+        cost = {"bytes": size, "seconds": seconds, **counted(candidate.gates, side)}
+        found = {"name": name, **described(candidate), **cost, "loss": summary(loss)}
+        found["sparsity"] = 1 - found["parameters_left"]
+        if zeroed:
+            zeros = sum(layer["parameters"] - layer["nonzero"] for layer in layers)
+            found |= {"sparsity": zeros / parameters, "layers": layers}
+        steps = {"timesteps": timesteps, "steps": model.alphas_cumprod.numel()}
+        found["loss_by_timestep"] = by_timestep(loss, **steps)
+        if candidate is not reference:
+            deviations[name] = deviation
+            found["deviation"] = summary(deviation)
+            found["deviation_interval"] = bootstrap(deviation)
+            found["deviation_by_timestep"] = by_timestep(deviation, **steps)
+        rows.append(found)
+        log.info("%s: deviation %.3g, %.0f ms", name, deviation.mean(), 1000 * seconds)
+    places = ranks(deviations)
+    for found in rows[1:]:
+        found["rank"] = places[found["name"]]
     return {
         "format": "ldcp.evaluation",
         "version": 1,
         "samples": len(timesteps),
-        "resolution": resolution or model.resolution,
+        "resolution": resolution,
+        "reference_precision": reference.precision,
+        "machine": machine.describe(model.unet.device),
         "rows": rows,
         "notes": [],
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def described(candidate: Candidate | Unstructured) -> dict[str, Any]:
+    """What a candidate is."""
+    if isinstance(candidate, Unstructured):
+        return {
+            "precision": candidate.precision,
+            "criterion": f"unstructured {candidate.kind}",
+            "scope": "",
+            "target": candidate.amount,
+            "channels_pruned": 0.0,
+            "zeroed": True,
+        }
+    gates = candidate.gates
+    info = {} if gates is None else gates.info
+    return {
+        "precision": candidate.precision,
+        "criterion": info.get("criterion", DENSE),
+        "scope": info.get("scope", ""),
+        "target": info.get("target_sparsity"),
+        "channels_pruned": 0.0 if gates is None else gates.sparsity,
+        "zeroed": False,
+    }
+
+
+def counted(gates: Gates | None, side: int) -> dict[str, float]:
+    """Shares of the U-Net's parameters and FLOPs that are left, by the cost model."""
+    if gates is None:
+        return {"parameters_left": 1.0, "flops_left": 1.0}
+    counts = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
+    cost = savings(gates.topology, counts, gates.padding, Latent(side, side))
+    return {"parameters_left": 1 - cost.parameter_share, "flops_left": 1 - cost.flop_share}
+
+
+def median_seconds(model: DiffusionModel, inputs: Inputs) -> float:
+    """Measured time of one evaluation of the U-Net as it runs now: one to warm up, then a few."""
+    seconds = stopwatch(model.unet.device)
+    run = Variant("", "", lambda: inputs.run(model.unet))
+    seconds(run)
+    return statistics.median(seconds(run) for _ in range(REPEATS))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    found = argparse.ArgumentParser(
         prog="python -m training.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, drawn = parser.add_argument, Settings()
-    add("gates", nargs="+", help="gate files")
+    add, drawn = found.add_argument, Settings()
+    add("gates", nargs="*", help="gate files")
     add("--model", help="checkpoint file, diffusers folder or hub id")
     add("--data", help="the images that the fits held a part of out")
     add("--demo", action="store_true", help="the embedded demo model and faces")
     add("--samples", type=int, default=96, help="held-out samples (images × timesteps)")
     add("--seed", type=int, default=1000, help="of noise and timesteps")
     add("--resolution", type=int, help="pixels (default: the model's own)")
-    add("--precision", choices=list(DTYPES), default="fp32")
+    add(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["fp32"],
+        help="of the U-Net; several: every model in each, against dense in the first (fp32)",
+    )
+    add(
+        "--unstructured",
+        nargs="+",
+        default=[],
+        metavar="KIND[=AMOUNTS]",
+        help="single weights at zero for comparison: l1, sensitivity, percentage, or l1=0.1,0.35",
+    )
     add("--device", default="cpu")
+    add("--output", metavar="PREFIX", help="write PREFIX.md, .json, .png and .grid.png")
+    images = found.add_argument_group("images")
+    add = images.add_argument
     add("--images", metavar="FOLDER", help="draw images of every model there and compare them")
     add("--prompts", help="a text file, a prompt per line (default: nine faces)")
+    add("--seeds", type=int, default=1, help="images per prompt (1)")
     add("--steps", type=int, default=drawn.steps, help="of the images")
     add("--guidance", type=float, default=drawn.guidance)
-    add("--output", metavar="PREFIX", help="write PREFIX.md, .json, .png and .grid.png")
-    given = parser.parse_args(argv)
+    add("--reference", help="folder or data set for FID, KID, CMMD, precision, recall (--data)")
+    add("--inception", metavar="FILE", help=f"{INCEPTION.name}: {INCEPTION.metrics}")
+    add("--vgg", metavar="FILE", help=f"{VGG.name}: {VGG.metrics}")
+    add("--clip", metavar="FOLDER", help=f"a CLIP of transformers: {CLIP.metrics}")
+    add("--cache", metavar="FOLDER", help="of the reference's features (the user's cache)")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser()
+    given = options.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "diffusers", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    source = given.model or (DEMO_SETTINGS["model"] if given.demo else None)
-    data = given.data or (DEMO_SETTINGS["data"] if given.demo else None)
-    if source is None or data is None:
-        parser.error("--model and --data are missing; or use --demo")
+    if given.demo:
+        given.model = given.model or DEMO_SETTINGS["model"]
+        given.data = given.data or DEMO_SETTINGS["data"]
+    if given.model is None or given.data is None:
+        options.error("--model and --data are missing; or use --demo")
     try:
-        gates, prompts = named_gates(given.gates), read_prompts(given.prompts)
-        model = load_model(source, dtype=DTYPES[given.precision], device=given.device)
-        result = evaluate(model, data, gates, given.samples, given.seed, given.resolution)
+        check(given)
+        precisions = list(dict.fromkeys(given.precision))
+        candidates: dict[str, Candidate | Unstructured] = {
+            **candidates_of(named_gates(given.gates), precisions),
+            **unstructured_of(given.unstructured, precisions[0]),
+        }
+        prompts = read_prompts(given.prompts)
+        for precision in precisions:  # a missing package shows before anything is computed
+            storage_of(precision, torch.device(given.device))
+        folder = Path(given.cache or default_cache())
+        networks = None
+        if given.images is not None:  # a wrong path shows before anything is computed
+            images = open_dataset(given.reference or given.data)
+            networks = load_networks(
+                given.inception, given.vgg, given.clip, folder / "metrics", given.device
+            )
+        model = load_model(given.model, device=given.device)
+        result = evaluate(
+            model, given.data, candidates, given.samples, given.seed, given.resolution
+        )
         paths: dict[str, list[Path]] = {}
-        if given.images is not None:
-            shots = [Shot(prompt, 42 + number) for number, prompt in enumerate(prompts)]
+        if networks is not None:
+            images.resolution = model.resolution
+            shots = shots_of(prompts, given.seeds)
             settings = Settings(given.steps, given.guidance)
-            folder = Path(given.images)
-            paths = sample(model, {DENSE: None, **gates}, shots, settings, folder)
-            result["images"], notes = compare_images(paths)
-            result["notes"] += notes
+            paths = sample(model, candidates, shots, settings, Path(given.images))
+            found = compare_images(paths, prompts, networks, Reference(images, folder))
+            result |= {"images": found.single, "sets": found.sets}
+            result["notes"] += found.notes
+            result["reference"] = {
+                "source": Path(images.source).name,
+                "images": len(images) - len(images.broken),
+                "resolution": model.resolution,
+            }
         print(render(result))
         if given.output is not None:
-            save(result, paths, prompts, given.output)
+            first = {name: files[: len(prompts)] for name, files in paths.items()}
+            save(result, first, prompts, given.output)
     except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def check(given: argparse.Namespace) -> None:
+    """Raises UserError for options that can't work, before anything expensive starts."""
+    for name in ("samples", "seeds", "steps"):
+        if getattr(given, name) < 1:
+            raise UserError(f"--{name} is {getattr(given, name)}.", "1 or more", f"change --{name}")
+    if not given.gates and not given.unstructured and len(set(given.precision)) < 2:
+        raise UserError(
+            "There is nothing to compare the dense model with.",
+            "gate files, several of --precision, or --unstructured",
+            "make a gate file with training.fit or training.score",
+        )
+    of_images = ("prompts", "reference", "inception", "vgg", "clip")
+    named = [f"--{name}" for name in of_images if getattr(given, name) is not None]
+    if named and given.images is None:
+        raise UserError(
+            f"{', '.join(named)} given without --images.",
+            "a folder to draw images into",
+            "add --images FOLDER",
+        )
+
+
+def shots_of(prompts: Sequence[str], seeds: int) -> list[Shot]:
+    """Every prompt ``seeds`` times, in turn, each time with a seed of its own.
+
+    So that more seeds add images to those that are there.
+    """
+    return [Shot(prompts[n % len(prompts)], 42 + n) for n in range(seeds * len(prompts))]
 
 
 def save(

@@ -194,9 +194,9 @@ def running(unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock]) -> A
     """Context in which the U-Net runs through compact blocks."""
 
     def forward_of(name: str, compact: CompactBlock) -> BlockForward:
-        if isinstance(compact, CompactFeedForward):
+        ops = _adapter(name, unet.get_submodule(name))
+        if isinstance(ops, DiffusersFeedForward):
             return compact
-        ops = DiffusersResBlock(name, unet.get_submodule(name))
         return lambda x, temb, *args, **kwargs: compact(ops, x, ops.embed(temb))
 
     return overridden(unet, {name: forward_of(name, block) for name, block in blocks.items()})

@@ -15,23 +15,24 @@ import argparse
 import io
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ldcp_core import Gates, load_gates, write_atomically
+from training.cache import digest
 from training.errors import UserError
 from training.fit import DEMO_SETTINGS
-from training.gating import compacted, topology_of
-from training.models import DTYPES, DiffusionModel, load_model
+from training.gating import compact_blocks, topology_of
+from training.models import DiffusionModel, load_model
+from training.precision import PRECISIONS, in_precision
 
 log = logging.getLogger("training.sample")
 
@@ -86,24 +87,38 @@ def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline:
     return pipe
 
 
-def pruned(model: DiffusionModel, gates: Gates | None) -> AbstractContextManager[Any]:
-    """Context in which the model's U-Net is pruned by ``gates``; None: dense.
+@dataclass(frozen=True)
+class Candidate:
+    """One model to draw with or to measure: ``gates`` (None: dense) and a precision."""
 
-    Raises UserError when the gates are for another architecture.
-    """
-    if gates is None:
-        return nullcontext()
-    check_fits(model, gates)
-    constants = {site: gates.constant(site) for site in gates.scores}
-    context: AbstractContextManager[Any] = compacted(
-        model.unet, gates.keep_sets(), constants, gates.padding
-    )
-    return context
+    gates: Gates | None = None
+    precision: str = "fp32"
+
+    @contextmanager
+    def running(self, unet: UNet2DConditionModel) -> Iterator[int]:
+        """Context in which the U-Net is this one; yields its bytes (`in_precision`)."""
+        blocks = {}
+        if self.gates is not None:
+            constants = {site: self.gates.constant(site) for site in self.gates.scores}
+            keep_sets, padding = self.gates.keep_sets(), self.gates.padding
+            blocks = compact_blocks(unet, keep_sets, constants, padding)
+        with in_precision(unet, self.precision, blocks) as size:
+            yield size
+
+    def stamp(self) -> str:
+        """What tells its images from those of other gates or another precision."""
+        found = [self.precision]
+        if self.gates is not None:
+            found.append(self.gates.padding)
+            for site, keep in sorted(self.gates.keep_sets().items()):
+                constant = self.gates.constant(site)
+                found += [site, str(keep.tolist()), str(constant.tolist())]
+        return digest(found)
 
 
-def check_fits(model: DiffusionModel, gates: Gates) -> None:
-    """Raises UserError when the gates are not for this model's architecture."""
-    if gates.topology != topology_of(model.unet):
+def check_fits(model: DiffusionModel, gates: Gates | None) -> None:
+    """Raises UserError when there are gates, and not for this model's architecture."""
+    if gates is not None and gates.topology != topology_of(model.unet):
         raise UserError(
             f"The gates were made for {gates.topology}.",
             f"gates for {topology_of(model.unet)}",
@@ -128,33 +143,37 @@ def draw(
 
 def sample(
     model: DiffusionModel,
-    chosen: dict[str, Gates | None],
+    chosen: Mapping[str, Candidate],
     shots: Sequence[Shot],
     settings: Settings,
     output: Path,
 ) -> dict[str, list[Path]]:
-    """Draw what is missing of every model's images; name -> the paths of all of them.
+    """Draw what is missing of every candidate's images; name -> the paths of all of them.
 
-    Under accelerate every process draws its part.
+    Under accelerate every process draws its part. Raises UserError for gates of another
+    architecture.
     """
     from accelerate import PartialState
 
     pipe, state = pipeline_of(model), PartialState()
     paths = {}
-    for name, gates in chosen.items():
+    for candidate in chosen.values():
+        check_fits(model, candidate.gates)
+    for name, candidate in chosen.items():
+        facts = {"model": Path(model.source).name, "gates": name, "candidate": candidate.stamp()}
         folder = output / name
         folder.mkdir(parents=True, exist_ok=True)
         paths[name] = [folder / shot.file(number) for number, shot in enumerate(shots)]
         missing = [
             (path, shot)
             for path, shot in zip(paths[name], shots, strict=True)
-            if not _is_there(path, shot, settings)
+            if not _is_there(path, _facts(shot, settings) | facts)
         ]
-        with state.split_between_processes(missing) as mine, pruned(model, gates):
+        with state.split_between_processes(missing) as mine, candidate.running(model.unet):
             images = draw(pipe, [shot for _, shot in mine], settings)
             bar = tqdm(images, total=len(mine), desc=name, disable=not mine)
             for (path, shot), image in zip(mine, bar, strict=True):
-                _save(image, path, shot, settings, name)
+                _save(image, path, _facts(shot, settings) | facts)
     state.wait_for_everyone()
     return paths
 
@@ -168,18 +187,18 @@ def _facts(shot: Shot, settings: Settings) -> dict[str, str]:
     }
 
 
-def _is_there(path: Path, shot: Shot, settings: Settings) -> bool:
+def _is_there(path: Path, facts: Mapping[str, str]) -> bool:
     """Whether this very image lies there already."""
     if not path.exists():
         return False
     with Image.open(path) as image:
         found = getattr(image, "text", {})
-    return all(found.get(key) == value for key, value in _facts(shot, settings).items())
+    return all(found.get(key) == value for key, value in facts.items())
 
 
-def _save(image: Image.Image, path: Path, shot: Shot, settings: Settings, name: str) -> None:
+def _save(image: Image.Image, path: Path, facts: Mapping[str, str]) -> None:
     metadata = PngInfo()
-    for key, value in {**_facts(shot, settings), "gates": name}.items():
+    for key, value in facts.items():
         metadata.add_text(key, value)
     buffer = io.BytesIO()
     image.save(buffer, format="png", pnginfo=metadata)
@@ -228,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--guidance", type=float, default=default.guidance)
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", required=True, help="folder for the images")
     given = parser.parse_args(argv)
@@ -237,10 +256,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--model is missing; or use --demo")
     try:
         prompts, gates = read_prompts(given.prompts), named_gates(given.gates)
-        model = load_model(source, dtype=DTYPES[given.precision], device=given.device)
+        model = load_model(source, device=given.device)
         shots = [Shot(prompt, seed) for prompt in prompts for seed in given.seeds]
         settings = Settings(given.steps, given.guidance, given.batch_size)
-        chosen: dict[str, Gates | None] = {DENSE: None, **gates}
+        chosen = {
+            name: Candidate(of, given.precision) for name, of in {DENSE: None, **gates}.items()
+        }
         paths = sample(model, chosen, shots, settings, Path(given.output))
         print(f"{sum(map(len, paths.values()))} images in {given.output}")
     except (UserError, ValueError, OSError) as error:

@@ -109,6 +109,12 @@ class ScoreConfig:
             "threshold",
             f"only with criterion {' or '.join(THRESHOLDS)}",
         )
+        largest = 100.0 if self.criterion == "percentage" else float("inf")
+        require(
+            self.threshold is None or 0 < self.threshold < largest,
+            "threshold",
+            f"above 0 and below {largest:g}",
+        )
         for name in ("samples", "timesteps", "directions", "batch_size"):
             require(getattr(self, name) >= 1, name, "1 or more")
 
@@ -286,7 +292,7 @@ def thresholded(config: ScoreConfig, importances: Mapping[str, Tensor]) -> dict[
     for site, values in importances.items():
         cut = config.threshold
         if config.criterion == "percentage":
-            cut = float(torch.quantile(values, min(max(cut / 100, 0.0), 1.0)))
+            cut = float(torch.quantile(values, cut / 100))
         keep[site] = values >= cut
     widths = [values.numel() for values in importances.values()]
     wanted = [int(kept.sum()) for kept in keep.values()]

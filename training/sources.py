@@ -159,10 +159,10 @@ def _file_record(root: Path, file: Path, captions: Mapping[Path, str]) -> Record
 
     name = file.relative_to(root).as_posix()
     printable = name.encode(errors="backslashreplace").decode()  # POSIX names may not be UTF-8
-    return Record(printable, file.read_bytes, caption, lambda: _file_stamp(file))
+    return Record(printable, file.read_bytes, caption, lambda: file_stamp(file))
 
 
-def _file_stamp(file: Path) -> str:
+def file_stamp(file: Path) -> str:
     """Size and a hash of three samples, of a file's start, middle and end.
 
     Of the content alone, so that it is the same for a copy elsewhere. The end of a PNG holds a

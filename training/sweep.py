@@ -4,29 +4,33 @@
         --targets 0.3 0.5 --output sweep/
 
 The original project's ablation, target sparsity × λ, is ``--criteria learned --targets 0.1 0.3
---weights 0.003 0.01 0.02``. A run that was stopped goes on where it was: gate files that are there
-and were made with the same settings are kept. Ends with `training.evaluate` over all of them.
+--weights 0.003 0.01 0.02``, and draws a heat map. A run that was stopped goes on where it was: gate
+files that are there and were made with the same settings are kept. Ends with `training.evaluate`
+over all of them, which gets every option that is not listed here, such as ``--precision fp32 int8``
+or ``--unstructured l1``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import GateFileError, load_gates
+from ldcp_core import RANKINGS, GateFileError, load_gates, write_atomically
 from training import evaluate
 from training.config import FitConfig
 from training.criteria import CRITERIA
 from training.errors import UserError
+from training.evaluation.plots import Cell, heat_map
 from training.fit import DEMO_SETTINGS, fit
-from training.score import CUT, Measurement, ScoreConfig, measure, score
+from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure, score
 
 log = logging.getLogger("training.sweep")
 
@@ -37,13 +41,17 @@ WITHOUT_CUT["output"] = ""
 
 @dataclass(frozen=True)
 class Plan:
-    """One gate file to make: ``weight`` is λ of a learned one."""
+    """One gate file to make: ``weight`` is λ of a learned one.
+
+    With a ``threshold`` that decides instead of target and ranking.
+    """
 
     criterion: str
     scope: str
     target: float
     weight: float | None
     ranking: str
+    threshold: float | None = None
 
     @property
     def name(self) -> str:
@@ -52,25 +60,54 @@ class Plan:
         'taylor_global_all+ff_30'
         >>> Plan("learned", "mid", 0.1, 0.003, "global").name
         'learned_0.003_mid_10'
+        >>> Plan("sensitivity", "mid", 0.3, None, "global", 0.75).name
+        'sensitivity_at-0.75_mid'
         """
-        learned = self.criterion == LEARNED
-        how = (
-            ""
-            if learned and self.weight is None
-            else f"_{self.weight if learned else self.ranking}"
-        )
-        return f"{self.criterion}{how.replace(' ', '-')}_{self.scope}_{self.target * 100:g}"
+        if self.threshold is not None:
+            return f"{self.criterion}_at-{self.threshold:g}_{self.scope}"
+        how = self.weight if self.criterion == LEARNED else self.ranking.replace(" ", "-")
+        words = [self.criterion, how, self.scope, f"{self.target * 100:g}"]
+        return "_".join(str(word) for word in words if word is not None)
 
 
 def plans(given: argparse.Namespace) -> Iterator[Plan]:
-    """All combinations; learned gates have λ, the others a ranking."""
+    """All combinations; learned gates have λ, the others a ranking, or a threshold alone."""
+    thresholds = thresholds_of(given.thresholds, given.criteria)
+    target = ScoreConfig.target_sparsity
+    for criterion, scope in product(thresholds, given.scopes):
+        for threshold in thresholds[criterion]:
+            yield Plan(criterion, scope, target, None, ScoreConfig.ranking, threshold)
     for criterion, scope, target in product(given.criteria, given.scopes, given.targets):
         if criterion == LEARNED:
             for weight in given.weights or [None]:
                 yield Plan(criterion, scope, target, weight, "global")
-        else:
+        elif criterion not in thresholds:
             for ranking in given.rankings:
                 yield Plan(criterion, scope, target, None, ranking)
+
+
+def thresholds_of(texts: Sequence[str], criteria: Sequence[str]) -> dict[str, list[float]]:
+    """Criterion -> its thresholds.
+
+    >>> thresholds_of(["sensitivity=0.5,1"], ["sensitivity", "taylor"])
+    {'sensitivity': [0.5, 1.0]}
+
+    Raises UserError for criteria that have none, or are not swept.
+    """
+    found = {}
+    for text in texts:
+        criterion, _, values = text.partition("=")
+        try:
+            found[criterion] = [float(value) for value in values.split(",")]
+        except ValueError:
+            found[criterion] = []
+        if criterion not in THRESHOLDS or criterion not in criteria or not found[criterion]:
+            raise UserError(
+                f"--thresholds is {text!r}.",
+                f"one of --criteria that has a threshold ({', '.join(THRESHOLDS)}), and numbers",
+                "such as --criteria sensitivity --thresholds sensitivity=0.5,0.75",
+            )
+    return found
 
 
 def make(
@@ -98,7 +135,8 @@ def make(
             settings["sparsity_weight"] = plan.weight
         config = FitConfig(**settings | ({"max_steps": given.steps} if given.steps else {}))
     else:
-        config = ScoreConfig(**settings, criterion=plan.criterion, ranking=plan.ranking)
+        settings |= {"ranking": plan.ranking, "threshold": plan.threshold}
+        config = ScoreConfig(**settings, criterion=plan.criterion)
     if _made_with(path, config):
         log.info("%s is there", path)
         return path
@@ -129,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m training.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", help="checkpoint file, diffusers folder or hub id")
@@ -138,13 +177,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--scopes", nargs="+", default=["mid"])
     add("--targets", nargs="+", type=float, default=[0.3], help="shares to prune")
     add("--weights", nargs="+", type=float, help="λ of learned gates")
-    add("--rankings", nargs="+", default=["global"], help="of the other criteria")
+    add("--rankings", nargs="+", choices=RANKINGS, default=["global"], help="of other criteria")
+    add(
+        "--thresholds",
+        nargs="+",
+        default=[],
+        metavar="CRITERION=VALUES",
+        help="instead of targets, such as sensitivity=0.5,1 (in σ) percentage=25,50",
+    )
     add("--budget", default="parameters", help="what targets are shares of (parameters)")
     add("--steps", type=int, help="optimizer steps of a fit")
     add("--samples", type=int, default=48, help="held-out samples of the evaluation")
     add("--seed", type=int, default=0)
     add("--output", required=True, help="folder for the gate files and the table")
-    given = parser.parse_args(argv)
+    given, others = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "diffusers", "transformers", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -154,18 +200,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.model is None or given.data is None:
         parser.error("--model and --data are missing; or use --demo")
     folder = Path(given.output)
+    options = ["--model", given.model, "--data", given.data, "--samples", str(given.samples)]
+    options += ["--output", str(folder / "evaluation"), *others]
     try:
+        chosen = list(plans(given))
+        paths = [str(folder / f"{plan.name}.safetensors") for plan in chosen]
+        evaluate.check(evaluate.parser().parse_args([*paths, *options]))  # before the long part
         folder.mkdir(parents=True, exist_ok=True)
         # plans that differ only in where they cut follow each other
         measured = lru_cache(maxsize=1)(measure)
-        paths = [make(plan, given, folder, measured) for plan in plans(given)]
-        return evaluate.main(
-            [*map(str, paths), "--model", given.model, "--data", given.data]
-            + ["--samples", str(given.samples), "--output", str(folder / "evaluation")]
-        )
+        for plan in chosen:
+            make(plan, given, folder, measured)
+        status = evaluate.main([*paths, *options])
+        learned = [plan for plan in chosen if plan.weight is not None]
+        several = len({p.target for p in learned}) > 1 and len({p.weight for p in learned}) > 1
+        if status == 0 and several:
+            rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+            picture = heat_map(cells(learned, {row["name"]: row for row in rows}))
+            write_atomically(folder / "heatmap.png", picture)
+            print(f"written: {folder / 'heatmap.png'}")
+        return status
     except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def cells(learned: Sequence[Plan], rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    """What the heat map shows of the learned gates."""
+    return [
+        Cell(
+            plan.scope,
+            plan.target,
+            plan.weight,
+            rows[plan.name]["deviation"]["mean"],
+            rows[plan.name]["channels_pruned"],
+        )
+        for plan in learned
+        if plan.weight is not None
+    ]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""evaluate, from its command line, and what it says about numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldcp_core import SD15, Gates, save_gates
+from training import evaluate, sample, score
+from training.evaluation.plots import panels_of
+from training.evaluation.statistics import bootstrap, by_timestep, ranks
+
+QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def source(pipeline: Path, images: Path) -> list[str]:
+    return ["--model", str(pipeline), "--data", str(images)]
+
+
+@pytest.fixture(scope="module")
+def half(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gates that prune half of all layers at random."""
+    path = tmp_path_factory.mktemp("gates") / "half.safetensors"
+    options = ["--criterion", "random", "--scope", "all+ff", "--target-sparsity", "0.5"]
+    assert score.main([*source, *QUICK, *options, "--output", str(path)]) == 0
+    return path
+
+
+def test_ranks_share_a_place_where_the_difference_may_be_chance() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.random(200)
+    close = base + generator.normal(0, 0.1, 200)
+    found = ranks({"far": base + 1, "a": base, "b": close - close.mean() + base.mean()})
+    assert found["a"] == found["b"] == 1 and found["far"] == 3
+
+
+def test_the_interval_of_a_mean_is_about_two_standard_errors() -> None:
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    low, high = bootstrap(values)
+    error = values.std(ddof=1) / 20
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error)
+
+
+def test_losses_are_told_by_part_of_the_schedule() -> None:
+    values, timesteps = np.array([1.0, 3.0, 10.0]), np.array([0, 199, 999])
+    assert by_timestep(values, timesteps, 1000) == [2.0, None, None, None, 10.0]
+
+
+def test_images_are_drawn_once_and_compared(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, prompts = tmp_path / "images", tmp_path / "prompts.txt"
+    prompts.write_text("a face\n\na dog's face\n", encoding="utf-8")
+    drawing = ["--images", str(folder), "--prompts", str(prompts), "--steps", "2"]
+    given = [str(half), *source, *drawing, "--samples", "2", "--output", str(tmp_path / "e")]
+    assert evaluate.main(given) == 0
+    paths = sorted(folder.glob("*/*.png"))
+    assert [str(p.relative_to(folder).as_posix()) for p in paths] == [
+        "dense/000_42.png",
+        "dense/001_43.png",
+        "half/000_42.png",
+        "half/001_43.png",
+    ]
+    with Image.open(paths[3]) as image:
+        assert image.text["prompt"] == "a dog's face" and image.text["gates"] == "half"
+    assert paths[0].read_bytes() != paths[2].read_bytes()
+    assert (tmp_path / "e.grid.png").exists()
+    printed = capsys.readouterr().out
+    assert "| half | L1 |" in printed and "diversity within a prompt needs --seeds 2" in printed
+
+    stamps = [path.stat().st_mtime_ns for path in paths]
+    shared = ["--gates", str(half), "--prompts", str(prompts), "--output", str(folder)]
+    assert sample.main([*source[:2], *shared, "--seeds", "42", "--steps", "2"]) == 0
+    assert paths[0].stat().st_mtime_ns == stamps[0]  # prompt 0 with seed 42 is there already
+
+
+def test_more_seeds_add_images_and_show_diversity(
+    source: list[str], half: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a face\na dog's face\n", encoding="utf-8")
+    drawing = ["--images", str(tmp_path / "i"), "--prompts", str(prompts), "--steps", "1"]
+    given = [str(half), *source, *drawing, "--samples", "2", "--output", str(tmp_path / "e")]
+    assert evaluate.main(given) == 0
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "i").glob("*/*.png")}
+    assert evaluate.main([*given, "--seeds", "2"]) == 0
+    names = sorted(path.name for path in (tmp_path / "i" / "half").glob("*.png"))
+    assert names == ["000_42.png", "001_43.png", "002_44.png", "003_45.png"]
+    assert all(path.stat().st_mtime_ns == when for path, when in first.items())
+    found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    of_dense = found["images"]["dense"]["diversity (L1)"]
+
+    def pixels(name: str) -> np.ndarray:
+        with Image.open(tmp_path / "i" / "dense" / name) as image:
+            return np.asarray(image, dtype=float) / 255
+
+    face, dog = (abs(pixels(names[i]) - pixels(names[i + 2])).mean() for i in (0, 1))
+    assert of_dense["minimum"] == pytest.approx(min(face, dog), rel=1e-5)
+    assert of_dense["mean"] == pytest.approx((face + dog) / 2, rel=1e-5)
+    with Image.open(tmp_path / "e.grid.png") as grid:
+        assert grid.width == 2 * 16  # a column per prompt, however many seeds
+
+
+def test_every_model_is_measured_in_every_precision_against_dense_in_the_first(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao")
+    output = ["--samples", "2", "--output", str(tmp_path / "e")]
+    precisions = ["--precision", "fp32", "bf16", "fp8", "int8"]
+    assert evaluate.main([str(half), *source, *precisions, *output]) == 0
+    found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in found["rows"]}
+    others = [f"{name}-{p}" for p in ("bf16", "fp8", "int8") for name in ("dense", "half")]
+    assert list(rows) == ["dense", "half", *others]
+    assert "deviation" not in rows["dense"] and found["reference_precision"] == "fp32"
+    for p in ("bf16", "fp8", "int8"):
+        dense, pruned = rows[f"dense-{p}"], rows[f"half-{p}"]
+        assert 0 < dense["deviation"]["mean"] < pruned["deviation"]["mean"]
+        assert pruned["bytes"] < dense["bytes"] < rows["dense"]["bytes"]
+        assert pruned["bytes"] < rows["half"]["bytes"]
+        assert pruned["parameters_left"] == rows["half"]["parameters_left"] < 1
+    assert all(row["seconds"] > 0 for row in rows.values())
+    printed = capsys.readouterr().out
+    assert "| half-int8 | int8 | random | all+ff |" in printed
+    assert "pruned first, then cast or quantized" in printed
+
+
+def test_the_first_precision_is_the_reference(source: list[str], tmp_path: Path) -> None:
+    found = []
+    for precisions in (["fp32", "fp8"], ["fp8", "fp32"]):
+        output = ["--samples", "2", "--output", str(tmp_path / "e"), "--precision", *precisions]
+        assert evaluate.main([*source, *output]) == 0
+        rows = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["rows"]
+        assert rows[0]["precision"] == precisions[0] and "deviation" not in rows[0]
+        found.append(rows[1]["deviation"]["mean"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0  # either way the same
+
+
+def test_unstructured_pruning_stands_beside_the_gates(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--samples", "2", "--output", str(tmp_path / "e")]
+    kinds = ["--unstructured", "l1=0.3", "sensitivity=0.5,1"]
+    assert evaluate.main([str(half), *source, *kinds, *output]) == 0
+    found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    dense, gates, l1, low, high = found["rows"]
+    assert l1["name"] == "unstructured-l1-0.3" and l1["sparsity"] == pytest.approx(0.3, abs=0.02)
+    assert l1["parameters_left"] == 1 and l1["bytes"] == dense["bytes"] > gates["bytes"]
+    assert gates["sparsity"] == 1 - gates["parameters_left"] > 0
+    assert 0 < low["sparsity"] < high["sparsity"]
+    assert 0 < low["deviation"]["mean"] < high["deviation"]["mean"]
+    zeros = sum(row["parameters"] - row["nonzero"] for row in l1["layers"])
+    assert zeros == pytest.approx(0.3 * sum(row["parameters"] for row in l1["layers"]), abs=1)
+    assert {row["rank"] for row in found["rows"][1:]} <= {1, 2, 3, 4}
+    assert "saves neither time nor memory" in capsys.readouterr().out
+
+
+def test_panels_show_equal_sparsity_and_bytes() -> None:
+    def row(criterion: str, scope: str, precision: str, zeroed: bool = False) -> dict[str, object]:
+        words = {"criterion": criterion, "scope": scope, "precision": precision}
+        return {**words, "zeroed": zeroed, "sparsity": 0.3, "parameters_left": 0.7, "bytes": 2**20}
+
+    found = panels_of(
+        [row("taylor", "mid", "fp32"), row("unstructured l1", "", "fp32", True)], False
+    )
+    assert [panel.title for panel in found] == ["scope mid", "structured beside unstructured"]
+    assert list(found[0].lines) == ["taylor"]
+    assert list(found[1].lines) == ["taylor mid", "unstructured l1"]
+    assert {found[1].x(r) for of in found[1].lines.values() for r in of} == {30}
+    found = panels_of([row("taylor", "mid", "fp32"), row("dense", "", "int8")], True)
+    assert [panel.title for panel in found] == ["scope mid", "pruned, then cast or quantized"]
+    assert list(found[1].lines) == ["taylor mid fp32", "dense int8"]
+    assert found[1].x(row("taylor", "mid", "fp32")) == 1
+
+
+def test_images_of_other_gates_of_the_same_name_are_drawn_again(
+    source: list[str], half: Path, tmp_path: Path
+) -> None:
+    drawing = ["--steps", "1", "--output", str(tmp_path), "--prompts", str(tmp_path / "p.txt")]
+    (tmp_path / "p.txt").write_text("a face\n", encoding="utf-8")
+    image = tmp_path / "half" / "000_42.png"
+    assert sample.main([*source[:2], "--gates", str(half), *drawing]) == 0
+    first = image.read_bytes()
+    assert sample.main([*source[:2], "--gates", str(half), *drawing, "--precision", "fp8"]) == 0
+    second = image.read_bytes()
+    assert second != first
+    other = tmp_path / "half.safetensors"
+    options = ["--criterion", "random", "--seed", "1", "--output", str(other)]
+    assert score.main([*source, *QUICK, *options]) == 0
+    assert sample.main([*source[:2], "--gates", str(other), *drawing, "--precision", "fp8"]) == 0
+    assert image.read_bytes() != second
+
+
+def test_gates_of_another_model_are_refused(
+    source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "full.safetensors"
+    save_gates(Gates({s.name: torch.ones(s.channels) for s in SD15.sites()}), path)
+    assert evaluate.main([str(path), *source, "--samples", "2"]) == 1
+    assert "The gates were made for Topology(widths=(320" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--unstructured", "l2"], "l1, sensitivity, percentage"),
+        (["--reference", "x"], "--reference given without --images"),
+        (["--images", "i", "--inception", "no.pt"], "There is no no.pt."),
+        (["--images", "i", "--reference", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_bad_options_are_answered(
+    source: list[str],
+    half: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate.main([str(half), *source, *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("i").exists()
+
+
+def test_nothing_to_compare_is_answered(
+    source: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(source) == 1
+    assert "nothing to compare the dense model with" in capsys.readouterr().err

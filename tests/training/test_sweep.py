@@ -1,0 +1,170 @@
+"""sweep, from its command line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ldcp_core import load_gates
+from training import score, sweep
+from training.evaluation.plots import Cell, heat_map
+
+
+@pytest.fixture(scope="module")
+def source(pipeline: Path, images: Path) -> list[str]:
+    return ["--model", str(pipeline), "--data", str(images)]
+
+
+def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
+    source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--criteria", "learned", "random", "--targets", "0.3", "--budget", "channels"]
+    options += ["--weights", "0.01", "--steps", "3", "--samples", "2", "--output", str(tmp_path)]
+    assert sweep.main([*source, *options]) == 0
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == ["learned_0.01_mid_30.safetensors", "random_global_mid_30.safetensors"]
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    result = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in result["rows"]][1:] == [Path(name).stem for name in files]
+    assert result["rows"][0]["parameters_left"] == 1 > result["rows"][2]["parameters_left"]
+    assert (tmp_path / "evaluation.png").stat().st_size > 10_000
+    assert "| random_global_mid_30 | random | mid |" in capsys.readouterr().out
+
+    assert sweep.main([*source, *options]) == 0  # everything is there
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    options[options.index("0.3")] = "0.5"
+    assert sweep.main([*source, *options]) == 0
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[sweep.Plan]:
+    """Plans of a sweep whose gate files come from `random` in no time."""
+    found: list[sweep.Plan] = []
+
+    def make(plan: sweep.Plan, given: argparse.Namespace, folder: Path, measured: object) -> None:
+        found.append(plan)
+        output = ["--output", str(folder / f"{plan.name}.safetensors"), "--scope", plan.scope]
+        share = ["--target-sparsity", str(plan.target), "--seed", str(len(found))]
+        options = ["--criterion", "random", "--samples", "2", "--timesteps", "1", *share, *output]
+        assert score.main(["--model", given.model, "--data", given.data, *options]) == 0
+
+    monkeypatch.setattr(sweep, "make", make)
+    return found
+
+
+def test_targets_times_weights_give_a_heat_map(
+    source: list[str], tmp_path: Path, made: list[sweep.Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(sweep, "heat_map", lambda cells: drawn.append(cells) or heat_map(cells))
+    options = ["--targets", "0.3", "0.5", "--weights", "0.01", "0.02", "--samples", "2"]
+    assert sweep.main([*source, *options, "--output", str(tmp_path)]) == 0
+    assert len(made) == 4
+    with Image.open(tmp_path / "heatmap.png") as picture:
+        assert picture.width > 300 and picture.height > 200
+    rows = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    (cells,) = drawn
+    assert [(cell.target, cell.weight) for cell in cells] == [
+        (0.3, 0.01),
+        (0.3, 0.02),
+        (0.5, 0.01),
+        (0.5, 0.02),
+    ]
+    assert [cell.deviation for cell in cells] == [row["deviation"]["mean"] for row in rows[1:]]
+
+
+def test_one_target_gives_no_heat_map(
+    source: list[str], tmp_path: Path, made: list[sweep.Plan]
+) -> None:
+    options = ["--weights", "0.01", "0.02", "--samples", "2", "--unstructured", "l1=0.3"]
+    assert sweep.main([*source, *options, "--output", str(tmp_path)]) == 0
+    assert not (tmp_path / "heatmap.png").exists()
+    rows = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    assert rows[-1]["name"] == "unstructured-l1-0.3"  # the evaluation's options go through
+
+
+def test_a_heat_map_of_several_scopes_is_one_picture() -> None:
+    cells = [
+        Cell(scope, target, weight, 10 ** -(5 * target), target)
+        for scope in ("mid", "all+ff")
+        for target in (0.1, 0.3, 0.5)
+        for weight in (0.003, 0.01)
+        if (scope, target) != ("mid", 0.5)  # a hole stays a hole
+    ]
+    with Image.open(io.BytesIO(heat_map(cells))) as picture:
+        assert picture.width > picture.height
+
+
+def test_thresholds_stand_in_for_targets(
+    source: list[str], tmp_path: Path, made: list[sweep.Plan]
+) -> None:
+    options = ["--criteria", "sensitivity", "random", "--targets", "0.3", "0.5", "--samples", "2"]
+    options += ["--thresholds", "sensitivity=0.5,0.75", "--rankings", "per layer", "global"]
+    assert sweep.main([*source, *options, "--output", str(tmp_path)]) == 0
+    assert [(plan.criterion, plan.threshold, plan.target) for plan in made] == [
+        ("sensitivity", 0.5, 0.3),
+        ("sensitivity", 0.75, 0.3),
+        *[("random", None, target) for target in (0.3, 0.3, 0.5, 0.5)],
+    ]
+    assert made[0].name == "sensitivity_at-0.5_mid"
+
+
+def test_a_threshold_reaches_the_score(source: list[str], tmp_path: Path) -> None:
+    options = ["--criteria", "percentage", "--thresholds", "percentage=25", "--samples", "2"]
+    assert sweep.main([*source, *options, "--output", str(tmp_path)]) == 0
+    gates = load_gates(tmp_path / "percentage_at-25_mid.safetensors")
+    assert all(int(keep.sum()) == 24 for keep in gates.keep_sets().values())  # of 32 channels
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--criteria", "taylor", "--thresholds", "sensitivity=1"], "one of --criteria"),
+        (["--criteria", "taylor", "--thresholds", "taylor=1"], "that has a threshold"),
+        (["--criteria", "percentage", "--thresholds", "percentage=120"], "above 0 and below 100"),
+        (["--seeds", "3", "--reference", "x"], "--reference given without --images"),
+    ],
+)
+def test_bad_options_are_answered_before_anything_is_made(
+    source: list[str],
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sweep.main([*source, *options, "--output", str(tmp_path / "s")]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("s/*"))
+
+
+@pytest.mark.parametrize("options", [["--rankings", "best"], ["--no-such-option"]])
+def test_unknown_options_are_refused(
+    source: list[str], tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main([*source, *options, "--output", str(tmp_path / "s")])
+    assert options[0] in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_a_sweep_measures_once_for_all_cuts(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], score.measure
+    monkeypatch.setattr(sweep, "measure", lambda config: measured.append(config) or measure(config))
+    options = ["--criteria", "flap", "--targets", "0.3", "0.5", "--rankings", "global", "per layer"]
+    options += ["--samples", "2", "--output", str(tmp_path)]
+    assert sweep.main([*source, *options]) == 0
+    assert len(measured) == 1 and len(list(tmp_path.glob("*.safetensors"))) == 4
+    alone = tmp_path / "alone.safetensors"
+    options = ["--criterion", "flap", "--target-sparsity", "0.5", "--budget", "parameters"]
+    assert score.main([*source, *options, "--ranking", "per layer", "--output", str(alone)]) == 0
+    swept = load_gates(tmp_path / "flap_per-layer_mid_50.safetensors")
+    for site, scores in load_gates(alone).scores.items():
+        assert torch.equal(scores, swept.scores[site])

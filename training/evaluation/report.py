@@ -1,0 +1,111 @@
+"""The Markdown report of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from training.evaluation.statistics import PARTS
+
+SHARES = ("channels_pruned", "parameters_left", "flops_left", "sparsity")
+COLUMNS = (
+    "gates",
+    "precision",
+    "criterion",
+    "scope",
+    "channels pruned",
+    "parameters left",
+    "FLOPs left",
+    "sparsity",
+    "MiB",
+    "ms",
+    "deviation from dense",
+    "median",
+    "min",
+    "max",
+    "std",
+    "loss",
+    "rank",
+)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The Markdown report of a result."""
+    machine = result["machine"]
+    lines = [
+        f"Held out: {result['samples']} samples, the same images, noise and timesteps for all; "
+        f"deviation is the mean squared distance of the U-Net's output from the dense model's in "
+        f"{result['reference_precision']}, with a 95% bootstrap interval. Equal ranks: the paired "
+        f"difference may be zero. Parameters and FLOPs are counted, at {result['resolution']} "
+        f"pixels with guidance. MiB are those of the tensors that the U-Net consists of, and ms "
+        f"the median of a few evaluations, batch 2, both measured ({machine['gpu'] or ''}"
+        f"{'' if machine['gpu'] else machine['cpu']}, {machine['threads']} threads, torch "
+        f"{machine['packages']['torch']}). What is pruned is pruned first, then cast or quantized.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+    ]
+    lines += [_row(r) for r in result["rows"]]
+    if any(r["zeroed"] for r in result["rows"]):
+        lines += [
+            "",
+            "Unstructured pruning sets single weights to zero where they are: it saves neither "
+            "time nor memory, as ms and MiB show beside those of dense. Sparsity is the share of "
+            "the U-Net's parameters that is left out or zero; every layer's is in the JSON file.",
+        ]
+    edges = [f"{p / PARTS:.0%} to {(p + 1) / PARTS:.0%}" for p in range(PARTS)]
+    lines += ["", "Denoising loss by part of the timestep schedule (0 is the clean end):", ""]
+    lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * PARTS}"]
+    for r in result["rows"]:
+        shown = ["" if v is None else f"{v:.5f}" for v in r["loss_by_timestep"]]
+        lines.append(f"| {r['name']} | {' | '.join(shown)} |")
+    if result.get("images"):
+        lines += ["", *_image_table(result["images"])]
+    if any(result.get("sets", {}).values()):
+        lines += ["", *_set_table(result["sets"], result["reference"])]
+    lines += [f"\n{note}." for note in result["notes"]]
+    return "\n".join(lines) + "\n"
+
+
+def _row(r: Mapping[str, Any]) -> str:
+    shown = [r["name"], r["precision"], r["criterion"], r["scope"]]
+    shown += [f"{r[share]:.1%}" for share in SHARES]
+    shown += [f"{r['bytes'] / 2**20:.1f}", f"{1000 * r['seconds']:.0f}"]
+    if "deviation" in r:
+        d, (low, high) = r["deviation"], r["deviation_interval"]
+        shown.append(f"{d['mean']:.2e} ({low:.1e} to {high:.1e})")
+        shown += [f"{d[name]:.1e}" for name in ("median", "minimum", "maximum", "deviation")]
+    else:
+        shown += ["0", "", "", "", ""]
+    shown += [f"{r['loss']['mean']:.5f}", str(r.get("rank", ""))]
+    return f"| {' | '.join(shown)} |"
+
+
+def _image_table(images: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    lines = [
+        "Images against the dense model's of the same prompt and seed; CLIP score against the "
+        "prompt; diversity between the images of a prompt:",
+        "",
+        "| gates | metric | mean | median | min | max | std |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, metrics in images.items():
+        for metric, s in metrics.items():
+            values = (s["mean"], s["median"], s["minimum"], s["maximum"], s["deviation"])
+            lines.append(f"| {name} | {metric} | {' | '.join(f'{v:.4g}' for v in values)} |")
+    return lines
+
+
+def _set_table(sets: Mapping[str, Mapping[str, float]], reference: Mapping[str, Any]) -> list[str]:
+    metrics = list(dict.fromkeys(metric for found in sets.values() for metric in found))
+    lines = [
+        f"All images of a model against the {reference['images']:,} of {reference['source']} at "
+        f"{reference['resolution']} pixels:",
+        "",
+        f"| gates | {' | '.join(metrics)} |",
+        f"|---|{'---|' * len(metrics)}",
+    ]
+    for name, found in sets.items():
+        shown = [f"{found[metric]:.4g}" if metric in found else "" for metric in metrics]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return lines

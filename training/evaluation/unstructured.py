@@ -1,0 +1,146 @@
+"""Single weights set to zero, for comparison: magnitude pruning without structure.
+
+The weights of all linear layers and convolutions of the U-Net, by `torch.nn.utils.prune`:
+
+- ``l1``: the share ``amount`` of smallest absolute value over all layers together (Han et al. 2015,
+  arXiv:1506.02626).
+- ``sensitivity``: |w| < s·σ of the layer's weights (the same, §3), s = ``amount``.
+- ``percentage``: the ``amount`` percent of smallest absolute value of each layer.
+
+Zeros are stored and computed with like any other weight, so nothing of this is written as gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.nn.utils import prune
+
+from training.errors import UserError
+from training.precision import STORING, in_precision, storage_of
+
+#: kind -> the amounts that are measured unless others are asked for
+AMOUNTS: dict[str, tuple[float, ...]] = {
+    "l1": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+    "sensitivity": (0.25, 0.5, 0.75, 1.0, 1.25),
+    "percentage": (10, 20, 30, 40, 50, 60),
+}
+#: kind -> what an amount must stay below
+LIMITS = {"l1": 1.0, "sensitivity": float("inf"), "percentage": 100.0}
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A U-Net with single weights at zero, then in a precision; beside `sample.Candidate`."""
+
+    kind: str
+    amount: float
+    precision: str = "fp32"
+    gates: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        """
+        >>> Unstructured("l1", 0.3).name
+        'unstructured-l1-0.3'
+        """
+        return f"unstructured-{self.kind}-{self.amount:g}"
+
+    @contextmanager
+    def running(self, unet: UNet2DConditionModel) -> Iterator[int]:
+        """Context in which the U-Net is this one; yields its bytes (`in_precision`)."""
+        with zeroed(unet, self.kind, self.amount):
+            with in_precision(unet, self.precision, {}) as size:
+                yield size
+
+    def stamp(self) -> str:
+        """What tells its images from those of another."""
+        return f"{self.name} {self.precision}"
+
+    def layers(self, unet: UNet2DConditionModel) -> list[dict[str, Any]]:
+        """Layer, type, weights, those that are not zero, and sparsity; while it is running."""
+        back = storage_of(self.precision, unet.device).back
+        found = []
+        for name, layer in layers_of(unet).items():
+            count = layer.weight.numel()
+            nonzero = int((back(layer.weight) != 0).sum())
+            found.append(
+                {
+                    "layer": name,
+                    "type": type(layer).__name__,
+                    "parameters": count,
+                    "nonzero": nonzero,
+                    "sparsity": 1 - nonzero / count,
+                }
+            )
+        return found
+
+
+def unstructured_of(texts: Sequence[str], precision: str) -> dict[str, Unstructured]:
+    """What ``--unstructured`` asks for, by name: kinds, or kinds with amounts.
+
+    >>> list(unstructured_of(["l1=0.1,0.35"], "fp32"))
+    ['unstructured-l1-0.1', 'unstructured-l1-0.35']
+
+    Raises UserError for unknown kinds and amounts that can't be.
+    """
+    found = []
+    for text in texts:
+        kind, _, amounts = text.partition("=")
+        if kind not in AMOUNTS:
+            raise UserError(
+                f"--unstructured is {text!r}.",
+                f"{', '.join(AMOUNTS)}, or one with amounts, such as l1=0.1,0.35",
+                "change --unstructured",
+            )
+        try:
+            values = [float(value) for value in amounts.split(",")] if amounts else AMOUNTS[kind]
+        except ValueError:
+            values = [0.0]
+        if not all(0 < value < LIMITS[kind] for value in values):
+            raise UserError(
+                f"--unstructured is {text!r}.",
+                f"amounts of {kind} above 0 and below {LIMITS[kind]:g}, with commas between",
+                f"such as {kind}={','.join(f'{value:g}' for value in AMOUNTS[kind][:3])}",
+            )
+        found += [Unstructured(kind, value, precision) for value in values]
+    return {one.name: one for one in found}
+
+
+def layers_of(unet: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers and convolutions by name."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, STORING)}
+
+
+@contextmanager
+def zeroed(unet: nn.Module, kind: str, amount: float) -> Iterator[None]:
+    """Weights of the U-Net at zero; afterwards it holds the same objects as before."""
+    layers = list(layers_of(unet).values())
+    kept = [dict(layer._parameters) for layer in layers]
+    try:
+        for layer in layers:  # pruning writes into the parameter that it is given
+            layer.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+        if kind == "l1":
+            weights = [(layer, "weight") for layer in layers]
+            prune.global_unstructured(weights, prune.L1Unstructured, amount=amount)
+        for layer in layers:
+            if kind == "sensitivity":
+                sigma = layer.weight.std(correction=0)
+                prune.custom_from_mask(layer, "weight", layer.weight.abs() >= amount * sigma)
+            elif kind == "percentage":
+                prune.l1_unstructured(layer, "weight", amount=amount / 100)
+        for layer in layers:
+            prune.remove(layer, "weight")
+        yield
+    finally:
+        for layer, parameters in zip(layers, kept, strict=True):
+            if torch.nn.utils.prune.is_pruned(layer):
+                prune.remove(layer, "weight")
+            layer._parameters.clear()
+            layer._parameters.update(parameters)
