@@ -34,7 +34,7 @@ def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
     assert [row["name"] for row in result["rows"]][1:] == [Path(name).stem for name in files]
     assert result["rows"][0]["parameters_left"] == 1 > result["rows"][2]["parameters_left"]
     assert (tmp_path / "evaluation.png").stat().st_size > 10_000
-    assert "| random_global_mid_30 | random | mid |" in capsys.readouterr().out
+    assert "| random_global_mid_30 | fp32 | random | mid |" in capsys.readouterr().out
 
     assert sweep.main([*source, *options]) == 0  # everything is there
     assert {p: p.stat().st_mtime_ns for p in times} == times
