@@ -6,6 +6,7 @@ Made once per machine, like the checkpoint they go with (see `full_checkpoint`).
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -75,8 +76,10 @@ def add_to(base: Path, comfyui: Path) -> None:
         "models/controlnet/control_v11p_sd15_canny_fp16.safetensors": find_or_make(
             "random_controlnet.safetensors", make_controlnet
         ),
-        "input/example.png": comfyui / "input" / "example.png",
     }
     for place, file in files.items():
         (base / place).parent.mkdir(parents=True, exist_ok=True)
         (base / place).symlink_to(file)
+    (base / "input").mkdir(exist_ok=True)
+    # copied: newer hosts follow no link out of the input folder
+    shutil.copy(comfyui / "input" / "example.png", base / "input")
