@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from training.gating import replaced
 LEAST_WEIGHT = 2**16
 #: a convolution is a matrix product where its output has fewer positions than channels / this
 CHANNELS_PER_POSITION = 8
-_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @contextmanager
@@ -45,6 +45,8 @@ def fast_layers(unet: nn.Module) -> Iterator[None]:
 
 
 def _applies(module: nn.Module) -> bool:
+    if "forward" in vars(module):  # its own, for weights that are stored in few bits, say
+        return False
     if type(module) is nn.Conv2d:
         plain = module.groups == 1 and module.padding_mode == "zeros"
         if not plain or isinstance(module.padding, str):
@@ -114,6 +116,17 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype not in _ONEDNN_DTYPES or not torch.backends.mkldnn.is_available():
+    if x.dtype not in _onednn_dtypes():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@cache
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """What this processor and this build of PyTorch multiply by oneDNN."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return ()
+    if hasattr(ops, "_is_mkldnn_bf16_supported") and ops._is_mkldnn_bf16_supported():
+        return torch.float32, torch.bfloat16
+    return (torch.float32,)

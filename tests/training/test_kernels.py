@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import kernels
+from training.gating import overridden
 from training.kernels import fast_layers
+from training.precision import _stored_forward, storage_of
 from training.thrift import frozen_convolutions
 
 LAYERS = {
@@ -89,6 +93,24 @@ def test_a_layer_whose_weights_learn_is_left_alone(counted: list[torch.Size]) ->
     with fast_layers(layer):
         layer(torch.randn(2, 256)).sum().backward()
     assert not counted and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_weights_that_are_stored_in_few_bits_are_left_alone(
+    precision: str, counted: list[torch.Size]
+) -> None:
+    if precision == "int8":
+        pytest.importorskip("torchao")
+    storage = storage_of(precision, torch.device("cpu"))
+    for name in ("linear", "pointwise"):
+        layer, shape = LAYERS[name]
+        layer, x = copy.deepcopy(layer).float().requires_grad_(False), torch.randn(shape)
+        stored = nn.Parameter(storage.weight(layer.weight), requires_grad=False)
+        expected = F.conv2d if name == "pointwise" else F.linear
+        output = expected(x, storage.back(stored), layer.bias)
+        layer.weight = stored
+        with overridden(layer, {"": _stored_forward(layer, storage)}), fast_layers(layer):
+            torch.testing.assert_close(layer(x), output)
 
 
 def test_backward_keeps_the_weights_and_no_activations() -> None:
