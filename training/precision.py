@@ -69,7 +69,7 @@ def _int8() -> Callable[[Tensor], Tensor]:
         raise UserError(
             f"--precision int8 needs torchao ({error}).",
             "torchao 0.18 or newer",
-            'pip install ".[evaluate]"',
+            'pip install ".[int8]"',
         ) from error
 
     def quantized(weight: Tensor) -> Tensor:
