@@ -173,7 +173,7 @@ def test_without_torchao_the_message_says_what_to_install(
 ) -> None:
     missing_torchao(monkeypatch)
     before = list(model.unet.parameters())
-    with pytest.raises(UserError, match=r'pip install ".\[evaluate\]"'):
+    with pytest.raises(UserError, match=r'pip install ".\[int8\]"'):
         with in_precision(model.unet, "int8", {}):
             pass
     assert all(a is b for a, b in zip(model.unet.parameters(), before, strict=True))
