@@ -64,6 +64,7 @@ from training.benchmarking.variants import (
     unet_bytes,
     unet_variants,
 )
+from training.console import explaining, log_progress
 from training.errors import UserError
 from training.gating import topology_of
 from training.models import DTYPES, load_model
@@ -353,6 +354,7 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
     return BenchmarkConfig(**given)
 
 
+@explaining
 def main(argv: Sequence[str] | None = None) -> int:
     typed = sys.argv[1:] if argv is None else argv
     if typed[:1] == ["training"]:
@@ -368,23 +370,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return memory.main(typed[1:])
     config = parse(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_progress(logging.WARNING)
     log.setLevel(logging.INFO)
     arguments = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "training.benchmark", *arguments])
-    try:
-        check(config)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        unet = load_unet(config)
-        log.info("%d MiB of weights ready", unet_bytes(unet) >> 20)
-        result = benchmark(config, unet, command)
-        print(render(result))
-        if config.output is not None:
-            print(f"written: {', '.join(map(str, save(result, config.output)))}")
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    unet = load_unet(config)
+    log.info("%d MiB of weights ready", unet_bytes(unet) >> 20)
+    result = benchmark(config, unet, command)
+    print(render(result))
+    if config.output is not None:
+        print(f"written: {', '.join(map(str, save(result, config.output)))}")
     return 0
 
 

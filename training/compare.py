@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldcp_core import Gates, load_gates, top_channels
+from training.console import explaining, log_progress
 from training.criteria import magnitudes
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
@@ -128,6 +129,7 @@ def table(found: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
+@explaining
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.compare", description=__doc__)
     parser.add_argument("gates", nargs="+", help="gate files made by training.fit")
@@ -137,27 +139,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=96, help="held-out samples per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_progress(logging.WARNING)
     source = arguments.model or (DEMO_SETTINGS["model"] if arguments.demo else None)
     data = arguments.data or (DEMO_SETTINGS["data"] if arguments.demo else None)
     if source is None or data is None:
         parser.error("--model and --data are missing; or use --demo")
-    try:
-        model = load_model(source)
-        for path in arguments.gates:
-            gates = load_gates(path)
-            print(
-                f"\n{path}: {gates.sparsity:.1%} of {gates.channels} channels pruned, "
-                f"rule {gates.padding!r}\n"
-            )
-            print(
-                table(
-                    compare(gates, model, data, arguments.seeds, arguments.samples), arguments.seeds
-                )
-            )
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model = load_model(source)
+    for path in arguments.gates:
+        gates = load_gates(path)
+        print(
+            f"\n{path}: {gates.sparsity:.1%} of {gates.channels} channels pruned, "
+            f"rule {gates.padding!r}\n"
+        )
+        print(
+            table(compare(gates, model, data, arguments.seeds, arguments.samples), arguments.seeds)
+        )
     return 0
 
 

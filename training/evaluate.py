@@ -33,6 +33,7 @@ from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
 from training.cache import default_cache
+from training.console import explaining, log_progress
 from training.data import open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
@@ -233,59 +234,52 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+@explaining
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser()
     given = options.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "diffusers", "transformers", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    log_progress()
     if given.demo:
         given.model = given.model or DEMO_SETTINGS["model"]
         given.data = given.data or DEMO_SETTINGS["data"]
     if given.model is None or given.data is None:
         options.error("--model and --data are missing; or use --demo")
-    try:
-        check(given)
-        precisions = list(dict.fromkeys(given.precision))
-        candidates: dict[str, Candidate | Unstructured] = {
-            **candidates_of(named_gates(given.gates), precisions),
-            **unstructured_of(given.unstructured, precisions[0]),
-        }
-        prompts = read_prompts(given.prompts)
-        for precision in precisions:  # a missing package shows before anything is computed
-            storage_of(precision, torch.device(given.device))
-        folder = Path(given.cache or default_cache())
-        networks = None
-        if given.images is not None:  # a wrong path shows before anything is computed
-            images = open_dataset(given.reference or given.data)
-            networks = load_networks(
-                given.inception, given.vgg, given.clip, folder / "metrics", given.device
-            )
-        model = load_model(given.model, device=given.device)
-        result = evaluate(
-            model, given.data, candidates, given.samples, given.seed, given.resolution
+    check(given)
+    precisions = list(dict.fromkeys(given.precision))
+    candidates: dict[str, Candidate | Unstructured] = {
+        **candidates_of(named_gates(given.gates), precisions),
+        **unstructured_of(given.unstructured, precisions[0]),
+    }
+    prompts = read_prompts(given.prompts)
+    for precision in precisions:  # a missing package shows before anything is computed
+        storage_of(precision, torch.device(given.device))
+    folder = Path(given.cache or default_cache())
+    networks = None
+    if given.images is not None:  # a wrong path shows before anything is computed
+        images = open_dataset(given.reference or given.data)
+        networks = load_networks(
+            given.inception, given.vgg, given.clip, folder / "metrics", given.device
         )
-        paths: dict[str, list[Path]] = {}
-        if networks is not None:
-            images.resolution = model.resolution
-            shots = shots_of(prompts, given.seeds)
-            settings = Settings(given.steps, given.guidance)
-            paths = sample(model, candidates, shots, settings, Path(given.images))
-            found = compare_images(paths, prompts, networks, Reference(images, folder))
-            result |= {"images": found.single, "sets": found.sets}
-            result["notes"] += found.notes
-            result["reference"] = {
-                "source": Path(images.source).name,
-                "images": len(images) - len(images.broken),
-                "resolution": model.resolution,
-            }
-        print(render(result))
-        if given.output is not None:
-            first = {name: files[: len(prompts)] for name, files in paths.items()}
-            save(result, first, prompts, given.output)
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model = load_model(given.model, device=given.device)
+    result = evaluate(model, given.data, candidates, given.samples, given.seed, given.resolution)
+    paths: dict[str, list[Path]] = {}
+    if networks is not None:
+        images.resolution = model.resolution
+        shots = shots_of(prompts, given.seeds)
+        settings = Settings(given.steps, given.guidance)
+        paths = sample(model, candidates, shots, settings, Path(given.images))
+        found = compare_images(paths, prompts, networks, Reference(images, folder))
+        result |= {"images": found.single, "sets": found.sets}
+        result["notes"] += found.notes
+        result["reference"] = {
+            "source": Path(images.source).name,
+            "images": len(images) - len(images.broken),
+            "resolution": model.resolution,
+        }
+    print(render(result))
+    if given.output is not None:
+        first = {name: files[: len(prompts)] for name, files in paths.items()}
+        save(result, first, prompts, given.output)
     return 0
 
 

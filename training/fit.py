@@ -44,6 +44,7 @@ from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
 from training.compiling import compile_
 from training.config import FitConfig
+from training.console import log_progress
 from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.encoding import WORKERS, EncodedImages
@@ -484,9 +485,7 @@ def _device(name: str) -> torch.device:
 
 
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "diffusers", "transformers", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    log_progress()
     try:
         fit(parse_arguments(argv))
     except UserError as error:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from ldcp_core import Latent, gates_report, load_gates, report_image, write_atomically
+from training.console import explaining
 from training.errors import UserError
 
 #: pixels of the image per position of the latent (SD1.5's VAE)
@@ -31,6 +32,7 @@ def latent_of(resolution: int, batch: int) -> Latent:
     return Latent(resolution // SCALE, resolution // SCALE, batch)
 
 
+@explaining
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.inspect",
@@ -44,18 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         "--batch", type=int, default=2, help="images in one evaluation of the U-Net, CFG included"
     )
     arguments = parser.parse_args(argv)
-    try:
-        latent = latent_of(arguments.resolution, arguments.batch)
-        report = gates_report(load_gates(arguments.gates), latent)
-        print(report.text())
-        if arguments.image:
-            buffer = io.BytesIO()
-            report_image(report).save(buffer, "PNG")
-            write_atomically(Path(arguments.image), buffer.getvalue())
-            print(f"\nwrote {arguments.image}")
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    latent = latent_of(arguments.resolution, arguments.batch)
+    report = gates_report(load_gates(arguments.gates), latent)
+    print(report.text())
+    if arguments.image:
+        buffer = io.BytesIO()
+        report_image(report).save(buffer, "PNG")
+        write_atomically(Path(arguments.image), buffer.getvalue())
+        print(f"\nwrote {arguments.image}")
     return 0
 
 

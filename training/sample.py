@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ldcp_core import Gates, load_gates, write_atomically
 from training.cache import digest
+from training.console import explaining
 from training.errors import UserError
 from training.fit import DEMO_SETTINGS
 from training.gating import compact_blocks, topology_of
@@ -232,6 +233,7 @@ def named_gates(paths: Sequence[str]) -> dict[str, Gates]:
     return found
 
 
+@explaining
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.sample",
@@ -254,19 +256,13 @@ def main(argv: list[str] | None = None) -> int:
     source = given.model or (DEMO_SETTINGS["model"] if given.demo else None)
     if source is None:
         parser.error("--model is missing; or use --demo")
-    try:
-        prompts, gates = read_prompts(given.prompts), named_gates(given.gates)
-        model = load_model(source, device=given.device)
-        shots = [Shot(prompt, seed) for prompt in prompts for seed in given.seeds]
-        settings = Settings(given.steps, given.guidance, given.batch_size)
-        chosen = {
-            name: Candidate(of, given.precision) for name, of in {DENSE: None, **gates}.items()
-        }
-        paths = sample(model, chosen, shots, settings, Path(given.output))
-        print(f"{sum(map(len, paths.values()))} images in {given.output}")
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    prompts, gates = read_prompts(given.prompts), named_gates(given.gates)
+    model = load_model(source, device=given.device)
+    shots = [Shot(prompt, seed) for prompt in prompts for seed in given.seeds]
+    settings = Settings(given.steps, given.guidance, given.batch_size)
+    chosen = {name: Candidate(of, given.precision) for name, of in {DENSE: None, **gates}.items()}
+    paths = sample(model, chosen, shots, settings, Path(given.output))
+    print(f"{sum(map(len, paths.values()))} images in {given.output}")
     return 0
 
 

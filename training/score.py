@@ -49,6 +49,7 @@ from ldcp_core import (
 )
 from training import criteria
 from training.budget import Budget, BudgetKind
+from training.console import explaining, log_progress
 from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising
@@ -365,15 +366,10 @@ def parse_arguments(argv: list[str] | None) -> ScoreConfig:
     return ScoreConfig(**settings)
 
 
+@explaining
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "diffusers", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        score(parse_arguments(argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    log_progress()
+    score(parse_arguments(argv))
     return 0
 
 

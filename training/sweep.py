@@ -26,6 +26,7 @@ from typing import Any
 from ldcp_core import RANKINGS, GateFileError, load_gates, write_atomically
 from training import evaluate
 from training.config import FitConfig
+from training.console import explaining, log_progress
 from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
@@ -162,6 +163,7 @@ def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
     return bool(found == wanted)
 
 
+@explaining
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.sweep",
@@ -191,9 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--output", required=True, help="folder for the gate files and the table")
     given, others = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "diffusers", "transformers", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    log_progress()
     if given.demo:
         given.model = given.model or DEMO_SETTINGS["model"]
         given.data = given.data or DEMO_SETTINGS["data"]
@@ -202,27 +202,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(given.output)
     options = ["--model", given.model, "--data", given.data, "--samples", str(given.samples)]
     options += ["--output", str(folder / "evaluation"), *others]
-    try:
-        chosen = list(plans(given))
-        paths = [str(folder / f"{plan.name}.safetensors") for plan in chosen]
-        evaluate.check(evaluate.parser().parse_args([*paths, *options]))  # before the long part
-        folder.mkdir(parents=True, exist_ok=True)
-        # plans that differ only in where they cut follow each other
-        measured = lru_cache(maxsize=1)(measure)
-        for plan in chosen:
-            make(plan, given, folder, measured)
-        status = evaluate.main([*paths, *options])
-        learned = [plan for plan in chosen if plan.weight is not None]
-        several = len({p.target for p in learned}) > 1 and len({p.weight for p in learned}) > 1
-        if status == 0 and several:
-            rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
-            picture = heat_map(cells(learned, {row["name"]: row for row in rows}))
-            write_atomically(folder / "heatmap.png", picture)
-            print(f"written: {folder / 'heatmap.png'}")
-        return status
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    chosen = list(plans(given))
+    paths = [str(folder / f"{plan.name}.safetensors") for plan in chosen]
+    evaluate.check(evaluate.parser().parse_args([*paths, *options]))  # before the long part
+    folder.mkdir(parents=True, exist_ok=True)
+    # plans that differ only in where they cut follow each other
+    measured = lru_cache(maxsize=1)(measure)
+    for plan in chosen:
+        make(plan, given, folder, measured)
+    status = evaluate.main([*paths, *options])
+    learned = [plan for plan in chosen if plan.weight is not None]
+    several = len({p.target for p in learned}) > 1 and len({p.weight for p in learned}) > 1
+    if status == 0 and several:
+        rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+        picture = heat_map(cells(learned, {row["name"]: row for row in rows}))
+        write_atomically(folder / "heatmap.png", picture)
+        print(f"written: {folder / 'heatmap.png'}")
+    return status
 
 
 def cells(learned: Sequence[Plan], rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:

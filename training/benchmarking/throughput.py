@@ -26,6 +26,7 @@ from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.benchmarking.training import MIB, new_learning, opened, peak, reset_peak
 from training.config import FitConfig
+from training.console import explaining
 from training.encoding import EncodedImages
 from training.errors import UserError
 from training.models import give_back_memory
@@ -88,6 +89,7 @@ def render(found: dict[int, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@explaining
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.benchmark throughput")
     add = parser.add_argument
@@ -107,15 +109,11 @@ def main(argv: Sequence[str]) -> int:
         batch_size=arguments.batch,
         gradient_accumulation=1,
     )
-    try:
-        if arguments.cache:
-            found = measure(config, arguments.images[0], arguments.steps, Path(arguments.cache))
-            print(json.dumps(found))
-            return 0
-        results = {count: _in_a_process(count, arguments) for count in arguments.images}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.cache:
+        found = measure(config, arguments.images[0], arguments.steps, Path(arguments.cache))
+        print(json.dumps(found))
+        return 0
+    results = {count: _in_a_process(count, arguments) for count in arguments.images}
     facts = machine.describe(torch.device("cpu"))
     print(f"Measured on: {facts['cpu']}, {facts['threads']} thread(s), {facts['cores']} cores.")
     print(f"{arguments.model}, {arguments.steps} steps of batch {arguments.batch}, fp32.\n")

@@ -35,6 +35,7 @@ from training.budget import Budget
 from training.cache import default_cache
 from training.calibration import Calibration
 from training.config import FitConfig
+from training.console import explaining
 from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising
 from training.encoding import EncodedImages
@@ -284,6 +285,7 @@ def render(found: dict[str, dict[str, Any]], batch: int) -> str:
     return "\n".join([*lines, "", *(f"- {loop}: {what}" for loop, what in LOOPS.items())])
 
 
+@explaining
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.benchmark training")
     add = parser.add_argument
@@ -307,14 +309,10 @@ def main(argv: Sequence[str]) -> int:
         gradient_accumulation=1,
         precision=arguments.precision,
     )
-    try:
-        if arguments.loop:
-            print(json.dumps(measure(arguments.loop, config, arguments.steps)))
-            return 0
-        found = compare(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.loop:
+        print(json.dumps(measure(arguments.loop, config, arguments.steps)))
+        return 0
+    found = compare(arguments)
     facts = machine.describe(torch.device("cpu"))
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
     print(f"Measured on: {facts['cpu']}, {facts['threads']} thread(s); {packages}.")

@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ldcp_core import write_atomically
+from training.console import explaining
 from training.demo.faces import draw_face
 from training.demo.traits import draw_traits
 from training.errors import UserError
@@ -63,6 +64,7 @@ def _draw(folder: Path, size: int, number: int) -> None:
     torn.replace(path)
 
 
+@explaining
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.demo.draw", description="Draw faces in FFHQ's layout."
@@ -72,14 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=128, help="pixels (128)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args(argv)
-    try:
-        for name in ("images", "size", "workers"):
-            if (value := getattr(arguments, name)) < 1:
-                raise UserError(f"--{name} is {value}.", "1 or more", f"change --{name}")
-        draw(arguments.output, arguments.images, arguments.size, arguments.workers)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for name in ("images", "size", "workers"):
+        if (value := getattr(arguments, name)) < 1:
+            raise UserError(f"--{name} is {value}.", "1 or more", f"change --{name}")
+    draw(arguments.output, arguments.images, arguments.size, arguments.workers)
     print(f"{arguments.images} images in {arguments.output}")
     return 0
 
