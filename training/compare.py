@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ldcp_core import Gates, load_gates, top_channels
+from training.arguments import DEMO_SETTINGS
 from training.console import explaining, log_progress
 from training.criteria import magnitudes
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
-from training.fit import DEMO_SETTINGS
 from training.gating import hard_gates, watched
 from training.models import DiffusionModel, load_model
 

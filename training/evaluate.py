@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from ldcp_core import Gates, Latent, savings, write_atomically
+from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
@@ -44,7 +45,6 @@ from training.evaluation.reference import Reference
 from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
-from training.fit import DEMO_SETTINGS
 from training.models import DiffusionModel, load_model
 from training.precision import PRECISIONS, storage_of
 from training.sample import (

@@ -16,28 +16,21 @@ import math
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldcp_core import (
-    Gates,
     Latent,
     Site,
     Topology,
     fingerprint,
-    gates_report,
     least_kept,
-    save_gates,
-    write_atomically,
 )
-from training.arguments import DEMO_SETTINGS, parse_arguments
+from training.arguments import parse_arguments
 from training.budget import Budget
 from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
@@ -45,23 +38,22 @@ from training.checkpoint import Checkpoints, check_identity
 from training.compiling import compile_
 from training.config import FitConfig
 from training.console import log_progress
-from training.data import ImageData, Position, open_dataset
-from training.denoising import Denoising, HeldOut
+from training.data import Position, open_dataset
+from training.denoising import Denoising
 from training.encoding import WORKERS, EncodedImages
 from training.errors import UserError
-from training.gating import hard_gates, topology_of
-from training.html_report import html_report
-from training.learning import TARGET_TOLERANCE, Alignment, GateLearner, aligned_scores
+from training.gating import topology_of
+from training.learning import GateLearner
 from training.loop import Learning, run
 from training.models import DTYPES, DiffusionModel, give_back_memory, load_model
+from training.outcome import FitResult, finish
 from training.processes import Processes
-from training.report import History, curves_png, scores_png
 from training.samples import Samples
 from training.stopping import Stopped
-from training.streaming import StreamedImages
+from training.streaming import Data, StreamedImages
 from training.watching import CsvHistory, SampleImages, TensorBoard, Watcher, summary_writer
 
-__all__ = ["DEMO_SETTINGS", "FitResult", "fit", "main", "parse_arguments"]
+__all__ = ["FitResult", "fit", "main", "parse_arguments"]
 
 log = logging.getLogger("training.fit")
 
@@ -69,16 +61,6 @@ log = logging.getLogger("training.fit")
 MAY_CHANGE = ("model", "data", "output", "device")
 #: sample images
 SAMPLES = 4
-Data = ImageData | StreamedImages
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """The gates as written, the course of the run, and the held-out deviation from dense."""
-
-    gates: Gates
-    history: History
-    heldout_deviation: float | None
 
 
 def fit(config: FitConfig) -> FitResult | None:
@@ -159,7 +141,7 @@ def fit(config: FitConfig) -> FitResult | None:
             run(learning, config.run.checkpoint_every, save, look)
         if not processes.first:
             return None
-        result = _finish(
+        result = finish(
             config, learning, denoising, data, images, held_out, budget, topology, output, samples
         )
     except BaseException:
@@ -167,56 +149,6 @@ def fit(config: FitConfig) -> FitResult | None:
         raise
     checkpoints.clear()
     return result
-
-
-def _finish(
-    config: FitConfig,
-    learning: Learning,
-    denoising: Denoising,
-    data: Data,
-    images: Data | EncodedImages,
-    held_out: Sequence[int],
-    budget: Budget,
-    topology: Topology,
-    output: Path,
-    samples: Samples | None,
-) -> FitResult:
-    """From logits to a gate file and all that lies beside it."""
-    learning.finish()
-    history, learner = learning.history, learning.learner
-    alignment = aligned_scores(learner.scores(), config.target_sparsity, budget, learner.least)
-    gates = Gates(
-        alignment.scores,
-        learning.calibration.constants if config.constant == "mean" else {},
-        config.padding,
-        topology,
-    )
-    gates = replace(gates, info=_info(config, data, history, denoising.model.unet, budget, gates))
-    heldout = None
-    if held_out:
-        heldout = _validate(config, denoising, images, held_out, gates)
-        history.heldout_deviation = heldout
-    gates = replace(gates, info={**gates.info, "history": history.to_json()})
-    picture = None
-    if samples is not None:
-        constants = {site: gates.constant(site) for site in gates.scores}
-        picture = samples.picture(gates.keep_sets(), constants)
-    curves, scores = curves_png(history), scores_png(gates)
-    notes = [] if heldout is None else [f"held-out deviation from dense (MSE): {heldout:.3g}"]
-    page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
-    try:
-        save_gates(gates, output)
-        write_atomically(output.with_suffix(".curves.png"), curves)
-        write_atomically(output.with_suffix(".scores.png"), scores)
-        write_atomically(output.with_suffix(".html"), page.encode())
-    except OSError as error:
-        raise UserError(
-            f"The results can't be written beside {output}: {error}.",
-            "a disk with room",
-            "make room, and go on with --resume",
-        ) from error
-    _say_result(config, gates, history, alignment, budget, output, data)
-    return FitResult(gates, history, heldout)
 
 
 def _opened(config: FitConfig) -> tuple[Data, Sequence[int], Sequence[int]]:
@@ -314,108 +246,6 @@ def _identity(
         "weights of --model": fingerprint(dict(unet.named_parameters())),
         "images of --data": data.digest(train),
     }
-
-
-def _validate(
-    config: FitConfig,
-    denoising: Denoising,
-    data: Data | EncodedImages,
-    indices: Sequence[int],
-    gates: Gates,
-) -> float:
-    """Held-out deviation from dense and denoising loss of the gates as they will be written."""
-    heldout = HeldOut(
-        denoising, data, indices, config.validation_samples, config.batch_size, config.seed + 1
-    )
-    constants = {site: gates.constant(site) for site in gates.scores}
-    masks = hard_gates(gates.keep_sets(), constants)
-    deviations = heldout.deviations(masks, gates.padding)
-    dense, pruned = (
-        heldout.noise_loss(None, gates.padding),
-        heldout.noise_loss(masks, gates.padding),
-    )
-    error = deviations.std().item() / math.sqrt(len(deviations)) if len(deviations) > 1 else 0.0
-    log.info(
-        "held out: deviation from dense %.3g ± %.1g (MSE); loss %.5f, dense %.5f (%+.2f%%)",
-        deviations.mean().item(),
-        error,
-        pruned,
-        dense,
-        100 * (pruned / dense - 1),
-    )
-    return deviations.mean().item()
-
-
-def _say_result(
-    config: FitConfig,
-    gates: Gates,
-    history: History,
-    alignment: Alignment,
-    budget: Budget,
-    output: Path,
-    data: Data,
-) -> None:
-    target, channels = config.target_sparsity, gates.channels
-    print(gates_report(gates).text())
-    print(
-        f"{history.changed} of {channels} channels changed state through learning since the start "
-        f"(all kept); alignment to multiples of 8 moved {alignment.moved} more."
-    )
-    achieved = budget.pruned(gates.keep_sets())
-    if budget.kind != "channels":
-        print(f"Of the gated layers' {budget.kind} {achieved:.1%} are pruned.")
-    if target is not None and abs(achieved - target) > TARGET_TOLERANCE:
-        print(
-            f"The sparsity is {achieved:.1%}, not within one point of the target "
-            f"{target:.1%}: learning ended at {alignment.learned:.1%}. Give it more --max-steps "
-            "(or a larger --learning-rate); if the widths are small, multiples of 8 may not allow "
-            "a closer value."
-        )
-    if broken := data.broken_report():
-        print(broken)
-    for suffix in (".safetensors", ".history.csv", ".curves.png", ".scores.png", ".html"):
-        print(f"wrote {output.with_suffix(suffix)}")
-
-
-def _info(
-    config: FitConfig,
-    data: Data,
-    history: History,
-    unet: torch.nn.Module,
-    budget: Budget,
-    gates: Gates,
-) -> dict[str, Any]:
-    """Everything needed to know later what the gate file is."""
-    sites = [site for site in gates.topology.all_sites() if site.name in gates.scores]
-    weights = {site.name: unet.get_parameter(site.weight) for site in sites}
-    packages = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
-    return {
-        "criterion": "learned",
-        "scope": config.scope,
-        "target_sparsity": config.target_sparsity,
-        "achieved_sparsity": gates.sparsity,
-        "budget": config.budget,
-        "achieved_budget": budget.pruned(gates.keep_sets()),
-        "floor": config.floor,
-        "steps": len(history.sparsity),
-        "changed_channels": history.changed,
-        "seed": config.seed,
-        "data": {"source": Path(data.source).name, "images": _count(data)},
-        "config": {
-            **config.to_json(),
-            "model": Path(config.model).name,
-            "data": Path(config.data).name,
-            "output": Path(config.output).name,
-        },
-        "fingerprint": fingerprint(weights),
-        "versions": {name: version(name) for name in packages},
-        "created": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _count(data: Data) -> int | None:
-    """How many images there are; None where nobody knows."""
-    return None if isinstance(data, StreamedImages) else len(data)
 
 
 def _sites(topology: Topology, scope: str) -> list[Site]:

@@ -27,10 +27,10 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ldcp_core import Gates, load_gates, write_atomically
+from training.arguments import DEMO_SETTINGS
 from training.cache import digest
 from training.console import explaining
 from training.errors import UserError
-from training.fit import DEMO_SETTINGS
 from training.gating import compact_blocks, topology_of
 from training.models import DiffusionModel, load_model
 from training.precision import PRECISIONS, in_precision

@@ -48,13 +48,13 @@ from ldcp_core import (
     top_channels,
 )
 from training import criteria
+from training.arguments import DEMO_SETTINGS
 from training.budget import Budget, BudgetKind
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising
 from training.errors import UserError
-from training.fit import DEMO_SETTINGS
 from training.gating import ChannelMeans, topology_of
 from training.models import DTYPES, load_model
 

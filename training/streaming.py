@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data import Position, decode_image, to_pixels
+from training.data import ImageData, Position, decode_image, to_pixels
 from training.encoding import EncodedBatch
 from training.errors import UserError
 from training.models import DiffusionModel, embed_prompts, encode_images
@@ -167,3 +167,7 @@ class StreamedImages:
         if not self.broken:
             log.warning("Skipping the broken image %s: %s", id, reason)
         self.broken[id] = reason
+
+
+#: images to learn from
+Data = ImageData | StreamedImages

@@ -25,12 +25,13 @@ from typing import Any
 
 from ldcp_core import RANKINGS, GateFileError, load_gates, write_atomically
 from training import evaluate
+from training.arguments import DEMO_SETTINGS
 from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
-from training.fit import DEMO_SETTINGS, fit
+from training.fit import fit
 from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure, score
 
 log = logging.getLogger("training.sweep")
