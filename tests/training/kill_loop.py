@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from training import fit
+from training import fit, outcome
 from training.config import FitConfig, RunOptions
 from training.models import DiffusionModel, load_model
 
@@ -71,7 +71,7 @@ def forked(config: FitConfig, model: DiffusionModel) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         fit.load_model = lambda *_, **__: model
-        fit.curves_png = fit.scores_png = lambda *_: b""
+        outcome.curves_png = outcome.scores_png = lambda *_: b""
         fit.fit(config)
     except BaseException:
         import traceback

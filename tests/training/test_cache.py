@@ -18,7 +18,7 @@ from torch import Tensor
 from ldcp_core import load_gates
 from training import cache as cache_module
 from training import data as data_module
-from training import encoding, fit
+from training import encoding, fit, outcome
 from training.cache import SHARD, TensorCache, default_cache
 from training.data import open_dataset
 from training.denoising import Denoising, Encoder
@@ -293,8 +293,8 @@ def test_the_address_is_of_the_content_and_not_of_the_place(
 def run(
     pipeline: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
-    monkeypatch.setattr(fit, "curves_png", lambda *_: b"")
-    monkeypatch.setattr(fit, "scores_png", lambda *_: b"")
+    monkeypatch.setattr(outcome, "curves_png", lambda *_: b"")
+    monkeypatch.setattr(outcome, "scores_png", lambda *_: b"")
     parse = fit.parse_arguments
     short = {"calibration_batches": 1, "validation_samples": 2}
     monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))

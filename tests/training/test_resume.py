@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from ldcp_core import load_gates
-from training import checkpoint, fit, loop
+from training import checkpoint, fit, loop, outcome
 from training.calibration import Calibration
 from training.checkpoint import Checkpoints
 from training.config import RunOptions
@@ -36,8 +36,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     """No pictures, and few samples: they take most of the time and are not what is tested."""
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(fit, "curves_png", lambda *_: b"")
-    monkeypatch.setattr(fit, "scores_png", lambda *_: b"")
+    monkeypatch.setattr(outcome, "curves_png", lambda *_: b"")
+    monkeypatch.setattr(outcome, "scores_png", lambda *_: b"")
     parse = fit.parse_arguments
     monkeypatch.setattr(
         fit,

@@ -14,7 +14,7 @@ import torch
 from pictures import draw, png
 from test_resume import assert_same, fail_at
 
-from training import encoding, fit
+from training import encoding, fit, outcome
 from training.data import Position, open_dataset
 from training.denoising import Denoising, Encoder
 from training.encoding import EncodedBatch
@@ -136,8 +136,8 @@ def test_a_broken_image_leaves_its_place_empty(tmp_path: Path, model: DiffusionM
 def run(
     pipeline: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
-    monkeypatch.setattr(fit, "curves_png", lambda *_: b"")
-    monkeypatch.setattr(fit, "scores_png", lambda *_: b"")
+    monkeypatch.setattr(outcome, "curves_png", lambda *_: b"")
+    monkeypatch.setattr(outcome, "scores_png", lambda *_: b"")
     parse = fit.parse_arguments
     short = {"calibration_batches": 1, "validation_samples": 2}
     monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
