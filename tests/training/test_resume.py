@@ -354,7 +354,7 @@ def test_a_disk_full_at_the_end_loses_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     with monkeypatch.context() as patch:
-        full_disk(patch, fit, "save_gates", 1)
+        full_disk(patch, outcome, "save_gates", 1)
         assert run("cut.safetensors") == 1
     assert "No space left on device" in (error := capsys.readouterr().err) and "--resume" in error
     assert "All up to step 12 is safe" in caplog.text
