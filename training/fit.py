@@ -84,8 +84,7 @@ def fit(config: FitConfig) -> FitResult | None:
     data.resolution = config.resolution or model.resolution
     _check_resolution(data.resolution, model.vae_scale_factor)
 
-    topology = topology_of(model.unet)
-    sites = _sites(topology, config.scope)
+    sites = _sites(topology_of(model.unet), config.scope)
     side = data.resolution // model.vae_scale_factor
     budget = Budget(config.budget, sites, config.padding, Latent(side, side))
     learner = GateLearner(sites, config.seed, budget, config.floor).to(device)
@@ -141,9 +140,7 @@ def fit(config: FitConfig) -> FitResult | None:
             run(learning, config.run.checkpoint_every, save, look)
         if not processes.first:
             return None
-        result = finish(
-            config, learning, denoising, data, images, held_out, budget, topology, output, samples
-        )
+        result = finish(config, learning, denoising, data, images, held_out, output, samples)
     except BaseException:
         log.warning("%s", checkpoints.advice())
         raise

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 
 from ldcp_core import (
     Gates,
-    Topology,
     fingerprint,
     gates_report,
     save_gates,
@@ -26,10 +23,11 @@ from training.config import FitConfig
 from training.denoising import Denoising, HeldOut
 from training.encoding import EncodedImages
 from training.errors import UserError
-from training.gating import hard_gates
+from training.gating import hard_gates, topology_of
 from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, aligned_scores
 from training.loop import Learning
+from training.provenance import provenance
 from training.report import History, curves_png, scores_png
 from training.samples import Samples
 from training.streaming import Data, StreamedImages
@@ -53,22 +51,21 @@ def finish(
     data: Data,
     images: Data | EncodedImages,
     held_out: Sequence[int],
-    budget: Budget,
-    topology: Topology,
     output: Path,
     samples: Samples | None,
 ) -> FitResult:
     """From logits to a gate file and all that lies beside it."""
     learning.finish()
-    history, learner = learning.history, learning.learner
+    history, learner, unet = learning.history, learning.learner, denoising.model.unet
+    budget = learner.budget
     alignment = aligned_scores(learner.scores(), config.target_sparsity, budget, learner.least)
     gates = Gates(
         alignment.scores,
         learning.calibration.constants if config.constant == "mean" else {},
         config.padding,
-        topology,
+        topology_of(unet),
     )
-    gates = replace(gates, info=_info(config, data, history, denoising.model.unet, budget, gates))
+    gates = replace(gates, info=_info(config, data, history, unet, budget, gates))
     heldout = None
     if held_out:
         heldout = _validate(config, denoising, images, held_out, gates)
@@ -168,28 +165,12 @@ def _info(
     """Everything needed to know later what the gate file is."""
     sites = [site for site in gates.topology.all_sites() if site.name in gates.scores]
     weights = {site.name: unet.get_parameter(site.weight) for site in sites}
-    packages = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
     return {
-        "criterion": "learned",
-        "scope": config.scope,
-        "target_sparsity": config.target_sparsity,
-        "achieved_sparsity": gates.sparsity,
-        "budget": config.budget,
-        "achieved_budget": budget.pruned(gates.keep_sets()),
-        "floor": config.floor,
+        **provenance("learned", config.to_json(), gates, budget),
         "steps": len(history.sparsity),
         "changed_channels": history.changed,
-        "seed": config.seed,
         "data": {"source": Path(data.source).name, "images": _count(data)},
-        "config": {
-            **config.to_json(),
-            "model": Path(config.model).name,
-            "data": Path(config.data).name,
-            "output": Path(config.output).name,
-        },
         "fingerprint": fingerprint(weights),
-        "versions": {name: version(name) for name in packages},
-        "created": time.strftime("%Y-%m-%d"),
     }
 
 

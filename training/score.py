@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -57,6 +56,7 @@ from training.denoising import Denoising
 from training.errors import UserError
 from training.gating import ChannelMeans, topology_of
 from training.models import DTYPES, load_model
+from training.provenance import provenance
 
 log = logging.getLogger("training.score")
 
@@ -145,20 +145,9 @@ def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
     scores = pruned_scores(config, found.importances, budget)
     gates = Gates(scores, found.constants, config.padding, found.topology)
     info = {
-        "criterion": config.criterion,
+        **provenance(config.criterion, asdict(config), gates, budget),
         "ranking": config.ranking,
-        "scope": config.scope,
-        "target_sparsity": config.target_sparsity,
-        "achieved_sparsity": gates.sparsity,
-        "budget": config.budget,
-        "achieved_budget": budget.pruned(gates.keep_sets()),
-        "floor": config.floor,
-        "seed": config.seed,
         **found.facts,
-        "config": asdict(config)
-        | {name: Path(getattr(config, name)).name for name in ("model", "data", "output")},
-        "versions": {name: version(name) for name in ("torch", "diffusers", "safetensors")},
-        "created": time.strftime("%Y-%m-%d"),
     }
     gates = Gates(scores, found.constants, config.padding, found.topology, info, found.importances)
     output.parent.mkdir(parents=True, exist_ok=True)

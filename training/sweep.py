@@ -32,6 +32,7 @@ from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
 from training.fit import fit
+from training.provenance import without_folders
 from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure, score
 
 log = logging.getLogger("training.sweep")
@@ -158,10 +159,8 @@ def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
         found = load_gates(path).info.get("config", {})
     except (GateFileError, OSError):
         return False
-    names = ("model", "data", "output")  # stored without their folders
     settings = config.to_json() if isinstance(config, FitConfig) else asdict(config)
-    wanted = {k: Path(v).name if k in names else v for k, v in settings.items()}
-    return bool(found == wanted)
+    return bool(found == without_folders(settings))
 
 
 @explaining

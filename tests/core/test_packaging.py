@@ -135,3 +135,16 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     assert "README.md" in script
     for command in ("ruff check .", "ruff format --check .", "mypy"):
         assert command in script
+
+
+def test_the_registrys_archive_is_small_and_lacks_nothing_that_the_nodes_need() -> None:
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = {line.rstrip("/") for line in lines if line and not line.startswith("#")}
+    needed = ["__init__.py", "nodes", "ldcp_core", "locales", "workflows", "LICENSE", "README.md"]
+    assert all((ROOT / name).exists() for name in left_out) and not left_out & {*needed}
+    files = [file for name in needed for file in (ROOT / name, *(ROOT / name).rglob("*"))]
+    assert sum(f.stat().st_size for f in files if f.is_file() and f.suffix != ".pyc") < 4 * 2**20
+    of_training = ("from training", "import training", "from tests", "import tests")
+    for file in (f for f in files if f.suffix == ".py"):
+        code = file.read_text(encoding="utf-8").splitlines()
+        assert not any(line.strip().startswith(of_training) for line in code), file

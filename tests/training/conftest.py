@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from training import fit, outcome
 from training.models import DiffusionModel, _clip_tokenizer, load_model
 
 WIDTHS = (16, 16, 32, 32)
@@ -34,6 +36,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("LDCP_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few samples to calibrate and validate with: they are not what is tested."""
+    parse, short = fit.parse_arguments, {"calibration_batches": 1, "validation_samples": 2}
+    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits draw no curves, which would take most of their time."""
+    monkeypatch.setattr(outcome, "curves_png", lambda *_: b"")
+    monkeypatch.setattr(outcome, "scores_png", lambda *_: b"")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from ldcp_core import load_gates
 from training import cache as cache_module
 from training import data as data_module
-from training import encoding, fit, outcome
+from training import encoding, fit
 from training.cache import SHARD, TensorCache, default_cache
 from training.data import open_dataset
 from training.denoising import Denoising, Encoder
@@ -291,14 +290,8 @@ def test_the_address_is_of_the_content_and_not_of_the_place(
 
 @pytest.fixture
 def run(
-    pipeline: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Path, images: Path, tmp_path: Path, short_fits: None, no_pictures: None
 ) -> Callable[..., int]:
-    monkeypatch.setattr(outcome, "curves_png", lambda *_: b"")
-    monkeypatch.setattr(outcome, "scores_png", lambda *_: b"")
-    parse = fit.parse_arguments
-    short = {"calibration_batches": 1, "validation_samples": 2}
-    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
-
     def run(*more: str) -> int:
         return fit.main([
             "--model", str(pipeline), "--data", str(images), "--max-steps", "3",

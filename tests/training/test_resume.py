@@ -32,12 +32,12 @@ STEPS = 12
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def quick(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_pictures: None
+) -> None:
     """No pictures, and few samples: they take most of the time and are not what is tested."""
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(outcome, "curves_png", lambda *_: b"")
-    monkeypatch.setattr(outcome, "scores_png", lambda *_: b"")
     parse = fit.parse_arguments
     monkeypatch.setattr(
         fit,

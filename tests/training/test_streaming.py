@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from pictures import draw, png
 from test_resume import assert_same, fail_at
 
-from training import encoding, fit, outcome
+from training import encoding, fit
 from training.data import Position, open_dataset
 from training.denoising import Denoising, Encoder
 from training.encoding import EncodedBatch
@@ -134,14 +133,8 @@ def test_a_broken_image_leaves_its_place_empty(tmp_path: Path, model: DiffusionM
 
 @pytest.fixture
 def run(
-    pipeline: Path, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Path, faces: Path, tmp_path: Path, short_fits: None, no_pictures: None
 ) -> Callable[..., int]:
-    monkeypatch.setattr(outcome, "curves_png", lambda *_: b"")
-    monkeypatch.setattr(outcome, "scores_png", lambda *_: b"")
-    parse = fit.parse_arguments
-    short = {"calibration_batches": 1, "validation_samples": 2}
-    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
-
     def run(name: str, *more: str) -> int:
         return fit.main([
             "--model", str(pipeline), "--data", str(faces), "--streaming", "--max-steps", "6",

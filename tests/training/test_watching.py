@@ -8,7 +8,6 @@ import io
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,7 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(pipeline: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    parse = fit.parse_arguments
-    short = {"calibration_batches": 1, "validation_samples": 2}
-    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
-
+def run(pipeline: Path, images: Path, tmp_path: Path, short_fits: None) -> Run:
     def run(name: str, *more: str) -> int:
         return fit.main([
             "--model", str(pipeline), "--data", str(images), "--max-steps", str(STEPS),
