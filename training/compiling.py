@@ -11,6 +11,8 @@ import os
 import shutil
 from collections.abc import Iterable
 
+import torch
+import torch._dynamo
 from diffusers import UNet2DConditionModel
 
 from ldcp_core import blocks_of
@@ -18,6 +20,8 @@ from training.errors import UserError
 from training.thrift import stages_before
 
 COMPILERS = ("g++", "clang++", "cl")
+#: how often a class of parts may be compiled: its parts, times full and last batches, times two
+RECOMPILES = 32
 
 
 def compile_(unet: UNet2DConditionModel, sites: Iterable[str], backend: str = "inductor") -> None:
@@ -38,8 +42,10 @@ def compile_(unet: UNet2DConditionModel, sites: Iterable[str], backend: str = "i
             f"one of {', '.join(COMPILERS)} on the path, or named by $CXX",
             "install one, or leave out --compile",
         )
+    # parts of one class share one limit, each with a shape, with and without gradient
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
     for name in parts:
-        unet.get_submodule(name).compile(backend=backend)
+        unet.get_submodule(name).compile(backend=backend, dynamic=False)
 
 
 def _parts(unet: UNet2DConditionModel, blocks: Iterable[str]) -> list[str]:

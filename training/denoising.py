@@ -22,13 +22,7 @@ from training.encoding import EncodedBatch, EncodedImages
 from training.gating import masked
 from training.kernels import fast_layers
 from training.models import DiffusionModel, embed_prompts, encode_images
-from training.thrift import (
-    beside_gates,
-    frozen_convolutions,
-    recording,
-    replaying,
-    stages_before,
-)
+from training.thrift import recording, replaying, thrifty_layers
 
 
 @dataclass(frozen=True)
@@ -103,6 +97,7 @@ class Denoising:
         self.encoder = Encoder(model)
         self.generator = torch.Generator().manual_seed(seed)
         self._alphas = model.alphas_cumprod.to(torch.float64)
+        self._layers = list(model.unet.modules())
 
     def problem(
         self, batch: Batch | EncodedBatch, generator: torch.Generator | None = None
@@ -129,21 +124,24 @@ class Denoising:
 
     def dense(self, problem: Problem) -> Tensor:
         """The unpruned U-Net's prediction of the noise, without gradient."""
-        with torch.no_grad(), fast_layers(self.model.unet):
+        with torch.no_grad(), fast_layers(self._layers):
             return self._predict(problem)
 
     def gated(self, problem: Problem, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
         """The prediction under gates, differentiable in their masks."""
-        with fast_layers(self.model.unet), masked(self.model.unet, gates, padding):
+        with fast_layers(self._layers), masked(self.model.unet, gates, padding):
             return self._predict(problem)
 
     def answered(self, problem: Problem, sites: Iterable[str]) -> Answered:
         """The problem with its dense prediction and what gates at these sites do not change."""
         unet = self.model.unet
-        stages = stages_before(unet, blocks_of(sites))
-        parts = [*stages, *beside_gates(unet, stages)]
-        with torch.no_grad(), fast_layers(unet), recording(unet, parts) as shared:
-            return Answered(problem, self._predict(problem), shared)
+        with (
+            torch.no_grad(),
+            fast_layers(self._layers),
+            recording(unet, blocks_of(sites)) as shared,
+        ):
+            dense = self._predict(problem)
+        return Answered(problem, dense, shared)
 
     @contextmanager
     def pruned(
@@ -156,8 +154,8 @@ class Denoising:
         """
         unet = self.model.unet
         with (
-            frozen_convolutions(unet),
-            fast_layers(unet),
+            thrifty_layers(self._layers),
+            fast_layers(self._layers),
             replaying(unet, answered.shared),
             masked(unet, gates, padding),
         ):

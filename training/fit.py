@@ -30,6 +30,7 @@ from ldcp_core import (
     fingerprint,
     least_kept,
 )
+from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import parse_arguments
 from training.budget import Budget
 from training.cache import CacheNotWritable, default_cache
@@ -45,7 +46,7 @@ from training.errors import UserError
 from training.gating import topology_of
 from training.learning import GateLearner
 from training.loop import Learning, run
-from training.models import DTYPES, DiffusionModel, give_back_memory, load_model
+from training.models import DTYPES, DiffusionModel, load_model
 from training.outcome import FitResult, finish
 from training.processes import Processes
 from training.samples import Samples
@@ -100,6 +101,8 @@ def fit(config: FitConfig) -> FitResult | None:
     if isinstance(images, EncodedImages):
         model = model.without_encoders()
         give_back_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     if config.run.compile:

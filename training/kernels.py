@@ -10,7 +10,7 @@ backward, since the weights need no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -28,12 +28,12 @@ CHANNELS_PER_POSITION = 8
 
 
 @contextmanager
-def fast_layers(unet: nn.Module) -> Iterator[None]:
-    """Context in which the large frozen layers of a U-Net on a CPU run as matrix products.
+def fast_layers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which those that are large frozen layers on a CPU run as matrix products.
 
     Elsewhere nothing changes, nor for layers that need a gradient or don't pad with zeros.
     """
-    layers = [module for module in unet.modules() if _applies(module)]
+    layers = [module for module in modules if _applies(module)]
     forwards: list[tuple[nn.Module, str, Callable[..., Tensor]]] = []
     for layer in layers:
         if isinstance(layer, nn.Linear):

@@ -8,8 +8,6 @@ headers and configs before a weight is read, and what is not SD1.5 is refused by
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import gzip
 import json
 import re
@@ -85,15 +83,6 @@ class DiffusionModel:
     def alphas_cumprod(self) -> Tensor:
         """Cumulative product of 1 - beta per training timestep, float32 [T] on the CPU."""
         return self.scheduler.alphas_cumprod
-
-
-def give_back_memory() -> None:
-    """Return what was freed to the system, where the C library (glibc) would keep it."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        pass
 
 
 def load_model(

@@ -14,7 +14,7 @@ from training import kernels
 from training.gating import overridden
 from training.kernels import fast_layers
 from training.precision import _stored_forward, storage_of
-from training.thrift import frozen_convolutions
+from training.thrift import thrifty_layers
 
 LAYERS = {
     "convolution": (nn.Conv2d(256, 264, 3, padding=1), (2, 256, 4, 3)),
@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_pytorchs_own(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = evaluated(layer, x)
     assert not counted
-    with frozen_convolutions(layer), fast_layers(layer):
+    with thrifty_layers([layer]), fast_layers([layer]):
         found = evaluated(layer, x)
     assert len(counted) == 2  # forward and backward
     assert found[0].is_contiguous()
@@ -83,14 +83,14 @@ def test_other_layers_are_left_to_pytorch(
     layer.requires_grad_(False)
     x = torch.randn(shape)
     expected = evaluated(layer, x)
-    with fast_layers(layer):
+    with fast_layers([layer]):
         found = evaluated(layer, x)
     assert not counted and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_layer_whose_weights_learn_is_left_alone(counted: list[torch.Size]) -> None:
     layer = nn.Linear(256, 256)
-    with fast_layers(layer):
+    with fast_layers([layer]):
         layer(torch.randn(2, 256)).sum().backward()
     assert not counted and layer.weight.grad is not None
 
@@ -109,7 +109,7 @@ def test_weights_that_are_stored_in_few_bits_are_left_alone(
         expected = F.conv2d if name == "pointwise" else F.linear
         output = expected(x, storage.back(stored), layer.bias)
         layer.weight = stored
-        with overridden(layer, {"": _stored_forward(layer, storage)}), fast_layers(layer):
+        with overridden(layer, {"": _stored_forward(layer, storage)}), fast_layers([layer]):
             torch.testing.assert_close(layer(x), output)
 
 
@@ -117,6 +117,9 @@ def test_backward_keeps_the_weights_and_no_activations() -> None:
     layer = nn.Linear(256, 256).requires_grad_(False)
     kept: list[Tensor] = []
     x = torch.randn(2, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None), fast_layers(layer):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None),
+        fast_layers([layer]),
+    ):
         layer(x)
     assert [tensor.data_ptr() for tensor in kept] == [layer.weight.data_ptr()]

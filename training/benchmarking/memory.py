@@ -25,7 +25,7 @@ from ldcp_core import DEFAULT_SCOPE, SoftGate, blocks_of
 from training.configs import SD15
 from training.gating import deviation, masked, topology_of
 from training.models import DTYPES
-from training.thrift import beside_gates, frozen_convolutions, recording, replaying, stages_before
+from training.thrift import recording, replaying, thrifty_layers
 
 PIXELS_PER_LATENT = 8
 TOKENS = 77
@@ -96,12 +96,11 @@ def step_memory(
             )
             for site in topology_of(unet).sites(scope)
         }
-        stages = stages_before(unet, blocks_of(gates))
-        with torch.no_grad(), recording(unet, [*stages, *beside_gates(unet, stages)]) as shared:
+        with torch.no_grad(), recording(unet, blocks_of(gates)) as shared:
             dense = unet(noisy, timesteps, encoder_hidden_states=context).sample
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        with frozen_convolutions(unet), replaying(unet, shared), masked(unet, gates, "zero"):
+        with thrifty_layers(unet.modules()), replaying(unet, shared), masked(unet, gates, "zero"):
             output = unet(noisy, timesteps, encoder_hidden_states=context).sample
             kept = live.now
             deviation(output, dense).backward()

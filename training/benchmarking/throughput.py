@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.benchmarking.training import MIB, new_learning, opened, peak, reset_peak
@@ -29,7 +30,6 @@ from training.config import FitConfig
 from training.console import explaining
 from training.encoding import EncodedImages
 from training.errors import UserError
-from training.models import give_back_memory
 
 
 def measure(config: FitConfig, count: int, steps: int, cache: Path) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def measure(config: FitConfig, count: int, steps: int, cache: Path) -> dict[str,
     size = sum(file.stat().st_size for file in cache.rglob("*.safetensors"))
     model = model.without_encoders()
     give_back_memory()
+    keep_freed_memory()
     learning = new_learning(config, model, images)
 
     def learn() -> None:

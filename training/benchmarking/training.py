@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from ldcp_core import SoftGate
+from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.budget import Budget
@@ -48,7 +49,6 @@ from training.models import (
     DiffusionModel,
     embed_prompts,
     encode_images,
-    give_back_memory,
     load_model,
 )
 from training.processes import Processes
@@ -145,6 +145,7 @@ def _ours(config: FitConfig, clock: Clock) -> Callable[[], None]:
     images.build(model)
     model = model.without_encoders()
     give_back_memory()
+    keep_freed_memory()
     learning = new_learning(config, model, images)
     denoising = learning._denoising
     predict = denoising._predict
