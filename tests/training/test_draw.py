@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from training.data import open_dataset
 from training.demo import draw as module
@@ -40,6 +42,22 @@ def test_only_what_is_missing_is_drawn(tmp_path: Path, capsys: pytest.CaptureFix
     assert "3 images in" in capsys.readouterr().out
 
 
-def test_a_number_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, 0) == 1
-    assert "--images is 0" in capsys.readouterr().err
+def test_grain_is_noise_of_that_size_and_always_the_same(tmp_path: Path) -> None:
+    for name, grain in [("plain", "0"), ("grainy", "3"), ("again", "3")]:
+        options = ["--output", str(tmp_path / name), "--grain", grain]
+        assert main(["--images", "1", "--size", "64", "--workers", "1", *options]) == 0
+    plain, grainy, again = (
+        np.asarray(Image.open(tmp_path / name / "00000" / "00000.png"), np.float64)
+        for name in ("plain", "grainy", "again")
+    )
+    assert np.array_equal(grainy, again)
+    apart = (grainy - plain)[(plain > 16) & (plain < 239)]  # away from where it is cut off
+    assert abs(apart.mean()) < 0.2 and apart.std() == pytest.approx(3.0, rel=0.05)
+
+
+@pytest.mark.parametrize("option", [("--images", "0"), ("--grain", "-1"), ("--grain", "nan")])
+def test_a_number_that_cannot_work(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--images", "1", "--output", str(tmp_path), *option]) == 1
+    assert f"{option[0]} is {option[1]}" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from ldcp_core import write_atomically
@@ -40,8 +43,11 @@ def file_name(number: int) -> str:
     return f"{number // PER_FOLDER * PER_FOLDER:05d}/{number:05d}.png"
 
 
-def draw(folder: Path, images: int, size: int, workers: int) -> None:
-    """Draw what is missing of ``images`` faces of ``size`` x ``size`` pixels; raises OSError."""
+def draw(folder: Path, images: int, size: int, grain: float, workers: int) -> None:
+    """Draw what is missing of ``images`` faces of ``size`` x ``size`` pixels; raises OSError.
+
+    ``grain`` is the standard deviation of a camera's noise, of 255.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"file_name": file_name(i), "text": draw_traits(FIRST_SEED + i).caption})
@@ -52,16 +58,24 @@ def draw(folder: Path, images: int, size: int, workers: int) -> None:
         (folder / file_name(start)).parent.mkdir(exist_ok=True)
     missing = [i for i in range(images) if not (folder / file_name(i)).exists()]
     with Pool(workers) as pool:
-        drawn = pool.imap_unordered(partial(_draw, folder, size), missing, 16)
+        drawn = pool.imap_unordered(partial(_draw, folder, size, grain), missing, 16)
         for _ in tqdm(drawn, "drawing", len(missing), unit="image", dynamic_ncols=True):
             pass
 
 
-def _draw(folder: Path, size: int, number: int) -> None:
+def _draw(folder: Path, size: int, grain: float, number: int) -> None:
     path = folder / file_name(number)
     torn = path.with_suffix(".part")
-    draw_face(FIRST_SEED + number, size)[0].save(torn, "PNG")
+    image = draw_face(FIRST_SEED + number, size)[0]
+    if grain:
+        image = _grainy(image, grain, number)
+    image.save(torn, "PNG")
     torn.replace(path)
+
+
+def _grainy(image: Image.Image, grain: float, seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).normal(0.0, grain, (image.height, image.width, 3))
+    return Image.fromarray(np.clip(np.rint(image + noise), 0, 255).astype(np.uint8))
 
 
 @explaining
@@ -72,12 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, required=True, help="how many")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--size", type=int, default=128, help="pixels (128)")
+    parser.add_argument(
+        "--grain",
+        type=float,
+        default=0.0,
+        help="a camera's noise, its standard deviation of 255; with 1.2 a file of 1024 pixels is "
+        "as large as one of FFHQ (0)",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args(argv)
     for name in ("images", "size", "workers"):
         if (value := getattr(arguments, name)) < 1:
             raise UserError(f"--{name} is {value}.", "1 or more", f"change --{name}")
-    draw(arguments.output, arguments.images, arguments.size, arguments.workers)
+    if not 0 <= arguments.grain < math.inf:
+        raise UserError(f"--grain is {arguments.grain}.", "0 or more", "change --grain")
+    draw(arguments.output, arguments.images, arguments.size, arguments.grain, arguments.workers)
     print(f"{arguments.images} images in {arguments.output}")
     return 0
 
