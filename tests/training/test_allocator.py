@@ -11,7 +11,7 @@ import pytest
 
 from training import allocator
 
-#: page faults while a buffer of 16 MiB is filled, ten times over, once the heap has settled
+#: page faults while a buffer of 64 MiB is filled, ten times over, once the heap has settled
 FAULTS = """
 import resource, sys
 import torch
@@ -19,10 +19,10 @@ from training.allocator import keep_freed_memory
 
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 for _ in range(30):
-    torch.ones(2**22)
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    torch.ones(2**22)
+    torch.ones(2**24)
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
