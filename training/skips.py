@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from training.gating import DiffusersResBlock
+from training.kernels import bound_by_weight
 
 
 class SkipShare(NamedTuple):
@@ -56,11 +57,17 @@ def changing_channels(
 def splitting(
     unet: UNet2DConditionModel, name: str, changing: int, outputs: dict[str, Any]
 ) -> Callable[..., Tensor]:
-    """A forward of the named ResBlock that leaves its `SkipShare` in ``outputs``."""
+    """A forward of the named ResBlock that leaves its `SkipShare` in ``outputs``.
+
+    Not where a smaller input would make its convolution no faster.
+    """
     block = DiffusersResBlock(name, unet.get_submodule(name))
+    whole = block.block.forward
     conv1, shortcut = block.block.conv1, block.block.conv_shortcut
 
     def forward(x: Tensor, temb: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if bound_by_weight(conv1, x):
+            return whole(x, temb, *arguments, **options)
         skip, channels = x[:, changing:], slice(changing, None)
         hidden = _convolved(conv1, _normalized(block.block, skip, channels), channels, conv1.bias)
         outputs[name] = share = SkipShare(
@@ -82,6 +89,7 @@ def cut_skips(
     unet: UNet2DConditionModel, changing: Mapping[str, int], outputs: dict[str, Any]
 ) -> None:
     """Leave of the skip connections in ``outputs`` only what their blocks still read."""
+    changing = {name: width for name, width in changing.items() if name in outputs}
     if not changing:
         return
     readers = [*_up_path(unet)][::-1]  # who reads first what came last
