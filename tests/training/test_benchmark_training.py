@@ -77,8 +77,8 @@ def test_the_tables() -> None:
         },
         batch=4,
     )
-    assert "| ours | 2.00 | 2.000 | 1.00 | 4.000 | 1,024 MiB |" in text
-    assert "| original | 0.67 | 6.000 | 3.00 | 12.000 | 2,048 MiB |" in text
+    assert "| ours | 1.00 | 4.000 | 1.00 | 2.000 | 1.00 | 1,024 MiB |" in text
+    assert "| original | 0.33 | 12.000 | 3.00 | 6.000 | 3.00 | 2,048 MiB |" in text
     assert "| ours | 1.000 | 0.000 | 1.000 |" in text
     assert "| original | 1.500 | 3.000 | 1.500 |" in text
 

@@ -6,8 +6,8 @@
 The original read, encoded and embedded its images again in every step, and its graph spanned the
 whole U-Net. Whether it also computed gradients of the weights depends on whether they were frozen,
 so both are timed. Each measurement is a process of its own, so that its peak of memory is its own;
-the processes take turns. Times are CPU seconds of the process, which other work on the machine
-moves less than it moves the clock's, averaged over the steps of a round; the median over the rounds
+the processes take turns. Times are averaged over the steps of a round, by the clock and in CPU
+seconds of the process, which other work on the machine moves less; the round of the median CPU time
 counts.
 """
 
@@ -262,17 +262,16 @@ def _in_a_process(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def render(found: dict[str, dict[str, Any]], batch: int) -> str:
     """Markdown: a row per loop, and where the CPU time of a step goes."""
     lines = [
-        "| loop | images per CPU second | CPU s per step | × ours | wall s | peak resident |",
-        "|---|---|---|---|---|---|",
+        "| loop | images/s | s per step | × ours | CPU s per step | × ours | peak resident |",
+        "|---|---|---|---|---|---|---|",
     ]
-    ours = found["ours"]["cpu"]
+    ours = found["ours"]
     for loop, result in found.items():
-        cpu = result["cpu"]
         most = f"{result['peak'] / MIB:,.0f} MiB" if result["peak"] else "unknown"
-        lines.append(
-            f"| {loop} | {batch / cpu:.2f} | {cpu:.3f} | {cpu / ours:.2f} | {result['wall']:.3f} | "
-            f"{most} |"
+        times = " | ".join(
+            f"{result[clock]:.3f} | {result[clock] / ours[clock]:.2f}" for clock in ("wall", "cpu")
         )
+        lines.append(f"| {loop} | {batch / result['wall']:.2f} | {times} | {most} |")
     parts = list(dict.fromkeys(name for result in found.values() for name in result["parts"]))
     lines += [
         "",
