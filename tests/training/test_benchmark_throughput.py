@@ -26,9 +26,9 @@ def test_a_build_and_a_few_steps_are_measured(pipeline: Path, images: Path, tmp_
 
 
 def test_the_table() -> None:
-    part = {"cpu": 2.0, "wall": 4.0, "peak": 2**30}
+    part = {"cpu": 2.0, "wall": 4.0, "peak": 2**30, "own": 2**29}
     result = {"build": {**part, "images": 100}, "steps": {**part, "images": 8}, "cache": 2**21}
-    row = "| 100 | 4.0 | 50.0 | 1,024 MiB | 2.0 MiB | 4.00 | 1,024 MiB |"
+    row = "| 100 | 4.0 | 50.0 | 1,024 MiB | 2.0 MiB | 4.00 | 1,024 MiB | 512 MiB |"
     assert render({100: result}).splitlines()[-1] == row
 
 
