@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldcp_core import SoftGate, blocks_of
-from training import thrift
+from training import kernels, thrift
 from training.data import Batch
 from training.denoising import Denoising, Problem
 from training.gating import deviation, topology_of
 from training.models import DiffusionModel
-from training.skips import changing_channels
+from training.skips import SkipShare, changing_channels
 from training.thrift import stages_before
 
 #: WIDTHS and groups of the test's model: of 48 channels in groups of 6, 32 fill no whole number
@@ -118,3 +118,15 @@ def test_of_a_skip_connection_only_what_is_still_read_is_kept(
     kept = {tensor.untyped_storage().nbytes() for tensor in skips if tensor.shape[1] == 0}
     assert kept == {0}
     assert shared["down_blocks.3"][0].shape[1] == 32  # what the mid block reads
+
+
+def test_where_the_weight_is_what_takes_time_blocks_stay_whole(
+    exact: DiffusionModel, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "LEAST_WEIGHT", 0)
+    monkeypatch.setattr(kernels, "CHANNELS_PER_POSITION", 0)
+    sites = [site.name for site in topology_of(exact.unet).sites("mid")]
+    shared = Denoising(exact, 0).answered(problem, sites).shared
+    assert not any(isinstance(output, SkipShare) for output in shared.values())
+    assert [skip.shape[1] for skip in shared["down_blocks.0"][1]] == [16, 16, 16]
+    assert all(bool(tensor.any()) for tensor in step(exact, problem, "mid"))
