@@ -92,11 +92,10 @@ def cut_skips(
     changing = {name: width for name, width in changing.items() if name in outputs}
     if not changing:
         return
-    readers = [*_up_path(unet)][::-1]  # who reads first what came last
-    kept = iter(readers)
+    readers = reversed(_up_path(unet))  # what came first is read last
 
     def cut(skip: Tensor) -> Tensor:
-        name, block = next(kept)
+        name, block = next(readers)
         if name not in changing:
             return skip
         return skip[:, : skip.shape[1] - block.in_channels + changing[name]].clone()
