@@ -31,6 +31,7 @@ def problems(pyproject: dict[str, Any]) -> list[str]:
         found.append(f"project.version {project['version']!r} is not X.Y.Z")
     if not comfy.get("PublisherId"):
         found.append("tool.comfy.PublisherId is empty: write the id behind the @ of your profile")
+    # the addresses are those of who publishes; until they are filled in, nothing is released
     for key, url in (("project.urls.Repository", repository), ("tool.comfy.Icon", comfy["Icon"])):
         if not url.startswith("https://") or "..." in url:
             found.append(f"{key} {url!r} is a placeholder: write the address of this repository")

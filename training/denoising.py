@@ -19,10 +19,11 @@ from ldcp_core import SoftGate, blocks_of
 from ldcp_core.gates import Padding
 from training.data import Batch, ImageData
 from training.encoding import EncodedBatch, EncodedImages
+from training.frozen import thrifty_layers
 from training.gating import masked
 from training.kernels import fast_layers
 from training.models import DiffusionModel, embed_prompts, encode_images
-from training.thrift import recording, replaying, thrifty_layers
+from training.thrift import recording, replaying
 
 
 @dataclass(frozen=True)

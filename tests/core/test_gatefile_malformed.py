@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 FILES = 12_000
 
 
+# Windows has no `resource` to limit a process with; what is read is the same code there
 @pytest.mark.skipif(os.name != "posix", reason="limits memory as POSIX does")
 def test_no_malformed_file_crashes_hangs_floods_memory_or_is_taken_for_another(
     tmp_path: Path,
@@ -65,6 +66,7 @@ def test_the_independent_reader_reads_what_is_saved() -> None:
         assert mutations.independently_read(data) is not None
 
 
+# Windows has no pipes among its files that could be named as a gate file
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX only")
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     pipe = tmp_path / "gates.safetensors"

@@ -30,9 +30,7 @@ APPLY = "LDCPApplyDynamicPruning"
 def start(comfy, comfyui_path, tmp_path_factory, sd15_checkpoint, make_gates, report_note):
     """Make a server with the models and gates that the workflows name."""
     reason = browser.missing()
-    if (
-        reason
-    ):  # neither playwright nor a browser is a requirement, of ComfyUI or of this repository
+    if reason:  # neither playwright nor a browser is a requirement of ComfyUI or of this repository
         message = f"BROWSER TESTS SKIPPED: {reason}"
         report_note.append(message)
         pytest.skip(message)

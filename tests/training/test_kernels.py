@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import kernels
+from training.frozen import thrifty_layers
 from training.gating import overridden
 from training.kernels import fast_layers
 from training.precision import _stored_forward, storage_of
-from training.thrift import thrifty_layers
 
 LAYERS = {
     "convolution": (nn.Conv2d(256, 264, 3, padding=1), (2, 256, 4, 3)),

@@ -14,9 +14,10 @@ from ldcp_core import PADDINGS, SoftGate, blocks_of
 from training import thrift
 from training.data import Batch
 from training.denoising import Denoising, Problem
+from training.frozen import thrifty_layers
 from training.gating import deviation, masked, topology_of
 from training.models import DiffusionModel
-from training.thrift import stages_before, thrifty_layers
+from training.thrift import stages_before
 
 SCOPES = ["mid", "up", "down", "all", "ff", "up_blocks.3.*", "up_blocks.1.resnets.2.conv1"]
 

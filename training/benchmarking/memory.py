@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from ldcp_core import DEFAULT_SCOPE, SoftGate, blocks_of
 from training.configs import SD15
+from training.frozen import thrifty_layers
 from training.gating import deviation, masked, topology_of
 from training.models import DTYPES
-from training.thrift import recording, replaying, thrifty_layers
+from training.thrift import recording, replaying
 
 PIXELS_PER_LATENT = 8
 TOKENS = 77

@@ -25,7 +25,7 @@ import torch
 from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
-from training.benchmarking.training import MIB, new_learning, opened, own_memory, peak, reset_peak
+from training.benchmarking.training import MIB, new_learning, opened
 from training.config import FitConfig
 from training.console import explaining
 from training.encoding import EncodedImages
@@ -62,11 +62,11 @@ def measure(config: FitConfig, count: int, steps: int, cache: Path) -> dict[str,
 
 
 def _timed(work: Callable[[], object]) -> dict[str, Any]:
-    reset_peak()
+    machine.reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"cpu": cpu, "wall": wall, "peak": peak(), "own": own_memory()}
+    return {"cpu": cpu, "wall": wall, "peak": machine.peak(), "own": machine.own_memory()}
 
 
 def render(found: dict[int, dict[str, Any]]) -> str:

@@ -106,13 +106,13 @@ def measure(loop: str, config: FitConfig, steps: int) -> dict[str, Any]:
     for _ in range(WARM_UP):
         step()
     clock.parts.clear()
-    reset_peak()
+    machine.reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         step()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     parts = {name: seconds / steps for name, seconds in clock.parts.items()}
-    return {"cpu": cpu / steps, "wall": wall / steps, "parts": parts, "peak": peak()}
+    return {"cpu": cpu / steps, "wall": wall / steps, "parts": parts, "peak": machine.peak()}
 
 
 def opened(config: FitConfig) -> tuple[DiffusionModel, ImageData]:
@@ -209,32 +209,6 @@ def _original(config: FitConfig, clock: Clock, gradients: bool) -> Callable[[], 
         unet.zero_grad(set_to_none=True)
 
     return step
-
-
-def reset_peak() -> None:
-    """Let the kernel count the peak from now on (Linux; elsewhere it is that of the process)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def peak() -> int | None:
-    """Peak resident bytes since `reset_peak`; None where the system doesn't tell."""
-    return _status("VmHWM")
-
-
-def own_memory() -> int | None:
-    """Resident bytes now without those of mapped files; None where the system doesn't tell."""
-    return _status("RssAnon")
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
