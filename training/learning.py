@@ -1,22 +1,22 @@
 """Learning the gates: two losses that compete, and what keeps the competition fair.
 
-The loss is the seed's: MSE reconstruction + λ · mean score (the L1 of the scores; with a budget in
-parameters or FLOPs every score counts as much as its channel costs). Three things
-make it learnable. The reconstruction is measured in units of the scope's whole effect (its loss
-with every gate closed), so that λ means the same for every model. While learning, logistic noise
-opens and closes channels near the threshold: under a hard straight-through gate alone a kept
+The loss is the original project's: MSE reconstruction + λ · mean score (the L1 of the scores; with
+a budget in parameters or FLOPs every score counts as much as its channel costs). Four things make
+it learnable. The reconstruction is measured in the price of the channels at the target (see
+`price_of`), so that λ means the same for every model and every target. While learning, logistic
+noise opens and closes channels near the threshold: under a hard straight-through gate alone a kept
 channel never feels what its own removal would cost, since at m = 1 the gradient of a quadratic
 loss holds only its interaction with the pruned ones; tried both ways, the two gradients average to
-the true difference. And a controller moves λ until the sparsity follows its ramp to the target;
-the keep-set itself is never cut to a count.
+the true difference. A controller moves λ so that the sparsity follows a ramp to the target. What
+it still misses in the end a cut by rank of the learned scores makes up.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,9 @@ RAMP_END, FADE_START, FADE_END = 0.4, 0.45, 0.75
 LAST_LEARNING_RATE = 0.2
 #: how far a logit can go over a run: the way from bound to bound. With more, the last steps decide
 TRAVEL = 6.0
-#: gains of the λ controller, per unit of sparsity (the integral over the whole run)
-PROPORTIONAL, INTEGRAL = 60.0, 400.0
-#: how closely a learned sparsity must meet its target, and how far alignment may leave it
+#: the λ controller: e-folds of λ per unit of missing sparsity, and the most of them
+GAIN, MOST_FOLDS = 60.0, 9.0
+#: how closely a fit's sparsity must meet its target, and how far alignment may leave it
 TARGET_TOLERANCE, ALIGNMENT_SLACK = 0.01, 0.0025
 
 
@@ -82,14 +82,13 @@ class GateLearner(nn.Module):
         )
 
     @torch.no_grad()
-    def start_(self, effects: Mapping[str, Tensor]) -> None:
+    def start_(self, effects: Mapping[str, Tensor], price: float) -> None:
         """Begin at what each channel does alone (site name -> [C], of any scale).
 
-        All are kept, the cheapest nearest to the threshold; those below the price by their rank,
-        since equal logits would fall together.
+        All are kept, the cheapest nearest to the threshold; those below ``price`` (see `price_of`)
+        by their rank, since equal logits would fall together.
         """
         worth = torch.cat(list(worths(effects, self.budget).values()))
-        price = price_of(effects, self.budget)
         below = int((worth < price).sum())
         rank = torch.empty_like(worth)
         rank[worth.argsort()] = torch.arange(len(worth), dtype=worth.dtype)
@@ -131,8 +130,35 @@ class GateLearner(nn.Module):
     @torch.no_grad()
     def clamp_(self) -> None:
         """Hold the logits within their bounds, and the best of every site above the threshold."""
-        for site, gate in zip(self.sites, self.gates, strict=True):
+        for gate in self.gates:
             gate.logits.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+        self._keep_floor_()
+
+    @torch.no_grad()
+    def settle_(self, target: float) -> None:
+        """Cut by rank of the scores: move all logits alike until ``target`` is pruned.
+
+        As near as a single channel allows; the order of the scores does not change, but for the
+        channels that a floor keeps.
+        """
+        ordered = torch.cat([gate.logits for gate in self.gates]).sort().values
+        cuts = range(len(ordered))
+        after = bisect_left(cuts, target, key=lambda cut: self._pruned_by(ordered[cut]))
+        around = [cut for cut in (after - 1, after) if cut in cuts]
+        nearest = min(around, key=lambda cut: abs(self._pruned_by(ordered[cut]) - target))
+        for gate in self.gates:
+            gate.logits -= ordered[nearest]
+        self._keep_floor_()
+
+    def _pruned_by(self, cut: Tensor) -> float:
+        """The pruned share of the budget if channels up to the logit ``cut`` were pruned."""
+        pairs = zip(self.sites, self.gates, strict=True)
+        above = {site: int((gate.logits > cut).sum()) for site, gate in pairs}
+        counts = {site: max(count, self.least[site]) for site, count in above.items()}
+        return 1.0 - self.budget.remaining(counts)
+
+    def _keep_floor_(self) -> None:
+        for site, gate in zip(self.sites, self.gates, strict=True):
             best = torch.topk(gate.logits, self.least[site]).indices
             gate.logits[best] = gate.logits[best].clamp(min=FLOOR_LOGIT)
 
@@ -150,13 +176,13 @@ def worths(effects: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
     return {site: effect.double() / weights[site] for site, effect in effects.items()}
 
 
-def price_of(
-    effects: Mapping[str, Tensor], budget: Budget, sparsity: float = SEED_SPARSITY
-) -> float:
+def price_of(effects: Mapping[str, Tensor], budget: Budget, sparsity: float | None) -> float:
     """The worth below which channels make up ``sparsity`` of the budget: what λ has to be there.
 
-    To first order, each channel taken alone, λ · unit of such a price prunes that share.
+    To first order, each channel taken alone, λ · unit of such a price prunes that share. None: the
+    share of the original project's balanced setting.
     """
+    sparsity = SEED_SPARSITY if sparsity is None else sparsity
     found = worths(effects, budget)
     full = {site: worth.numel() for site, worth in found.items()}
     weights = dict(zip(full, budget.weights(full), strict=True))
@@ -167,23 +193,18 @@ def price_of(
     return max(float(worth[order][passed][0]), 1e-30)
 
 
-@dataclass
 class SparsityController:
     """Moves λ so that the sparsity follows a ramp to the target.
 
-    A PI controller on asinh(λ / λ₀): far from zero it scales λ by factors, near zero it can pass
-    through to a negative λ, which is what an equality constraint needs when channels that should
-    come back do not pay for themselves. Without a target λ stays what it is.
+    Proportional, on log λ: the further behind the ramp, by the larger a factor λ exceeds
+    ``weight``. It keeps no sum of errors, which at high targets outgrew the reconstruction and
+    pruned blindly. Without a target λ stays what it is.
     """
 
-    weight: float
-    target: float | None
-    steps: int
-
-    def __post_init__(self) -> None:
-        self._unit = max(self.weight, 1e-6)
-        self._start = math.asinh(self.weight / self._unit)
-        self._sum = 0.0
+    def __init__(self, weight: float, target: float | None, steps: int) -> None:
+        self.weight = self._first = weight
+        self.target = target
+        self.steps = steps
 
     def wanted(self, step: int) -> float | None:
         """The sparsity wanted at ``step``, rising to the target over the first part of the run."""
@@ -195,54 +216,14 @@ class SparsityController:
         wanted = self.wanted(step)
         if wanted is None:
             return
-        error = wanted - sparsity
-        self._sum += error / self.steps
-        position = self._start + PROPORTIONAL * error + INTEGRAL * self._sum
-        self.weight = self._unit * math.sinh(min(max(position, -15.0), 15.0))
+        folds = min(max(GAIN * (wanted - sparsity), -MOST_FOLDS), MOST_FOLDS)
+        self.weight = max(self._first, 1e-6) * math.exp(folds)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"weight": self.weight, "sum": self._sum}
+    def state_dict(self) -> dict[str, float]:
+        return {"weight": self.weight}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.weight, self._sum = state["weight"], state["sum"]
-
-
-class Landing:
-    """Brings the learner down on its target: the last state of the final phase that met it.
-
-    While the logits still move, the sparsity hovers around the target, on a site of 32 channels by
-    several points. Among the states passed through once the noise is least (`FADE_END`), the latest
-    within `TARGET_TOLERANCE` is what was learned, or else the nearest; without a target, the last.
-    """
-
-    def __init__(self, learner: GateLearner, target: float | None, steps: int) -> None:
-        self._learner = learner
-        self._target = target
-        self._steps = steps
-        self._miss = math.inf
-        self._logits: list[Tensor] | None = None
-
-    def watch(self, step: int, sparsity: float) -> None:
-        """Look at the state after ``step``, whose pruned share is ``sparsity``."""
-        if self._target is None or step + 1 < FADE_END * self._steps:
-            return
-        miss = max(abs(sparsity - self._target), TARGET_TOLERANCE)
-        if miss <= self._miss:
-            self._miss = miss
-            self._logits = [gate.logits.detach().clone() for gate in self._learner.gates]
-
-    @torch.no_grad()
-    def settle_(self) -> None:
-        """Put the learner into the state found."""
-        if self._logits is not None:
-            for gate, logits in zip(self._learner.gates, self._logits, strict=True):
-                gate.logits.copy_(logits)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"miss": self._miss, "logits": self._logits}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._miss, self._logits = state["miss"], state["logits"]
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.weight = state["weight"]
 
 
 def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:
@@ -298,19 +279,16 @@ def aligned_scores(
 ) -> Alignment:
     """Move the channels nearest to the threshold across it until every kept count is aligned.
 
-    Counts are balanced over the sites so that the target holds in the unit of the budget. When
-    learning itself ended further than `TARGET_TOLERANCE` from the target, the learned sparsity is
-    kept instead: alignment does not stand in for learning. The order of the scores within a site
-    does not change.
+    Counts are balanced over the sites so that the target (without one: the learned sparsity) holds
+    in the unit of the budget. The order of the scores within a site does not change.
     """
     wanted = {site: int((score > THRESHOLD).sum()) for site, score in scores.items()}
     widths = [score.numel() for score in scores.values()]
     learned = 1.0 - budget.remaining(wanted)
-    reached = target is not None and abs(learned - target) <= TARGET_TOLERANCE
     weights = budget.weights(wanted)
     # the budget seen from the learned counts, where it is straight over a few channels
     total = sum(w * c for w, c in zip(weights, wanted.values(), strict=True))
-    if target is not None and reached:
+    if target is not None:
         total += learned - target
     counts = aligned_counts(
         list(wanted.values()),

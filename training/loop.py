@@ -26,7 +26,6 @@ from training.gating import deviation
 from training.learning import (
     SEED_WEIGHT,
     GateLearner,
-    Landing,
     SparsityController,
     default_learning_rate,
     learning_rate_factor,
@@ -78,7 +77,6 @@ class Learning:
             denoising.model.unet.device.type, enabled=config.precision == "fp16"
         )
         self._controller = SparsityController(config.sparsity_weight, config.target_sparsity, steps)
-        self._landing = Landing(learner, config.target_sparsity, steps)
 
     @property
     def calibration(self) -> Calibration:
@@ -88,13 +86,15 @@ class Learning:
     def begin(self, found: Calibration) -> None:
         """Start at what was measured; a run that goes on has it from its checkpoint."""
         self._use(found)
-        self.learner.start_(found.effects)
+        self.learner.start_(found.effects, self._price)
         self._problems.begin()
 
     def _use(self, found: Calibration) -> None:
         self._calibration = found
+        target = self._config.target_sparsity
+        self._price = price_of(found.effects, self.learner.budget, target)
         # what the reconstruction is measured in: see `training.learning`
-        self._unit = price_of(found.effects, self.learner.budget) / SEED_WEIGHT
+        self._unit = self._price / SEED_WEIGHT
 
     def advance(self) -> None:
         """One optimizer step.
@@ -122,12 +122,18 @@ class Learning:
         sparsity = self.learner.sparsity()
         self.history.add(reconstruction, penalty.item(), self._controller.weight, sparsity)
         self._controller.update(self.step, sparsity)
-        self._landing.watch(self.step, sparsity)
         self.step += 1
 
     def finish(self) -> None:
-        """Land on the target, and count what changed since the start."""
-        self._landing.settle_()
+        """Cut at the target, and count what changed since the start."""
+        target = self._config.target_sparsity
+        if target is not None:
+            log.info(
+                "learning ended at a sparsity of %.1f%%; cut by rank of the scores at %.1f%%",
+                100 * self.learner.sparsity(),
+                100 * target,
+            )
+            self.learner.settle_(target)
         end = self.learner.keep_sets()
         self.history.changed = sum(
             int((self._start[site] != end[site]).sum()) for site in self._start
@@ -175,7 +181,6 @@ class Learning:
             "schedule": self._schedule,
             "scaler": self._scaler,
             "controller": self._controller,
-            "landing": self._landing,
             "history": self.history,
             "problems": self._problems,
         }
