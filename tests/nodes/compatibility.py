@@ -1,4 +1,4 @@
-"""The README's table of what pruning was tested with, written from what the tests measured.
+"""The table in docs/compatibility.md, written from what the tests measured.
 
 LDCP_COMPATIBILITY=one.json python -m pytest tests/nodes/test_node_compatibility.py
 python tests/nodes/compatibility.py one.json [another host's.json ...]
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from features import FEATURES, OTHERS
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 BEGIN = "<!-- compatibility: written by tests/nodes/compatibility.py -->"
 END = "<!-- compatibility: end -->"
 
@@ -58,7 +58,7 @@ def expected_rows() -> list[Row]:
 
 
 def rows_of(readme: str) -> list[Row]:
-    """The rows that a README has."""
+    """The rows that a page has."""
     table = readme[readme.index(BEGIN) : readme.index(END)]
     lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -103,14 +103,14 @@ def version_key(version: str) -> list[int]:
 def main(paths: list[str]) -> None:
     if not paths:
         raise SystemExit(__doc__)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     hosts: dict[str, Measured] = {}
     for measured in (read(Path(path)) for path in paths):  # a host's rows may lie in several
         hosts.setdefault(measured.host, Measured(measured.host, {})).rows.update(measured.rows)
     new = table(list(hosts.values()))
-    README.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

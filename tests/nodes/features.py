@@ -1,7 +1,7 @@
 """What people combine with pruning, as graphs of ComfyUI's own nodes.
 
-`test_node_compatibility.py` runs every one of them, and the table in the README has a row for each
-(`compatibility.py`). Importable without ComfyUI; a feature gets a `Kit` that knows one.
+`test_node_compatibility.py` runs every one of them, and the table in docs/compatibility.md has a
+row for each (`compatibility.py`). Importable without ComfyUI; a feature gets a `Kit` that has one.
 """
 
 from __future__ import annotations

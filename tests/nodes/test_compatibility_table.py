@@ -1,4 +1,4 @@
-"""The README's compatibility table has the rows that the tests measure. Needs no ComfyUI."""
+"""docs/compatibility.md has the rows that the tests measure. Needs no ComfyUI."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import features
 HERE = Path(__file__).parent
 
 
-def test_the_table_in_the_readme_has_a_row_for_everything_that_is_tested():
-    readme = compatibility.README.read_text(encoding="utf-8")
-    assert compatibility.rows_of(readme) == compatibility.expected_rows()
+def test_the_table_in_the_docs_has_a_row_for_everything_that_is_tested():
+    page = compatibility.PAGE.read_text(encoding="utf-8")
+    assert compatibility.rows_of(page) == compatibility.expected_rows()
     assert len(set(compatibility.expected_rows())) == len(compatibility.expected_rows())
 
 

@@ -154,11 +154,11 @@ def test_what_is_counted_with_the_next_step_is_what_the_documentation_says(
     assert ahead == {s: further for s, further in AHEAD.items() if s in samplers}
     assert within == {s for s in WITHIN if s in samplers}
     page = (REPOSITORY / "nodes/web/docs/LDCPStepSchedule.md").read_text(encoding="utf-8")
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    docs = (REPOSITORY / "docs" / "nodes.md").read_text(encoding="utf-8")
     for sampler in (*AHEAD, *WITHIN, *OWN_LEVELS):
         assert f"`{sampler}`" in page
     for sampler in (*AHEAD, *OWN_LEVELS):
-        assert f"`{sampler}`" in readme
+        assert f"`{sampler}`" in docs
 
 
 @pytest.mark.parametrize("steps", STEPS)
