@@ -1,18 +1,26 @@
-"""What the commands share: a log of this project's own lines, and errors without a traceback."""
+"""What the commands share: this project's own log lines, progress, errors without a traceback.
+
+Whatever lasts shows how far it has come: a bar on a terminal; in a file or a pipe, where a bar
+would be thousands of lines, a line every few seconds.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec, TextIO
+
+from tqdm import tqdm
 
 from training.errors import UserError
 
 P = ParamSpec("P")
 #: libraries whose log says nothing that a user of a command could act on
 NOISY = ("httpx", "datasets", "diffusers", "transformers", "matplotlib")
+#: seconds between two lines of progress where there is no terminal
+LINE_EVERY = 5.0
 
 
 def log_progress(level: int = logging.INFO) -> None:
@@ -20,6 +28,52 @@ def log_progress(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, format="%(message)s")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def progress(
+    over: Iterable[Any] | None,
+    label: str,
+    total: int | None = None,
+    *,
+    unit: str = "item",
+    initial: int = 0,
+) -> tqdm[Any]:
+    """``over`` with its progress on stderr; with None, to `update` by hand.
+
+    Shown where this project's log lines are: of several processes by the first alone, and not to
+    whoever calls a function without setting up a log.
+    """
+    terminal = sys.stderr.isatty()
+    shown = logging.getLogger("training").isEnabledFor(logging.INFO)
+    nothing = total == 0 or (hasattr(over, "__len__") and not len(over))
+    return tqdm(
+        over,
+        label,
+        total,
+        unit=unit,
+        initial=initial,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.1 if terminal else LINE_EVERY,
+        dynamic_ncols=terminal,
+        bar_format=None if terminal else "{desc}: {n_fmt}/{total_fmt} [{elapsed}]{postfix}",
+        disable=nothing or not shown,
+    )
+
+
+class _Lines:
+    """A file for tqdm, which overwrites its line: each state on a line of its own, once."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._last = file, ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self._last:
+            self._file.write(f"{line}\n")
+            self._last = line
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def explaining(main: Callable[P, int]) -> Callable[P, int]:

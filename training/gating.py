@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,15 +177,22 @@ def compact_blocks(
     keep_sets: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
     padding: Padding,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, CompactBlock]:
     """Block name -> its kept rows and columns; `running` runs the U-Net through them.
 
-    Blocks that lose nothing are left out.
+    Blocks that lose nothing are left out. Constants are folded in ``dtype``, by default that of the
+    weights.
     """
     found: dict[str, CompactBlock] = {}
     pruned = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
     for name, gate in block_gates(pruned, constants, padding).items():
         weights = _adapter(name, unet.get_submodule(name)).weights()
+        if dtype is not None:
+            weights = [
+                replace(w, weight=w.weight.to(dtype), bias=None if w.bias is None else w.bias.to(dtype))
+                for w in weights
+            ]
         kind = CompactFeedForward if isinstance(gate, FeedForwardGate) else CompactResBlock
         found[name] = kind(gate, *weights)
     return found

@@ -24,12 +24,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from ldcp_core import Gates, load_gates, write_atomically
 from training.arguments import DEMO_SETTINGS
 from training.cache import digest
-from training.console import explaining
+from training.console import explaining, log_progress, progress
 from training.errors import UserError
 from training.gating import compact_blocks, topology_of
 from training.models import DiffusionModel, load_model
@@ -172,8 +171,8 @@ def sample(
         ]
         with state.split_between_processes(missing) as mine, candidate.running(model.unet):
             images = draw(pipe, [shot for _, shot in mine], settings)
-            bar = tqdm(images, total=len(mine), desc=name, disable=not mine)
-            for (path, shot), image in zip(mine, bar, strict=True):
+            drawn = progress(images, f"drawing {name}", len(mine), unit="image")
+            for image, (path, shot) in zip(drawn, mine, strict=True):
                 _save(image, path, _facts(shot, settings) | facts)
     state.wait_for_everyone()
     return paths
@@ -253,6 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", required=True, help="folder for the images")
     given = parser.parse_args(argv)
+    log_progress()
     source = given.model or (DEMO_SETTINGS["model"] if given.demo else None)
     if source is None:
         parser.error("--model is missing; or use --demo")
