@@ -100,7 +100,9 @@ class TensorCache:
         missing shards. Raises `CacheNotWritable`.
         """
         closed = [k for k in range(len(self._shards)) if k not in self._there]
-        missing = [k for k in progress(closed, "opening the cache") if not self._open(k)]
+        kept = [k for k in closed if self._paths[k].is_file()]
+        opened = {k for k in progress(kept, "opening the cache", unit="file") if self._open(k)}
+        missing = [k for k in closed if k not in opened]
         mine = missing[rank::world]
         if not mine:
             return

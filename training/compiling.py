@@ -51,7 +51,7 @@ def compile_(unet: UNet2DConditionModel, sites: Iterable[str], backend: str = "i
 
 @contextmanager
 def uncompiled(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Context in which nothing of the U-Net runs compiled: in another precision it would be anew."""
+    """Context in which nothing of the U-Net runs compiled: another precision would compile anew."""
     compiled = {m: m._compiled_call_impl for m in unet.modules() if m._compiled_call_impl}
     try:
         for module in compiled:

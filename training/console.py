@@ -19,6 +19,8 @@ from training.errors import UserError
 P = ParamSpec("P")
 #: libraries whose log says nothing that a user of a command could act on
 NOISY = ("httpx", "datasets", "diffusers", "transformers", "matplotlib")
+#: a line of progress
+LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 #: seconds between two lines of progress where there is no terminal
 LINE_EVERY = 5.0
 
@@ -55,7 +57,7 @@ def progress(
         file=sys.stderr if terminal else _Lines(sys.stderr),
         mininterval=0.1 if terminal else LINE_EVERY,
         dynamic_ncols=terminal,
-        bar_format=None if terminal else "{desc}: {n_fmt}/{total_fmt} [{elapsed}]{postfix}",
+        bar_format=None if terminal else LINE,
         disable=nothing or not shown,
     )
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from training.console import progress
 from training.errors import UserError
 from training.sources import Record, list_images
 
@@ -126,7 +127,7 @@ class ImageData:
 
     def stamps(self) -> list[str]:
         """What tells each image's content apart (see `Record`)."""
-        return [record.stamp() for record in self.records]
+        return [record.stamp() for record in progress(self.records, "looking at images")]
 
     def broken_report(self) -> str:
         """Return how many images were skipped and which, or "" when none were."""

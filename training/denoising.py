@@ -221,7 +221,7 @@ class HeldOut:
         return torch.cat([_distance(after, earlier) for after, earlier in pairs]).cpu()
 
     def as_it_is(self, label: str) -> tuple[Tensor, Tensor]:
-        """Deviations from dense and denoising losses, float32 [N] each, of the U-Net as it runs now.
+        """Deviations from dense and denoising losses of the U-Net as it runs now, float32 [N] each.
 
         Within a context that prunes or quantizes it, that is. A deviation is the mean squared
         distance from the dense output, a loss (the usual one) that from the true noise; ``label``

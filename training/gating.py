@@ -184,15 +184,15 @@ def compact_blocks(
     Blocks that lose nothing are left out. Constants are folded in ``dtype``, by default that of the
     weights.
     """
+
+    def cast(values: Tensor | None) -> Tensor | None:
+        return values if values is None or dtype is None else values.to(dtype)
+
     found: dict[str, CompactBlock] = {}
     pruned = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
     for name, gate in block_gates(pruned, constants, padding).items():
-        weights = _adapter(name, unet.get_submodule(name)).weights()
-        if dtype is not None:
-            weights = [
-                replace(w, weight=w.weight.to(dtype), bias=None if w.bias is None else w.bias.to(dtype))
-                for w in weights
-            ]
+        layers = _adapter(name, unet.get_submodule(name)).weights()
+        weights = [replace(w, weight=cast(w.weight), bias=cast(w.bias)) for w in layers]
         kind = CompactFeedForward if isinstance(gate, FeedForwardGate) else CompactResBlock
         found[name] = kind(gate, *weights)
     return found

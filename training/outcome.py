@@ -32,6 +32,7 @@ from training.precision import in_precision
 from training.provenance import provenance
 from training.report import History, curves_png, scores_png
 from training.samples import Samples
+from training.splits import Split
 from training.streaming import Data, StreamedImages
 
 log = logging.getLogger("training.fit")
@@ -181,6 +182,7 @@ def _info(
         **provenance("learned", config.to_json(), gates, budget),
         "steps": len(history.sparsity),
         "changed_channels": history.changed,
+        "held_out": Split.of(config).to_json(),
         "data": {"source": Path(data.source).name, "images": _count(data)},
         "fingerprint": fingerprint(weights),
     }

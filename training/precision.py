@@ -1,11 +1,11 @@
 """The U-Net in another precision, for the time of a context: cast, stored in fp8, or in int8.
 
-``fp32``, ``bf16`` and ``fp16`` compute in what they store; but of a U-Net that was loaded in fewer
-bits, ``fp32`` casts the weights up at every use, so that none is held twice. ``fp8`` keeps the weights and biases of
-linear layers and convolutions as float8_e4m3fn and casts them up at every use, as diffusers'
-layerwise casting does. ``int8`` keeps their weights as torchao's symmetric integers with a scale
-per output channel. Both compute in bf16 on a GPU and in fp32 on a CPU, so they save memory, and no
-time. Normalisation layers are computed in full.
+``fp32``, ``bf16`` and ``fp16`` compute in what they store; of a U-Net that was loaded in fewer bits
+``fp32`` casts the weights up at every use, so that none is held twice. ``fp8`` keeps the weights
+and biases of linear layers and convolutions as float8_e4m3fn and casts them up at every use, as
+diffusers' layerwise casting does. ``int8`` keeps their weights as torchao's symmetric integers with
+a scale per output channel. Both compute in bf16 on a GPU and in fp32 on a CPU, so they save memory,
+and no time. Normalisation layers are computed in full.
 
 Pruning comes first: compact blocks are cut, and their constants folded, from the weights as
 loaded, and what is left is cast or quantized. Scales then fit the weights that remain.

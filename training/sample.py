@@ -89,10 +89,14 @@ def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model to draw with or to measure: ``gates`` (None: dense) and a precision."""
+    """One model to draw with or to measure: ``gates`` (None: dense) and a precision.
+
+    ``beside`` names the gates that it is a baseline of.
+    """
 
     gates: Gates | None = None
     precision: str = "fp32"
+    beside: str = ""
 
     @contextmanager
     def running(self, unet: UNet2DConditionModel) -> Iterator[int]:
