@@ -18,7 +18,7 @@ from training.provenance import is_number, is_whole, read
 
 @dataclass(frozen=True)
 class Split:
-    """Held out are ``fraction`` of the images, chosen by ``seed``; of a stream the first ``rows``."""
+    """Held out are ``fraction`` of the images, by ``seed``; of a stream the first ``rows``."""
 
     fraction: float = FitConfig.validation_fraction
     seed: int = 0

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ldcp_core import Gates, gates_report, load_gates
-from training import fit, watching
+from training import fit, report, watching
 from training.html_report import html_report
 from training.loop import Learning
 from training.models import DiffusionModel
@@ -237,6 +237,21 @@ def test_the_page_is_whole_and_says_what_the_report_says() -> None:
     row = ["mid_block.resnets.0.conv1", "960 of 1280", "25.0%", f"{saved.parameters:,}"]
     assert row in [found[:4] for found in page.rows]
     assert ["data", "<b>faces</b>"] in page.rows and ["seed", "3"] in page.rows
+
+
+def test_scores_are_drawn_as_shapes_and_not_channel_by_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "_png", lambda figure: drawn.append(figure) or b"")
+    scores = {
+        "mid_block.resnets.0.conv1": torch.tensor([0.9] * 960 + [0.1] * 320),
+        "mid_block.resnets.0.conv2": torch.ones(1280),
+    }
+    report.scores_png(Gates(scores))
+    half, whole = drawn[0].axes
+    assert len(half.patches) == 2 and len(whole.patches) == 1  # what is kept, what is pruned
+    assert [len(patch.get_data().values) for patch in half.patches] == [960, 320]
 
 
 def test_a_fit_writes_its_page(
