@@ -42,8 +42,8 @@ def progress(
 ) -> tqdm[Any]:
     """``over`` with its progress on stderr; with None, to `update` by hand.
 
-    Shown where this project's log lines are: of several processes by the first alone, and not to
-    whoever calls a function without setting up a log.
+    Shown where this project's log lines are: of the processes of a fit by the first alone, and not
+    to whoever calls a function without setting up a log.
     """
     terminal = sys.stderr.isatty()
     shown = logging.getLogger("training").isEnabledFor(logging.INFO)
