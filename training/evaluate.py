@@ -34,7 +34,7 @@ from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
 from training.cache import default_cache
-from training.console import explaining, log_progress
+from training.console import explaining, log_progress, name_of
 from training.data import open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result |= {"images": found.single, "sets": found.sets}
         result["notes"] += found.notes
         result["reference"] = {
-            "source": Path(images.source).name,
+            "source": name_of(images.source),
             "images": len(images) - len(images.broken),
             "resolution": model.resolution,
         }

@@ -20,6 +20,7 @@ from ldcp_core import (
 )
 from training.budget import Budget
 from training.config import FitConfig
+from training.console import name_of
 from training.denoising import Denoising, HeldOut
 from training.encoding import EncodedImages
 from training.errors import UserError
@@ -169,7 +170,7 @@ def _info(
         **provenance("learned", config.to_json(), gates, budget),
         "steps": len(history.sparsity),
         "changed_channels": history.changed,
-        "data": {"source": Path(data.source).name, "images": _count(data)},
+        "data": {"source": name_of(data.source), "images": _count(data)},
         "fingerprint": fingerprint(weights),
     }
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from ldcp_core import Gates
 from training.budget import Budget
+from training.console import name_of
 
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
 #: settings that are paths; their folders are nobody else's business
@@ -22,7 +22,7 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     >>> without_folders({"model": "/home/me/sd15.safetensors", "seed": 0})
     {'model': 'sd15.safetensors', 'seed': 0}
     """
-    return {k: Path(value).name if k in PATHS else value for k, value in settings.items()}
+    return {k: name_of(value) if k in PATHS else value for k, value in settings.items()}
 
 
 def provenance(

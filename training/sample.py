@@ -29,7 +29,8 @@ from tqdm import tqdm
 from ldcp_core import Gates, load_gates, write_atomically
 from training.arguments import DEMO_SETTINGS
 from training.cache import digest
-from training.console import explaining
+from training.console import explaining, name_of
+from training.data import open_image
 from training.errors import UserError
 from training.gating import compact_blocks, topology_of
 from training.models import DiffusionModel, load_model
@@ -161,7 +162,7 @@ def sample(
     for candidate in chosen.values():
         check_fits(model, candidate.gates)
     for name, candidate in chosen.items():
-        facts = {"model": Path(model.source).name, "gates": name, "candidate": candidate.stamp()}
+        facts = {"model": name_of(model.source), "gates": name, "candidate": candidate.stamp()}
         folder = output / name
         folder.mkdir(parents=True, exist_ok=True)
         paths[name] = [folder / shot.file(number) for number, shot in enumerate(shots)]
@@ -192,7 +193,7 @@ def _is_there(path: Path, facts: Mapping[str, str]) -> bool:
     """Whether this very image lies there already."""
     if not path.exists():
         return False
-    with Image.open(path) as image:
+    with open_image(path) as image:
         found = getattr(image, "text", {})
     return all(found.get(key) == value for key, value in facts.items())
 

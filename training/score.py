@@ -49,7 +49,7 @@ from ldcp_core import (
 from training import criteria
 from training.arguments import DEMO_SETTINGS
 from training.budget import Budget, BudgetKind
-from training.console import explaining, log_progress
+from training.console import explaining, log_progress, name_of
 from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising
@@ -187,7 +187,7 @@ def measure(config: ScoreConfig) -> Measurement:
     weights = {site.name: model.unet.get_parameter(site.weight) for site in sites}
     facts |= {
         "seconds": round(time.perf_counter() - start, 2),
-        "data": {"source": Path(data.source).name, "images": len(data)},
+        "data": {"source": name_of(data.source), "images": len(data)},
         "fingerprint": fingerprint(weights),
     }
     return Measurement(sites, topology, importances, constants, Latent(side, side), facts)

@@ -206,7 +206,9 @@ def test_a_broken_image_is_known_without_reading_it_again(
         found = EncodedImages(data, model, tmp_path / "c")
         found.build(model)
         assert [b.ids for b in found.batches(range(3), 3)] == [["00000.png", "00002.png"]]
-        assert data.broken == {"00001.png": "not an image, whatever its name says"}, attempt
+        assert data.broken == {
+            "00001.png": "not a png, jpg, webp, bmp or tiff image, whatever its name says"
+        }, attempt
         monkeypatch.setattr(encoding, "encode_images", FORBIDDEN)
 
 
@@ -234,7 +236,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(
     assert len(list(tmp_path.glob("c/latents-*/*"))) == 1
     read: list[int] = []
     again = EncodedImages(data, model, tmp_path / "c")
-    monkeypatch.setattr(again, "_decoded", lambda i: read.append(i) or data[i])
+    monkeypatch.setattr(again, "_decoded", lambda i: read.append(i) or data.pixels(i))
     again.build(model, workers=workers)
     assert sorted(read) == list(range(8, 20))
 

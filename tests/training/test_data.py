@@ -92,8 +92,8 @@ BROKEN = {
     "truncated png": (_truncated_png(), "truncated"),
     "truncated jpeg": (_truncated_jpeg(), "truncated"),
     "empty": (b"", "the file is empty"),
-    "text": (b"hello", "not an image"),
-    "web page": (b"<!DOCTYPE html><html></html>", "not an image"),
+    "text": (b"hello", "not a png, jpg"),
+    "web page": (b"<!DOCTYPE html><html></html>", "not a png, jpg"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "png of nothing": (png()[:20], ""),
 }

@@ -185,7 +185,7 @@ def test_a_broken_row_of_a_table_is_skipped(tmp_path: Path) -> None:
     data = open_dataset(str(tmp_path), resolution=8)
     assert [b.ids for b in data.batches(range(3), 3)] == [["row 2"]]
     assert data.broken == {
-        "row 0": "not an image, whatever its name says",
+        "row 0": "not a png, jpg, webp, bmp or tiff image, whatever its name says",
         "row 1": "the row has no image",
     }
 

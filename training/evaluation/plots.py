@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from training.data import open_image
+
 Row = Mapping[str, Any]
 
 
@@ -145,7 +147,7 @@ def heat_map(cells: Sequence[Cell]) -> bytes:
 def grid(paths: Mapping[str, Sequence[Path]], prompts: Sequence[str]) -> Image.Image:
     """One row per model and one column per image, each row labelled with its model."""
     rows = {
-        name: [Image.open(path).convert("RGB") for path in files] for name, files in paths.items()
+        name: [open_image(path).convert("RGB") for path in files] for name, files in paths.items()
     }
     side, label, head = next(iter(rows.values()))[0].width, 18, 20
     sheet = Image.new(
