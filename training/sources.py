@@ -250,7 +250,7 @@ def _read_rows(root: Path, file: Path) -> list[dict[str, Any]]:
         text = io.StringIO(_utf_8(content), newline="")
         if file.suffix == ".csv":
             table = csv.DictReader(text)
-            line = "line 1: "
+            line = f"line {1 + bool(table.fieldnames)}: "
             for row in table:
                 rows.append(row)
                 line = f"line {table.line_num + 1}: "
