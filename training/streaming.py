@@ -107,7 +107,7 @@ class StreamedImages:
         """
         position = position or Position()
         while epochs is None or position.epoch < epochs:
-            seen = position.offset > 0
+            seen = begun = position.offset > 0
             for chosen in self._rows(indices, batch_size, position):
                 seen = True
                 yield self._encoded(chosen, share(len(chosen)))
@@ -118,6 +118,8 @@ class StreamedImages:
                     "more images",
                     "use --validation-fraction 0, or another data set",
                 )
+            if self.broken and not (self._read or begun):
+                raise self._unreadable()
             position.epoch, position.offset, position.stream = position.epoch + 1, 0, None
 
     def _rows(
@@ -184,12 +186,16 @@ class StreamedImages:
             log.warning("Skipping the broken image %s: %s", id, reason)
         self.broken[id] = reason
         if not self._read and len(self.broken) == UNREADABLE:
-            raise UserError(
-                f"None of the first {UNREADABLE} images of {self.source} can be read, for example "
-                f"{id}: {reason}.",
-                "rows that hold images",
-                "look at that row; make or download the data set again",
-            )
+            raise self._unreadable()
+
+    def _unreadable(self) -> UserError:
+        id, reason = next(iter(self.broken.items()))
+        return UserError(
+            f"None of the first {len(self.broken)} images of {self.source} can be read, for "
+            f"example {id}: {reason}.",
+            "rows that hold images",
+            "look at that row; make or download the data set again",
+        )
 
 
 #: images to learn from

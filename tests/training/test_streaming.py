@@ -128,13 +128,14 @@ def test_a_broken_image_leaves_its_place_empty(tmp_path: Path, model: DiffusionM
     assert torch.equal(problems[0].noise, noise[:1])
 
 
+@pytest.mark.parametrize(("enough", "said"), [(6, 6), (64, 12)])  # after so many, or an epoch
 def test_a_stream_without_a_single_image_is_an_error(
-    tmp_path: Path, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, enough: int, said: int
 ) -> None:
-    monkeypatch.setattr(streaming, "UNREADABLE", 6)
+    monkeypatch.setattr(streaming, "UNREADABLE", enough)
     data = streamed(parquet(tmp_path / "none", broken=tuple(range(ROWS))), model)
-    with pytest.raises(UserError, match="None of the first 6 images"):
-        list(data.batches(range(2, ROWS), 2))
+    with pytest.raises(UserError, match=f"None of the first {said} images"):
+        list(islice(data.batches(range(2, ROWS), 2, epochs=None), 99))
 
 
 def test_a_stream_that_breaks_is_explained(faces: Path, model: DiffusionModel) -> None:
