@@ -27,7 +27,15 @@ from .feedforward import (
     geglu,
     masked_feed_forward,
 )
-from .gatefile import GateFileError, fingerprint, load_gates, save_gates, write_atomically
+from .gatefile import (
+    GateFileError,
+    content_digest,
+    fingerprint,
+    load_gates,
+    remove_abandoned,
+    save_gates,
+    write_atomically,
+)
 from .gates import (
     ALIGNMENT,
     DEFAULT_FLOOR,
@@ -69,6 +77,7 @@ from .sites import (
     short_name,
     sites_of,
 )
+from .text import markdown, one_line
 
 __all__ = [
     "ALIGNMENT",
@@ -121,6 +130,7 @@ __all__ = [
     "blocks_of",
     "build_report",
     "column_norms",
+    "content_digest",
     "expected_hidden",
     "expected_output",
     "fingerprint",
@@ -132,9 +142,12 @@ __all__ = [
     "least_kept",
     "load_gates",
     "magnitude",
+    "markdown",
     "masked_feed_forward",
     "masked_forward",
     "moving_cost",
+    "one_line",
+    "remove_abandoned",
     "report_image",
     "save_gates",
     "savings",
