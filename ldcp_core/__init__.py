@@ -27,15 +27,8 @@ from .feedforward import (
     geglu,
     masked_feed_forward,
 )
-from .gatefile import (
-    GateFileError,
-    content_digest,
-    fingerprint,
-    load_gates,
-    remove_abandoned,
-    save_gates,
-    write_atomically,
-)
+from .files import remove_abandoned, write_atomically
+from .gatefile import GateFileError, content_digest, fingerprint, load_gates, save_gates
 from .gates import (
     ALIGNMENT,
     DEFAULT_FLOOR,

@@ -10,20 +10,14 @@ to do.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import secrets
 import stat
-import sys
-import time
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +25,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from .files import write_atomically
 from .gates import PADDINGS, Gates
 from .sites import Topology
 from .text import PATH, QUOTED, one_line
-
-if sys.platform != "win32":
-    import fcntl
 
 FORMAT = "ldcp.gates"
 VERSION = 1
@@ -50,10 +42,6 @@ MAX_TENSORS = 1000
 MAX_HEADER = 2 * MAX_DESCRIPTION + 256 * MAX_TENSORS
 #: weights sampled per convolution for the fingerprint
 FINGERPRINT_SAMPLES = 4096
-#: the names of files that are being written
-TEMPORARY = f".*.{'[0-9a-f]' * 8}.ldcp"
-#: seconds for which a temporary file is not called abandoned, whoever locks it
-YOUNG = 5
 #: strict JSON for what Python writes as constants of its own
 CONSTANTS = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
 
@@ -98,66 +86,6 @@ def load_gates(path: str | Path) -> Gates:
 def content_digest(path: str | Path) -> str:
     """A hash of what `load_gates` reads; raises what that raises for a file it does not read."""
     return hashlib.sha256(_content(Path(path))).hexdigest()
-
-
-def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> None:
-    """Write a file so that at any moment its name holds the old content or the new one.
-
-    Before the first file in a folder, what killed writers left there is removed. Raises
-    FileExistsError when the name is taken and not to be overwritten, OSError when the disk refuses.
-    """
-    remove_abandoned(path.parent)
-    # of a long name the beginning: there must be room for the rest
-    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.ldcp")
-    file = open(temporary, "xb")
-    try:
-        with file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                _lock(file)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.utime(temporary)  # young until it has its name, however long that took
-        _move(temporary, path, overwrite)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@cache
-def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of killed writers, once per folder and process.
-
-    The file of a living writer is locked; on Windows it is open, and an open file can't be removed.
-    """
-    for path in folder.glob(TEMPORARY):
-        with contextlib.suppress(OSError):
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > YOUNG:
-                with open(path, "rb+") as file:
-                    _lock(file)
-                path.unlink()
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Raises OSError when another writer has it, or where the file system has no locks."""
-    if sys.platform != "win32":
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _move(temporary: Path, path: Path, overwrite: bool) -> None:
-    if overwrite:
-        os.replace(temporary, path)
-    elif os.name == "nt":
-        os.rename(temporary, path)  # refuses a name that is taken
-    else:
-        try:
-            os.link(temporary, path)  # as well
-        except FileExistsError:
-            raise
-        except OSError as error:  # a file system without links, such as exFAT
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from error
-            os.rename(temporary, path)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

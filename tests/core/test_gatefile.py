@@ -31,18 +31,18 @@ from ldcp_core import (
     Topology,
     fingerprint,
     load_gates,
+    remove_abandoned,
     save_gates,
     write_atomically,
 )
+from ldcp_core.files import YOUNG
 from ldcp_core.gatefile import (
     FINGERPRINT_SAMPLES,
     FORMAT,
     MAX_BYTES,
     MAX_DEPTH,
     MAX_DESCRIPTION,
-    YOUNG,
     _strict_json,
-    remove_abandoned,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -347,10 +347,10 @@ def test_a_new_name_is_never_that_of_another_file(
 HOLD = """
 import sys, time
 from pathlib import Path
-from ldcp_core import gatefile
+from ldcp_core import files
 
-gatefile.os.fsync = lambda _: (print("writing", flush=True), time.sleep(600))
-gatefile.write_atomically(Path(sys.argv[1]) / "held", b"content")
+files.os.fsync = lambda _: (print("writing", flush=True), time.sleep(600))
+files.write_atomically(Path(sys.argv[1]) / "held", b"content")
 """
 
 
