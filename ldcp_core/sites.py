@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from .text import one_line
+
 SiteKind = Literal["inner", "residual", "hidden"]
 #: what a site's name adds to that of its block
 SUFFIXES: Mapping[SiteKind, str] = {"inner": ".conv1", "residual": ".conv2", "hidden": ".net.0"}
@@ -117,11 +119,11 @@ class Topology:
     def __post_init__(self) -> None:
         if len(self.widths) != 4 or len(self.attention) != 4:
             raise ValueError(
-                f"an SD1.5 U-Net has four levels, found widths {self.widths} and attention "
-                f"{self.attention}"
+                f"an SD1.5 U-Net has four levels, found widths {one_line(self.widths, 60)} and "
+                f"attention {one_line(self.attention, 60)}"
             )
         if not all(isinstance(a, bool) for a in self.attention):
-            raise ValueError(f"attention must be four booleans, found {self.attention}")
+            raise ValueError(f"attention must be four booleans, found {one_line(self.attention)}")
         numbers = (
             *self.widths,
             self.layers_per_block,
@@ -130,7 +132,9 @@ class Topology:
             self.out_channels,
         )
         if not all(type(n) is int and 0 < n <= 65536 for n in numbers):  # True is an int, too
-            raise ValueError(f"widths and depths must be positive integers, found {numbers}")
+            raise ValueError(
+                f"widths and depths must be positive integers, found {one_line(numbers)}"
+            )
         if self.layers_per_block > 8:
             raise ValueError(
                 f"a U-Net with {self.layers_per_block} layers per block is not SD1.5's"
@@ -149,7 +153,9 @@ class Topology:
                 out_channels=value["out_channels"],
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not the description of an SD1.5 U-Net: {value!r}") from error
+            raise ValueError(
+                f"not the description of an SD1.5 U-Net: {one_line(repr(value))}"
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -228,7 +234,7 @@ class Topology:
         for pattern, found in named.items():
             if not found:
                 raise ValueError(
-                    f"unknown scope or site {pattern!r}; a scope is {', '.join(PARTS)}, several of "
+                    f"unknown scope or site {one_line(repr(pattern))}; a scope is {', '.join(PARTS)}, several of "
                     "them joined by '+', '+ff' with them, or site names such as "
                     "'mid_block.resnets.0.conv1' separated by commas"
                 )

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ldcp_core import Gates, load_gates, top_channels
+from ldcp_core import Gates, load_gates, markdown, top_channels
 from training.arguments import DEMO_SETTINGS
 from training.console import explaining, log_progress
 from training.criteria import magnitudes
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in arguments.gates:
         gates = load_gates(path)
         print(
-            f"\n{path}: {gates.sparsity:.1%} of {gates.channels} channels pruned, "
+            f"\n{markdown(path)}: {gates.sparsity:.1%} of {gates.channels} channels pruned, "
             f"rule {gates.padding!r}\n"
         )
         print(

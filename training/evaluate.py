@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from ldcp_core import Gates, Latent, savings, write_atomically
+from ldcp_core import Gates, Latent, one_line, savings, write_atomically
 from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
@@ -132,7 +132,7 @@ def evaluate(
             found["deviation_interval"] = bootstrap(deviation)
             found["deviation_by_timestep"] = by_timestep(deviation, **steps)
         rows.append(found)
-        log.info("%s: deviation %.3g, %.0f ms", name, deviation.mean(), 1000 * seconds)
+        log.info("%s: deviation %.3g, %.0f ms", one_line(name), deviation.mean(), 1000 * seconds)
     places = ranks(deviations)
     for found in rows[1:]:
         found["rank"] = places[found["name"]]

@@ -26,7 +26,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ldcp_core import Gates, load_gates, write_atomically
+from ldcp_core import Gates, load_gates, one_line, write_atomically
 from training.arguments import DEMO_SETTINGS
 from training.cache import digest
 from training.console import explaining, name_of
@@ -173,7 +173,7 @@ def sample(
         ]
         with state.split_between_processes(missing) as mine, candidate.running(model.unet):
             images = draw(pipe, [shot for _, shot in mine], settings)
-            bar = tqdm(images, total=len(mine), desc=name, disable=not mine)
+            bar = tqdm(images, total=len(mine), desc=one_line(name), disable=not mine)
             for (path, shot), image in zip(mine, bar, strict=True):
                 _save(image, path, _facts(shot, settings) | facts)
     state.wait_for_everyone()

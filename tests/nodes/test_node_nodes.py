@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -147,6 +148,70 @@ def test_a_file_trained_again_is_read_again(comfy, make_gates, folder):
     assert node.fingerprint_inputs("a.safetensors") == before
     os.utime(path, ns=(1, 1))
     assert node.fingerprint_inputs("a.safetensors") != before
+
+
+def test_another_file_of_equal_size_and_time_is_read_again(comfy, make_gates, folder):
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+    found = set()
+    for seed in (1, 2):
+        comfy.core.save_gates(make_gates(seed=seed), folder / "a.safetensors")
+        os.utime(folder / "a.safetensors", ns=(1, 1))
+        found.add(node.fingerprint_inputs("a.safetensors"))
+    assert len(found) == 2 and len({p.stat().st_size for p in folder.iterdir()}) == 1
+
+
+def test_a_folder_that_is_gone_is_a_missing_file_and_not_an_exception(
+    comfy, make_gates, folder, monkeypatch
+):
+    import execution
+
+    gone, there = folder / "gone", folder / "there"
+    entry = ([str(gone), str(there)], comfy.load_node.EXTENSIONS)
+    monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "ldcp_gates", entry)
+    for path in (gone, there):
+        path.mkdir()
+        comfy.core.save_gates(make_gates(), path / f"{path.name}.safetensors")
+    load = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+
+    def offered():
+        return load.INPUT_TYPES()["required"]["gates_name"][1]["options"]
+
+    assert offered() == ["gone.safetensors", "there.safetensors"]
+    shutil.rmtree(gone)
+    graph = {
+        "1": {"class_type": "LDCPLoadGates", "inputs": {"gates_name": "gone.safetensors"}},
+        "2": {
+            "class_type": "LDCPSaveGates",
+            "inputs": {"gates": ["1", 0], "filename_prefix": "gates"},
+        },
+    }
+    valid, _, _, errors = asyncio.run(execution.validate_prompt("id", graph, None))
+    assert not valid and "no gate file 'gone.safetensors'" in str(errors)
+    assert "Exception" not in str(errors)
+    assert offered() == ["there.safetensors"]
+    comfy.nodes.NODE_CLASS_MAPPINGS["LDCPSaveGates"].execute(make_gates(), "gates")
+    assert offered() == ["gates_00001.safetensors", "there.safetensors"]
+
+
+def test_what_killed_savers_left_goes_when_the_pack_is_loaded(comfy, make_gates, folder):
+    left = folder / "portraits" / ".gates_00001.safetensors.0123abcd.ldcp"
+    left.parent.mkdir()
+    left.write_bytes(b"a part")
+    os.utime(left, (0, 0))
+    load = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+    assert load.INPUT_TYPES()["required"]["gates_name"][1]["options"] == []
+    comfy.load_node.register_folder()
+    assert not left.exists()
+
+
+def test_a_message_shows_names_as_a_line_and_not_all_of_them(comfy, folder):
+    odd = "a\x1b[31m\n\u202e" if os.name == "posix" else "a"
+    for number in range(50):
+        (folder / f"{odd}{number}{'b' * 150}.safetensors").touch()
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+    message = node.validate_inputs(odd + "x" * 20_000_000)
+    assert message.isprintable() and len(message) < 3000
+    assert "and 40 more" in message
 
 
 def test_a_missing_file_is_named_before_the_run(comfy, folder):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ldcp_core import markdown, one_line
+
 MIB = 2**20
 #: the tables about single blocks, which only a benchmark of the mid block has
 BLOCK_SECTIONS = {
@@ -48,12 +50,12 @@ def _conditions(result: Mapping[str, Any]) -> str:
         f"Measured on: {place}; {machine['system']}, Python {machine['python']}, {packages}.",
         f"{options['resolution']} px, batch {options['batch']} (a batch of 2 is one image with "
         f"guidance), {options['precision']}, {options['rounds']} rounds, seed {options['seed']}; "
-        f"model: {result['model']}; gates: {result['gates']}.",
+        f"model: {markdown(result['model'])}; gates: {markdown(result['gates'])}.",
     ]
     if options["device"] == "cpu" and machine["system"].startswith("Linux"):
         threshold = machine["malloc_mmap_threshold"] or "not set"
         lines.append(f"Allocator: MALLOC_MMAP_THRESHOLD_ is {threshold}.")
-    return "\n".join(lines) + f"\n\n    {result['command']}"
+    return "\n".join(lines) + f"\n\n    {one_line(result['command'], 4000)}"
 
 
 def _unet_section(result: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ldcp_core import markdown
 from training.evaluation.statistics import PARTS
 
 SHARES = ("channels_pruned", "parameters_left", "flops_left", "sparsity")
@@ -58,7 +59,7 @@ def render(result: Mapping[str, Any]) -> str:
     lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * PARTS}"]
     for r in result["rows"]:
         shown = ["" if v is None else f"{v:.5f}" for v in r["loss_by_timestep"]]
-        lines.append(f"| {r['name']} | {' | '.join(shown)} |")
+        lines.append(f"| {markdown(r['name'])} | {' | '.join(shown)} |")
     if result.get("images"):
         lines += ["", *_image_table(result["images"])]
     if any(result.get("sets", {}).values()):
@@ -68,7 +69,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def _row(r: Mapping[str, Any]) -> str:
-    shown = [r["name"], r["precision"], r["criterion"], r["scope"]]
+    shown = [markdown(r[word]) for word in ("name", "precision", "criterion", "scope")]
     shown += [f"{r[share]:.1%}" for share in SHARES]
     shown += [f"{r['bytes'] / 2**20:.1f}", f"{1000 * r['seconds']:.0f}"]
     if "deviation" in r:
@@ -92,20 +93,22 @@ def _image_table(images: Mapping[str, Mapping[str, Mapping[str, float]]]) -> lis
     for name, metrics in images.items():
         for metric, s in metrics.items():
             values = (s["mean"], s["median"], s["minimum"], s["maximum"], s["deviation"])
-            lines.append(f"| {name} | {metric} | {' | '.join(f'{v:.4g}' for v in values)} |")
+            lines.append(
+                f"| {markdown(name)} | {metric} | {' | '.join(f'{v:.4g}' for v in values)} |"
+            )
     return lines
 
 
 def _set_table(sets: Mapping[str, Mapping[str, float]], reference: Mapping[str, Any]) -> list[str]:
     metrics = list(dict.fromkeys(metric for found in sets.values() for metric in found))
     lines = [
-        f"All images of a model against the {reference['images']:,} of {reference['source']} at "
-        f"{reference['resolution']} pixels:",
+        f"All images of a model against the {reference['images']:,} of "
+        f"{markdown(reference['source'])} at {reference['resolution']} pixels:",
         "",
         f"| gates | {' | '.join(metrics)} |",
         f"|---|{'---|' * len(metrics)}",
     ]
     for name, found in sets.items():
         shown = [f"{found[metric]:.4g}" if metric in found else "" for metric in metrics]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
+        lines.append(f"| {markdown(name)} | {' | '.join(shown)} |")
     return lines
