@@ -70,7 +70,7 @@ from .sites import (
     short_name,
     sites_of,
 )
-from .text import markdown, one_line
+from .text import markdown, one_line, printable
 
 __all__ = [
     "ALIGNMENT",
@@ -140,6 +140,7 @@ __all__ = [
     "masked_forward",
     "moving_cost",
     "one_line",
+    "printable",
     "remove_abandoned",
     "report_image",
     "save_gates",

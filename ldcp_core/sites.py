@@ -234,8 +234,8 @@ class Topology:
         for pattern, found in named.items():
             if not found:
                 raise ValueError(
-                    f"unknown scope or site {one_line(repr(pattern))}; a scope is {', '.join(PARTS)}, several of "
-                    "them joined by '+', '+ff' with them, or site names such as "
+                    f"unknown scope or site {one_line(repr(pattern))}; a scope is "
+                    f"{', '.join(PARTS)}, several of them joined by '+', '+ff' with them, or site names such as "
                     "'mid_block.resnets.0.conv1' separated by commas"
                 )
         wanted = set().union(*named.values())

@@ -27,7 +27,16 @@ def one_line(found: object, most: int = QUOTED) -> str:
     'xxxxxxxxx ... xxxxxx'
     """
     text = _ends(str(found), most)  # before what follows makes it longer
-    return _ends("".join(c if c.isprintable() else _written_out(c) for c in text), most)
+    return _ends(printable(text), most)
+
+
+def printable(text: str) -> str:
+    r"""``text`` with everything written out that a terminal would obey or hide, however long.
+
+    >>> print(printable("face \x1b[2J \udcff"))
+    face \x1b[2J \udcff
+    """
+    return "".join(c if c.isprintable() else _written_out(c) for c in text)
 
 
 def markdown(found: object, most: int = QUOTED) -> str:

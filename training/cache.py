@@ -22,9 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
-from tqdm import tqdm
 
 from ldcp_core import write_atomically
+from training.console import progress
 from training.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -99,20 +99,21 @@ class TensorCache:
         Of ``world`` processes each calls it with its ``rank``, and computes its share of the
         missing shards. Raises `CacheNotWritable`.
         """
-        missing = [
-            k for k in range(len(self._shards)) if k not in self._there and not self._open(k)
-        ]
+        closed = [k for k in range(len(self._shards)) if k not in self._there]
+        kept = [k for k in closed if self._paths[k].is_file()]
+        opened = {k for k in progress(kept, "opening the cache", unit="file") if self._open(k)}
+        missing = [k for k in closed if k not in opened]
         mine = missing[rank::world]
         if not mine:
             return
         total = sum(len(self._shards[k]) for k in mine)
-        with tqdm(total=total, desc=label, unit="item", dynamic_ncols=True) as bar:
+        with progress(None, label, total) as bar:
             for k in mine:
-                self._write(k, compute, bar)
+                self._write(k, compute, bar.update)
                 if not self._open(k):
                     raise CacheNotWritable(f"{self._paths[k]} was written and can't be read back.")
 
-    def _write(self, k: int, compute: Compute, bar: tqdm[None]) -> None:
+    def _write(self, k: int, compute: Compute, done: Callable[[], object]) -> None:
         values: list[Tensor] = []
         broken: dict[int, str] = {}
         rows: list[int] = []
@@ -122,7 +123,7 @@ class TensorCache:
             else:
                 rows.append(place)
                 values.append(found)
-            bar.update()
+            done()
         tensors = {"rows": torch.tensor(rows, dtype=torch.int64)}
         tensors["values"] = torch.stack(values) if values else torch.zeros(0)
         reasons = json.dumps(broken)

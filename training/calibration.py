@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldcp_core import Site
 from training.config import FitConfig
+from training.console import progress
 from training.criteria import own_effect
 from training.data import Batch
 from training.denoising import Denoising
@@ -53,9 +54,13 @@ def calibrate(
 
     Raises UserError when pruning everything changes nothing, or breaks the model.
     """
-    problems = [denoising.problem(next(stream)) for _ in range(config.calibration_batches)]
+    batches = progress(range(config.calibration_batches), "calibrating: images", unit="batch")
+    problems = [denoising.problem(next(stream)) for _ in batches]
     with ChannelMeans(denoising.model.unet, sites) as means:
-        dense = [denoising.dense(problem) if len(problem) else None for problem in problems]
+        dense = [
+            denoising.dense(problem) if len(problem) else None
+            for problem in progress(problems, "calibrating: dense", unit="batch")
+        ]
     processes.sum_(means.totals())
     constants = means.constants()
     if config.constant == "zero":
@@ -63,12 +68,12 @@ def calibrate(
 
     closed = {site.name: torch.zeros(site.channels, dtype=torch.bool) for site in sites}
     gates = hard_gates(closed, constants)
+    answered = [pair for pair in zip(problems, dense, strict=True) if pair[1] is not None]
     with torch.no_grad():
         deviations = [
             problem.share
             * deviation(denoising.gated(problem, gates, config.padding), target).item()
-            for problem, target in zip(problems, dense, strict=True)
-            if target is not None
+            for problem, target in progress(answered, "calibrating: all pruned", unit="batch")
         ]
     whole = torch.tensor(math.fsum(deviations), dtype=torch.float64)
     processes.sum_([whole])

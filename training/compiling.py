@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch._dynamo
@@ -46,6 +47,19 @@ def compile_(unet: UNet2DConditionModel, sites: Iterable[str], backend: str = "i
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
     for name in parts:
         unet.get_submodule(name).compile(backend=backend, dynamic=False)
+
+
+@contextmanager
+def uncompiled(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Context in which nothing of the U-Net runs compiled: another precision would compile anew."""
+    compiled = {m: m._compiled_call_impl for m in unet.modules() if m._compiled_call_impl}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _parts(unet: UNet2DConditionModel, blocks: Iterable[str]) -> list[str]:

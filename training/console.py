@@ -1,25 +1,31 @@
-"""What the commands share: a log of this project's own lines, and errors without a traceback."""
+"""What the commands share: this project's own log lines, progress, errors without a traceback.
+
+Whatever lasts shows how far it has come: a bar on a terminal; in a file or a pipe, where a bar
+would be thousands of lines, a line every few seconds.
+"""
 
 from __future__ import annotations
 
 import io
 import logging
 import sys
-import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec, TextIO
 
+from tqdm import tqdm
+
+from ldcp_core import printable
 from training.errors import UserError
 
 P = ParamSpec("P")
 #: libraries whose log says nothing that a user of a command could act on
 NOISY = ("httpx", "datasets", "diffusers", "transformers", "matplotlib")
-
-#: Unicode's categories of control codes, of invisible marks that turn writing around, of halves of
-#: a character, and of line and paragraph ends
-UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+#: a line of progress
+LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+#: seconds between two lines of progress where there is no terminal
+LINE_EVERY = 5.0
 
 
 def log_progress(level: int = logging.INFO) -> None:
@@ -34,6 +40,52 @@ def take_any_name() -> None:
     """Make printing a path escape what the terminal's encoding lacks, instead of ending the run."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def progress(
+    over: Iterable[Any] | None,
+    label: str,
+    total: int | None = None,
+    *,
+    unit: str = "item",
+    initial: int = 0,
+) -> tqdm[Any]:
+    """``over`` with its progress on stderr; with None, to `update` by hand.
+
+    Shown where this project's log lines are: of the processes of a fit by the first alone, and not
+    to whoever calls a function without setting up a log.
+    """
+    terminal = sys.stderr.isatty()
+    shown = logging.getLogger("training").isEnabledFor(logging.INFO)
+    nothing = total == 0 or (hasattr(over, "__len__") and not len(over))
+    return tqdm(
+        over,
+        label,
+        total,
+        unit=unit,
+        initial=initial,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.1 if terminal else LINE_EVERY,
+        dynamic_ncols=terminal,
+        bar_format=None if terminal else LINE,
+        disable=nothing or not shown,
+    )
+
+
+class _Lines:
+    """A file for tqdm, which overwrites its line: each state on a line of its own, once."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._last = file, ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self._last:
+            self._file.write(f"{line}\n")
+            self._last = line
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def explaining(main: Callable[P, int]) -> Callable[P, int]:
@@ -53,20 +105,6 @@ def explaining(main: Callable[P, int]) -> Callable[P, int]:
             return 1
 
     return explained
-
-
-def printable(text: str) -> str:
-    r"""``text`` in one line that any terminal, page and file takes: escaped where it is no writing.
-
-    File names of POSIX may hold line ends, a terminal's control codes, and what is not Unicode.
-
-    >>> print(printable("face \x1b[2J \udcff"))
-    face \x1b[2J \udcff
-    """
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in UNPRINTABLE else c
-        for c in text
-    )
 
 
 def name_of(path: str) -> str:

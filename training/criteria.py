@@ -20,6 +20,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldcp_core import Magnitude, Padding, Site, SoftGate, block_of, hidden_rows, magnitude
+from training.console import progress
 from training.denoising import Denoising, Problem
 from training.gating import watched
 
@@ -62,7 +63,10 @@ class Ladder:
         return Problem(noisy, steps, self.context, noise)
 
     def __iter__(self) -> Iterator[Problem]:
-        return (self.problem(timestep) for timestep in self.timesteps)
+        return map(self.problem, self.timesteps)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
 
 
 # --- from the weights alone -----------------------------------------------------------------------
@@ -157,7 +161,7 @@ def taylor(
     With μ = 0 this is |Σ w·∂L/∂w| over the channel's row and bias, summed over all timesteps.
     """
     total: Importances = {site.name: torch.zeros(site.channels) for site in sites}
-    for problem in ladder:
+    for problem in progress(ladder, "taylor", unit="timestep"):
         found = gate_gradients(
             ladder.denoising, problem, sites, constants, padding, noise_loss(problem)
         )
@@ -180,7 +184,8 @@ def diff_pruning(
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        for timestep, problem in zip(ladder.timesteps, ladder, strict=True):
+        problems = progress(ladder, "diff-pruning", unit="timestep")
+        for timestep, problem in zip(ladder.timesteps, problems, strict=True):
             output = unet(
                 problem.noisy, problem.timesteps, encoder_hidden_states=problem.context
             ).sample
@@ -230,7 +235,7 @@ def own_effect(
     over the processes that share the batches.
     """
     total: Importances = {site.name: torch.zeros(site.channels) for site in sites}
-    for problem in problems:
+    for problem in progress(problems, "own effect of each channel", unit="batch"):
         found: Importances = {site.name: torch.zeros(site.channels) for site in sites}
         if len(problem):
             probe = problem.noise.flip(2, 3)
@@ -279,7 +284,7 @@ def diversity(
     of_text = principal_directions(ladder.context, settings.directions, generator)
     changes = [(d, None) for d in of_noise] + [(None, d) for d in of_text]
     samples: list[dict[str, Tensor]] = []
-    for number in range(len(ladder.latents)):
+    for number in progress(range(len(ladder.latents)), "diversity", unit="image"):
         timestep = ladder.timesteps[number % len(ladder.timesteps)]
         rows = []
         for noise_direction, text_direction in changes:
@@ -365,6 +370,6 @@ def flap(ladder: Ladder, sites: Sequence[Site]) -> Importances:
     variance is taken over images, positions and timesteps.
     """
     with watched(ladder.denoising.model.unet, [site.name for site in sites]) as seen:
-        for problem in ladder:
+        for problem in progress(ladder, "flap", unit="timestep"):
             ladder.denoising.dense(problem)
     return seen.importances()

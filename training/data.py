@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
-from training.console import printable
+from ldcp_core import printable
+from training.console import progress
 from training.errors import UserError
 from training.sources import KINDS, Record, list_images
 from training.stamps import FileStamps
@@ -160,7 +160,7 @@ class ImageData:
         Files are read whole, those apart that ``folder`` remembers (see `FileStamps`).
         """
         stamps = FileStamps(folder, self.source)
-        bar = tqdm(self.records, desc="looking for changes", unit="image", delay=1)
+        bar = progress(self.records, "looking for changes", unit="image")
         found = [record.stamp(stamps) for record in bar]
         stamps.save()
         return found

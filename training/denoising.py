@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from ldcp_core import SoftGate, blocks_of
 from ldcp_core.gates import Padding
+from training.console import progress
 from training.data import Batch, ImageData
 from training.encoding import EncodedBatch, EncodedImages
 from training.frozen import thrifty_layers
@@ -71,14 +72,16 @@ class Encoder:
         self._latents: dict[str, Tensor] = {}
         self._contexts: dict[str, Tensor] = {}
 
-    def __call__(self, batch: Batch | EncodedBatch) -> tuple[Tensor, Tensor]:
-        """Latents [B, 4, h, w] and context [B, T, D], in the U-Net's precision and place."""
-        unet = self._model.unet
+    def __call__(
+        self, batch: Batch | EncodedBatch, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [B, 4, h, w] and context [B, T, D], in the U-Net's place and precision.
+
+        Or in ``dtype``.
+        """
+        device, dtype = self._model.unet.device, dtype or self._model.unet.dtype
         if isinstance(batch, EncodedBatch):
-            return (
-                batch.latents.to(unet.device, unet.dtype),
-                batch.context.to(unet.device, unet.dtype),
-            )
+            return batch.latents.to(device, dtype), batch.context.to(device, dtype)
         for pixels, id in zip(batch.pixels, batch.ids, strict=True):
             if id not in self._latents:
                 self._latents[id] = encode_images(self._model, pixels[None])[0].cpu()
@@ -87,7 +90,7 @@ class Encoder:
                 self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()
         latents = torch.stack([self._latents[id] for id in batch.ids])
         context = torch.stack([self._contexts[caption] for caption in batch.captions])
-        return latents.to(unet.device, unet.dtype), context.to(unet.device, unet.dtype)
+        return latents.to(device, dtype), context.to(device, dtype)
 
 
 class Denoising:
@@ -101,16 +104,19 @@ class Denoising:
         self._layers = list(model.unet.modules())
 
     def problem(
-        self, batch: Batch | EncodedBatch, generator: torch.Generator | None = None
+        self,
+        batch: Batch | EncodedBatch,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Problem:
         """Noise the images of a batch at timesteps spread evenly over the schedule.
 
         Within a batch the timesteps are stratified, one per equal share of the schedule: as
         uniform as independent draws, with less variance. Of a batch that several processes share
-        each draws all, and uses what belongs to its own images.
+        each draws all, and uses what belongs to its own images. ``dtype``: see `Encoder`.
         """
         generator = generator or self.generator
-        latents, context = self.encoder(batch)
+        latents, context = self.encoder(batch, dtype)
         encoded = isinstance(batch, EncodedBatch)
         count, rows = (batch.total, batch.rows) if encoded else (len(latents), slice(None))
         steps = self._alphas.numel()
@@ -179,7 +185,10 @@ class Denoising:
 
 
 class HeldOut:
-    """Fixed held-out problems and their dense answers: every keep-set meets the same noise."""
+    """Fixed held-out problems in float32 and their dense answers: all gates meet the same noise.
+
+    The answers are those of the U-Net as it runs now.
+    """
 
     def __init__(
         self,
@@ -194,56 +203,61 @@ class HeldOut:
         self._denoising = denoising
         self._problems: list[Problem] = []
         self._dense: list[Tensor] = []
-        for batch in _at_least(data, indices, batch_size, samples):
-            problem = denoising.problem(batch, generator)
-            self._problems.append(problem)
-            self._dense.append(denoising.dense(problem))
+        with progress(None, "held-out images, dense", samples, unit="sample") as bar:
+            for batch in _at_least(data, indices, batch_size, samples):
+                problem = denoising.problem(batch, generator, torch.float32)
+                self._problems.append(problem)
+                self._dense.append(self._answer(problem))
+                bar.update(len(problem))
 
-    def deviations(self, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
-        """Mean squared deviation from the dense output of each held-out sample, float32 [N]."""
-        with torch.no_grad():
-            parts = [
-                (self._denoising.gated(problem, gates, padding) - dense).float().square()
-                for problem, dense in zip(self._problems, self._dense, strict=True)
-            ]
-        return torch.cat([part.mean((1, 2, 3)) for part in parts]).cpu()
+    def refer_to_this(self) -> Tensor:
+        """Take the answers of the U-Net as it runs now for what deviations are from.
 
-    def refer_to_this(self) -> None:
-        """Take the answers of the U-Net as it runs now for what deviations are from."""
-        self._dense = [self._denoising.dense(problem) for problem in self._problems]
+        Returns the deviations of these from those before, float32 [N].
+        """
+        before = self._dense
+        self._dense = [self._answer(p) for p in progress(self._problems, "the reference")]
+        pairs = zip(self._dense, before, strict=True)
+        return torch.cat([_distance(after, earlier) for after, earlier in pairs]).cpu()
 
-    def as_it_is(self) -> tuple[Tensor, Tensor]:
-        """Deviations and losses, float32 [N] each, of the U-Net as it runs now.
+    def as_it_is(self, label: str) -> tuple[Tensor, Tensor]:
+        """Deviations from dense and denoising losses of the U-Net as it runs now, float32 [N] each.
 
-        Within a context that prunes or quantizes it, that is; see `deviations` and `losses`.
+        Within a context that prunes or quantizes it, that is. A deviation is the mean squared
+        distance from the dense output, a loss (the usual one) that from the true noise; ``label``
+        says in the progress what it is.
         """
         deviations, losses = [], []
-        for problem, dense in zip(self._problems, self._dense, strict=True):
-            output = self._denoising.dense(problem).float()
-            deviations.append((output - dense.float()).square().mean((1, 2, 3)))
-            losses.append((output - problem.noise.float()).square().mean((1, 2, 3)))
+        for index, problem in enumerate(progress(self._problems, label, unit="batch")):
+            output = self._answer(problem)
+            deviations.append(_distance(output, self._dense[index]))
+            losses.append(_distance(output, problem.noise))
         return torch.cat(deviations).cpu(), torch.cat(losses).cpu()
+
+    @property
+    def dense_losses(self) -> Tensor:
+        """The denoising losses of the dense answers, float32 [N]."""
+        pairs = zip(self._dense, self._problems, strict=True)
+        return torch.cat([_distance(dense, problem.noise) for dense, problem in pairs]).cpu()
 
     @property
     def timesteps(self) -> Tensor:
         """The timestep of each held-out sample, int64 [N]."""
         return torch.cat([problem.timesteps for problem in self._problems]).cpu()
 
-    def noise_loss(self, gates: dict[str, SoftGate] | None, padding: Padding) -> float:
-        """Mean of `losses`."""
-        return float(self.losses(gates, padding).mean())
+    def _answer(self, problem: Problem) -> Tensor:
+        """The prediction, without the ten-bit products (TF32) that cuDNN takes for float32."""
+        cudnn = torch.backends.cudnn
+        allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False
+        try:
+            return self._denoising.dense(problem)
+        finally:
+            cudnn.allow_tf32 = allowed
 
-    def losses(self, gates: dict[str, SoftGate] | None, padding: Padding) -> Tensor:
-        """The usual denoising loss (MSE against the true noise) of each sample, float32 [N].
 
-        ``gates=None``: of the dense model.
-        """
-        losses = []
-        with torch.no_grad():
-            for problem, dense in zip(self._problems, self._dense, strict=True):
-                output = dense if gates is None else self._denoising.gated(problem, gates, padding)
-                losses.append((output - problem.noise).float().square().mean((1, 2, 3)))
-        return torch.cat(losses).cpu()
+def _distance(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance of each sample, float32 [N]."""
+    return (output.float() - target.float()).square().mean((1, 2, 3))
 
 
 def _at_least(

@@ -4,10 +4,12 @@
     python -m training.evaluate a.safetensors --model sd15.safetensors --data ffhq/ \\
         --images images/ --output evaluation
     python -m training.evaluate a.safetensors --demo --precision fp32 fp8 int8 --unstructured l1
+    python -m training.evaluate a.safetensors --demo --baselines
 
-All gate files, in every --precision, meet the same held-out images, noise and timesteps. Where the
-held-out deviations of two overlap, they share a rank. Bytes and times are measured. With
---unstructured, single weights are set to zero as well, for comparison. With --images, pictures are
+All gate files, in every --precision, meet the same images, which all of them held out, the same
+noise and timesteps. Where the held-out deviations of two overlap, they share a rank. Bytes and
+times are measured. With --baselines, as many channels as learned gates keep are chosen by cheaper
+means as well; with --unstructured, single weights are set to zero. With --images, pictures are
 drawn from every model with the same prompts and seeds and compared with the dense ones, their
 prompts and a reference; what needs weights that are not there is left out, and the report says
 which file to put where. Writes PREFIX.md, PREFIX.json, PREFIX.png (quality against cost) and
@@ -30,12 +32,13 @@ import torch
 
 from ldcp_core import Gates, Latent, one_line, savings, write_atomically
 from training.arguments import DEMO_SETTINGS
+from training.baselines import baselines
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
 from training.cache import default_cache
 from training.console import explaining, log_progress, name_of
-from training.data import open_dataset
+from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
 from training.evaluation.images import compare_images
@@ -45,8 +48,9 @@ from training.evaluation.reference import Reference
 from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
-from training.models import DiffusionModel, load_model
+from training.models import DiffusionModel, check_resolution, load_model
 from training.precision import PRECISIONS, storage_of
+from training.provenance import is_number, is_text, read
 from training.sample import (
     DENSE,
     Candidate,
@@ -57,11 +61,14 @@ from training.sample import (
     read_prompts,
     sample,
 )
+from training.splits import Split, unseen
 
 log = logging.getLogger("training.evaluate")
 
 #: an image with guidance, as often as this for the time of an evaluation
 BATCH, REPEATS = 2, 5
+#: a deviation says something about gates from this many times that of rounding alone
+ABOVE_ROUNDING = 3
 
 
 def candidates_of(gates: Mapping[str, Gates], precisions: Sequence[str]) -> dict[str, Candidate]:
@@ -82,31 +89,24 @@ def candidates_of(gates: Mapping[str, Gates], precisions: Sequence[str]) -> dict
 
 def evaluate(
     model: DiffusionModel,
-    data: str,
+    images: ImageData,
+    held_out: Sequence[int],
     candidates: Mapping[str, Candidate | Unstructured],
     samples: int,
     seed: int,
-    resolution: int | None = None,
-    split: tuple[float, int] = (0.1, 0),
 ) -> dict[str, Any]:
-    """Quality on held-out images and cost of every candidate, JSON-able.
+    """Quality on the held-out ones of ``images`` and cost of every candidate, JSON-able.
 
-    The first candidate is what deviations are from. ``split`` is the fraction of images that the
-    fits held out and the seed that chose them. Raises UserError for gates of another architecture
-    and data without held-out images.
+    The first candidate is what deviations are from. The model is one in float32.
     """
-    for candidate in candidates.values():
-        check_fits(model, candidate.gates)
-    resolution = resolution or model.resolution
-    images = open_dataset(data, resolution=resolution)
-    _, held_out = images.split(*split)
-    if not held_out:
-        raise UserError("No image is held out to evaluate on.", "more images")
+    resolution = images.resolution
+    assert resolution is not None
     reference = next(iter(candidates.values()))
     heldout = HeldOut(Denoising(model, 0), images, held_out, samples, 8, seed)
+    rounding: dict[str, float] = {}  # precision -> what it does to the dense model by itself
     if reference.precision != Candidate.precision:
         with reference.running(model.unet):
-            heldout.refer_to_this()
+            rounding[reference.precision] = heldout.refer_to_this().mean().item()
     side = resolution // model.vae_scale_factor
     inputs = Inputs.random(model.unet, BATCH, side, seed)
     timesteps = heldout.timesteps.numpy()
@@ -114,12 +114,12 @@ def evaluate(
     rows, deviations = [], {}
     for name, candidate in candidates.items():
         with candidate.running(model.unet) as size:
-            deviation, loss = (values.double().numpy() for values in heldout.as_it_is())
+            deviation, loss = (values.double().numpy() for values in heldout.as_it_is(name))
             seconds = median_seconds(model, inputs)
             zeroed = isinstance(candidate, Unstructured)
             layers = candidate.layers(model.unet) if zeroed else []
         cost = {"bytes": size, "seconds": seconds, **counted(candidate.gates, side)}
-        found = {"name": name, **described(candidate), **cost, "loss": summary(loss)}
+        found = {"name": name, **described(name, candidate), **cost, "loss": summary(loss)}
         found["sparsity"] = 1 - found["parameters_left"]
         if zeroed:
             zeros = sum(layer["parameters"] - layer["nonzero"] for layer in layers)
@@ -131,6 +131,10 @@ def evaluate(
             found["deviation"] = summary(deviation)
             found["deviation_interval"] = bootstrap(deviation)
             found["deviation_by_timestep"] = by_timestep(deviation, **steps)
+            if candidate.gates is None and not zeroed:
+                rounding.setdefault(candidate.precision, float(deviation.mean()))
+            elif candidate.precision in rounding and candidate.precision != Candidate.precision:
+                found["rounding"] = rounding[candidate.precision]
         rows.append(found)
         log.info("%s: deviation %.3g, %.0f ms", one_line(name), deviation.mean(), 1000 * seconds)
     places = ranks(deviations)
@@ -140,16 +144,27 @@ def evaluate(
         "format": "ldcp.evaluation",
         "version": 1,
         "samples": len(timesteps),
+        "held_out": len(held_out),
         "resolution": resolution,
         "reference_precision": reference.precision,
         "machine": machine.describe(model.unet.device),
         "rows": rows,
-        "notes": [],
+        "notes": notes_on_rounding(rows),
     }
 
 
-def described(candidate: Candidate | Unstructured) -> dict[str, Any]:
-    """What a candidate is."""
+def notes_on_rounding(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for every row whose deviation is hardly more than that of its precision alone."""
+    return [
+        f"{r['name']}: {r['precision']} moves the output of the dense model by {r['rounding']:.1e} "
+        "already, so that its deviation says little about what is pruned; compare in fp32"
+        for r in rows
+        if "rounding" in r and r["deviation"]["mean"] < ABOVE_ROUNDING * r["rounding"]
+    ]
+
+
+def described(name: str, candidate: Candidate | Unstructured) -> dict[str, Any]:
+    """What a candidate is; raises UserError for a gate file that says so in other than words."""
     if isinstance(candidate, Unstructured):
         return {
             "precision": candidate.precision,
@@ -158,16 +173,18 @@ def described(candidate: Candidate | Unstructured) -> dict[str, Any]:
             "target": candidate.amount,
             "channels_pruned": 0.0,
             "zeroed": True,
+            "beside": "",
         }
     gates = candidate.gates
     info = {} if gates is None else gates.info
     return {
         "precision": candidate.precision,
-        "criterion": info.get("criterion", DENSE),
-        "scope": info.get("scope", ""),
-        "target": info.get("target_sparsity"),
+        "criterion": read(info, "criterion", DENSE, is_text, "a line of text", name),
+        "scope": read(info, "scope", "", is_text, "a line of text", name),
+        "target": read(info, "target_sparsity", None, is_number, "a number", name),
         "channels_pruned": 0.0 if gates is None else gates.sparsity,
         "zeroed": False,
+        "beside": candidate.beside,
     }
 
 
@@ -211,6 +228,11 @@ def parser() -> argparse.ArgumentParser:
         help="of the U-Net; several: every model in each, against dense in the first (fp32)",
     )
     add(
+        "--baselines",
+        action="store_true",
+        help="as many channels as learned gates keep by own effect, FLAP, L1 magnitude and chance",
+    )
+    add(
         "--unstructured",
         nargs="+",
         default=[],
@@ -246,10 +268,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.error("--model and --data are missing; or use --demo")
     check(given)
     precisions = list(dict.fromkeys(given.precision))
+    gates = named_gates(given.gates)
     candidates: dict[str, Candidate | Unstructured] = {
-        **candidates_of(named_gates(given.gates), precisions),
+        **candidates_of(gates, precisions),
         **unstructured_of(given.unstructured, precisions[0]),
     }
+    for name, candidate in candidates.items():  # what a file says of itself makes sense
+        described(name, candidate)
+    data = open_dataset(given.data)
+    seen, held_out = unseen(data, [Split.of_file(of.info, name) for name, of in gates.items()])
+    learned = [name for name, of in gates.items() if of.info.get("criterion") == "learned"]
+    if given.baselines and not learned:
+        raise UserError("--baselines was given without learned gates.", "gates by training.fit")
     prompts = read_prompts(given.prompts)
     for precision in precisions:  # a missing package shows before anything is computed
         storage_of(precision, torch.device(given.device))
@@ -261,7 +291,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.inception, given.vgg, given.clip, folder / "metrics", given.device
         )
     model = load_model(given.model, device=given.device)
-    result = evaluate(model, given.data, candidates, given.samples, given.seed, given.resolution)
+    for of in gates.values():
+        check_fits(model, of)
+    data.resolution = given.resolution or model.resolution
+    check_resolution(data.resolution, model.vae_scale_factor)
+    for name in learned if given.baselines else ():
+        denoising = Denoising(model, given.seed)
+        candidates |= baselines(name, candidates[name], denoising, data, seen, given.seed)
+    result = evaluate(model, data, held_out, candidates, given.samples, given.seed)
     paths: dict[str, list[Path]] = {}
     if networks is not None:
         images.resolution = model.resolution

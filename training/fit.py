@@ -46,10 +46,11 @@ from training.errors import UserError
 from training.gating import topology_of
 from training.learning import GateLearner
 from training.loop import Learning, run
-from training.models import DTYPES, DiffusionModel, load_model
+from training.models import DTYPES, DiffusionModel, check_resolution, load_model
 from training.outcome import FitResult, finish
 from training.processes import Processes
 from training.samples import Samples
+from training.splits import Split
 from training.stopping import Stopped
 from training.streaming import Data, StreamedImages
 from training.watching import CsvHistory, SampleImages, TensorBoard, Watcher, summary_writer
@@ -83,7 +84,7 @@ def fit(config: FitConfig) -> FitResult | None:
     model.vae.float()  # half precision would cost quality in the one pass they make
     model.text_encoder.float()
     data.resolution = config.resolution or model.resolution
-    _check_resolution(data.resolution, model.vae_scale_factor)
+    check_resolution(data.resolution, model.vae_scale_factor)
 
     sites = _sites(topology_of(model.unet), config.scope)
     side = data.resolution // model.vae_scale_factor
@@ -154,11 +155,10 @@ def fit(config: FitConfig) -> FitResult | None:
 def _opened(config: FitConfig) -> tuple[Data, Sequence[int], Sequence[int]]:
     """The images, and which of them to learn from and to hold out."""
     if config.streaming:
-        samples = config.validation_samples if config.validation_fraction else 0
-        stream = StreamedImages(config.data, samples)
+        stream = StreamedImages(config.data, Split.of(config).rows or 0)
         return stream, *stream.split()
     data = open_dataset(config.data)
-    return data, *data.split(config.validation_fraction, config.seed)
+    return data, *Split.of(config).apply(data)
 
 
 def _encoded(
@@ -289,16 +289,6 @@ def _checked_output(output: str) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path.parent.resolve()} is not writable.", "", "change --output")
     return path
-
-
-def _check_resolution(resolution: int, vae_scale_factor: int) -> None:
-    multiple = 8 * vae_scale_factor  # three halvings between the latent and the mid block
-    if resolution < multiple or resolution % multiple:
-        raise UserError(
-            f"--resolution is {resolution}.",
-            f"a multiple of {multiple} pixels for this model",
-            f"use --resolution {max(multiple, resolution // multiple * multiple)}",
-        )
 
 
 def _device(name: str) -> torch.device:

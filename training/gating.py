@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,15 +177,22 @@ def compact_blocks(
     keep_sets: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
     padding: Padding,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, CompactBlock]:
     """Block name -> its kept rows and columns; `running` runs the U-Net through them.
 
-    Blocks that lose nothing are left out.
+    Blocks that lose nothing are left out. Constants are folded in ``dtype``, by default that of the
+    weights.
     """
+
+    def cast(values: Tensor | None) -> Tensor | None:
+        return values if values is None or dtype is None else values.to(dtype)
+
     found: dict[str, CompactBlock] = {}
     pruned = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
     for name, gate in block_gates(pruned, constants, padding).items():
-        weights = _adapter(name, unet.get_submodule(name)).weights()
+        layers = _adapter(name, unet.get_submodule(name)).weights()
+        weights = [replace(w, weight=cast(w.weight), bias=cast(w.bias)) for w in layers]
         kind = CompactFeedForward if isinstance(gate, FeedForwardGate) else CompactResBlock
         found[name] = kind(gate, *weights)
     return found

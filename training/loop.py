@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ldcp_core import SoftGate
 from training.calibration import Calibration
 from training.config import FitConfig
+from training.console import progress
 from training.data import Batch, Position
 from training.denoising import Denoising
 from training.encoding import EncodedBatch
@@ -196,14 +196,7 @@ def run(
 
     Raises Stopped when Ctrl-C or SIGTERM came; the step was finished and saved.
     """
-    bar = tqdm(
-        total=learning.steps,
-        initial=learning.step,
-        desc="learning gates",
-        unit="step",
-        dynamic_ncols=True,
-        disable=not learning.processes.first,
-    )
+    bar = progress(None, "learning gates", learning.steps, unit="step", initial=learning.step)
     with bar, StopRequest() as stop:
         while learning.step < learning.steps:
             learning.advance()
@@ -213,6 +206,7 @@ def run(
                 l1=f"{history.l1[-1]:.3f}",
                 λ=f"{history.weight[-1]:.1e}",
                 sparsity=f"{history.sparsity[-1]:.1%}",
+                refresh=False,
             )
             bar.update()
             look(learning)

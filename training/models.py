@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.configs import SD15, folder, single_file
 from training.errors import UserError
+
+log = logging.getLogger(__name__)
 
 #: the precisions of the U-Net by the names that command lines take
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,12 +107,24 @@ def load_model(
     path = Path(source).expanduser()
     if not path.exists():
         path = _download(source)
+    log.info("loading the model %s", path.name)
     with _no_progress_bars():
         load = _load_folder if path.is_dir() else _load_single_file
         model = load(path, source, dtype)
     for module in (model.unet, model.vae, model.text_encoder):
         module.requires_grad_(False).eval().to(device)
     return model
+
+
+def check_resolution(resolution: int, vae_scale_factor: int) -> None:
+    """Raises UserError for a side of images, in pixels, that the U-Net can't halve three times."""
+    multiple = 8 * vae_scale_factor
+    if resolution < multiple or resolution % multiple:
+        raise UserError(
+            f"--resolution is {resolution}.",
+            f"a multiple of {multiple} pixels for this model",
+            f"use --resolution {max(multiple, resolution // multiple * multiple)}",
+        )
 
 
 @torch.no_grad()
@@ -343,13 +358,13 @@ def _could_be_hub_id(source: str) -> bool:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Keep the libraries' bars for every weight file out of the log."""
-    loggers = [diffusers.utils.logging, transformers.utils.logging]
-    shown = [logging.is_progress_bar_enabled() for logging in loggers]
-    for logging in loggers:
-        logging.disable_progress_bar()
+    libraries = [diffusers.utils.logging, transformers.utils.logging]
+    shown = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for logging, was_shown in zip(loggers, shown, strict=True):
+        for library, was_shown in zip(libraries, shown, strict=True):
             if was_shown:
-                logging.enable_progress_bar()
+                library.enable_progress_bar()

@@ -19,18 +19,21 @@ from ldcp_core import (
     write_atomically,
 )
 from training.budget import Budget
+from training.compiling import uncompiled
 from training.config import FitConfig
 from training.console import name_of
 from training.denoising import Denoising, HeldOut
 from training.encoding import EncodedImages
 from training.errors import UserError
-from training.gating import hard_gates, topology_of
+from training.gating import compact_blocks, topology_of
 from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, aligned_scores
 from training.loop import Learning
+from training.precision import in_precision
 from training.provenance import provenance
 from training.report import History, curves_png, scores_png
 from training.samples import Samples
+from training.splits import Split
 from training.streaming import Data, StreamedImages
 
 log = logging.getLogger("training.fit")
@@ -77,7 +80,7 @@ def finish(
         constants = {site: gates.constant(site) for site in gates.scores}
         picture = samples.picture(gates.keep_sets(), constants)
     curves, scores = curves_png(history), scores_png(gates)
-    notes = [] if heldout is None else [f"held-out deviation from dense (MSE): {heldout:.3g}"]
+    notes = [] if heldout is None else [f"held-out deviation from dense (MSE, fp32): {heldout:.3g}"]
     page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
     try:
         save_gates(gates, output)
@@ -101,20 +104,30 @@ def _validate(
     indices: Sequence[int],
     gates: Gates,
 ) -> float:
-    """Held-out deviation from dense and denoising loss of the gates as they will be written."""
-    heldout = HeldOut(
-        denoising, data, indices, config.validation_samples, config.batch_size, config.seed + 1
-    )
+    """Held-out deviation from dense and denoising loss of the gates as they will be written.
+
+    In float32 whatever the fit computes in: rounding to fewer bits moves the output as far as
+    well-chosen gates do.
+    """
+    unet = denoising.model.unet
     constants = {site: gates.constant(site) for site in gates.scores}
-    masks = hard_gates(gates.keep_sets(), constants)
-    deviations = heldout.deviations(masks, gates.padding)
-    dense, pruned = (
-        heldout.noise_loss(None, gates.padding),
-        heldout.noise_loss(masks, gates.padding),
-    )
+    with uncompiled(unet):
+        with in_precision(unet, "fp32", {}):
+            heldout = HeldOut(
+                denoising,
+                data,
+                indices,
+                config.validation_samples,
+                config.batch_size,
+                config.seed + 1,
+            )
+        blocks = compact_blocks(unet, gates.keep_sets(), constants, gates.padding, torch.float32)
+        with in_precision(unet, "fp32", blocks):
+            deviations, losses = heldout.as_it_is("held-out images, pruned")
+    dense, pruned = heldout.dense_losses.mean().item(), losses.mean().item()
     error = deviations.std().item() / math.sqrt(len(deviations)) if len(deviations) > 1 else 0.0
     log.info(
-        "held out: deviation from dense %.3g ± %.1g (MSE); loss %.5f, dense %.5f (%+.2f%%)",
+        "held out: deviation from dense %.3g ± %.1g (MSE, fp32); loss %.5f, dense %.5f (%+.2f%%)",
         deviations.mean().item(),
         error,
         pruned,
@@ -170,6 +183,7 @@ def _info(
         **provenance("learned", config.to_json(), gates, budget),
         "steps": len(history.sparsity),
         "changed_channels": history.changed,
+        "held_out": Split.of(config).to_json(),
         "data": {"source": name_of(data.source), "images": _count(data)},
         "fingerprint": fingerprint(weights),
     }

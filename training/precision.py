@@ -1,10 +1,11 @@
 """The U-Net in another precision, for the time of a context: cast, stored in fp8, or in int8.
 
-``fp32``, ``bf16`` and ``fp16`` compute in what they store. ``fp8`` keeps the weights and biases of
-linear layers and convolutions as float8_e4m3fn and casts them up at every use, as diffusers'
-layerwise casting does. ``int8`` keeps their weights as torchao's symmetric integers with a scale
-per output channel. Both compute in bf16 on a GPU and in fp32 on a CPU, so they save memory, and no
-time. Normalisation layers are computed in full.
+``fp32``, ``bf16`` and ``fp16`` compute in what they store; of a U-Net that was loaded in fewer bits
+``fp32`` casts the weights up at every use, so that none is held twice. ``fp8`` keeps the weights
+and biases of linear layers and convolutions as float8_e4m3fn and casts them up at every use, as
+diffusers' layerwise casting does. ``int8`` keeps their weights as torchao's symmetric integers with
+a scale per output channel. Both compute in bf16 on a GPU and in fp32 on a CPU, so they save memory,
+and no time. Normalisation layers are computed in full.
 
 Pruning comes first: compact blocks are cut, and their constants folded, from the weights as
 loaded, and what is left is cast or quantized. Scales then fit the weights that remain.
@@ -49,6 +50,8 @@ class Storage:
 
 def storage_of(precision: str, device: torch.device) -> Storage:
     """What a precision of `PRECISIONS` means; raises UserError where int8 lacks torchao."""
+    if precision == "fp32":
+        return Storage(torch.float32, lambda t: t, lambda t: t)
     if precision in DTYPES:
         dtype = DTYPES[precision]
         return Storage(dtype, lambda t: t.to(dtype), lambda t: t.to(dtype))
@@ -97,8 +100,6 @@ def in_precision(
     try:
         for name, module in unet.named_modules():
             storing = isinstance(module, STORING) and id(module) not in gated
-            if storing and precision in STORED:
-                layers[name] = _stored_forward(module, storage)
             for key, value in kept[name].items():
                 if value is not None:
                     new = (
@@ -109,6 +110,8 @@ def in_precision(
                         else value.to(storage.dtype)
                     )
                     module._parameters[key] = nn.Parameter(new, requires_grad=False)
+            if storing and (precision in STORED or module.weight.dtype != storage.dtype):
+                layers[name] = _stored_forward(module, storage)
         with ExitStack() as stack:
             stack.enter_context(overridden(unet, layers))
             stack.enter_context(running(unet, packed))

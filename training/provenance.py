@@ -1,15 +1,20 @@
-"""How a gate file came about: what every command that makes one writes into its metadata."""
+"""How a gate file came about: what every command that makes one writes into its metadata.
+
+And how that is read: a file may come from anyone, so that what it says is checked like an argument.
+"""
 
 from __future__ import annotations
 
+import reprlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeGuard
 
 from ldcp_core import Gates
 from training.budget import Budget
 from training.console import name_of
+from training.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
 #: settings that are paths; their folders are nobody else's business
@@ -42,3 +47,45 @@ def provenance(
         "versions": {name: version(name) for name in PACKAGES},
         "created": time.strftime("%Y-%m-%d"),
     }
+
+
+def read(
+    info: Mapping[str, Any],
+    key: str,
+    default: Any,
+    holds: Callable[[Any], bool],
+    expected: str,
+    name: str,
+) -> Any:
+    """What the gate file ``name`` says under ``key``, which must hold; ``default`` without it.
+
+    >>> read({"scope": [1]}, "scope", "", is_text, "a line of text", "a.safetensors")
+    Traceback (most recent call last):
+    training.errors.UserError: a.safetensors says that its scope is [1].
+      Expected: a line of text
+      Next step: make this gate file again
+    """
+    found = info.get(key)
+    if found is None:
+        return default
+    if not holds(found):
+        raise UserError(
+            f"{name} says that its {key} is {reprlib.repr(found)}.",
+            expected,
+            "make this gate file again",
+        )
+    return found
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) < 2**63
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """One line without control characters."""
+    return isinstance(value, str) and value.isprintable()

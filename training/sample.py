@@ -24,12 +24,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from ldcp_core import Gates, load_gates, one_line, write_atomically
 from training.arguments import DEMO_SETTINGS
 from training.cache import digest
-from training.console import explaining, name_of
+from training.console import explaining, log_progress, name_of, progress
 from training.data import open_image
 from training.errors import UserError
 from training.gating import compact_blocks, topology_of
@@ -91,10 +90,14 @@ def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model to draw with or to measure: ``gates`` (None: dense) and a precision."""
+    """One model to draw with or to measure: ``gates`` (None: dense) and a precision.
+
+    ``beside`` names the gates that it is a baseline of.
+    """
 
     gates: Gates | None = None
     precision: str = "fp32"
+    beside: str = ""
 
     @contextmanager
     def running(self, unet: UNet2DConditionModel) -> Iterator[int]:
@@ -173,8 +176,8 @@ def sample(
         ]
         with state.split_between_processes(missing) as mine, candidate.running(model.unet):
             images = draw(pipe, [shot for _, shot in mine], settings)
-            bar = tqdm(images, total=len(mine), desc=one_line(name), disable=not mine)
-            for (path, shot), image in zip(mine, bar, strict=True):
+            drawn = progress(images, f"drawing {one_line(name)}", len(mine), unit="image")
+            for image, (path, shot) in zip(drawn, mine, strict=True):
                 _save(image, path, _facts(shot, settings) | facts)
     state.wait_for_everyone()
     return paths
@@ -254,6 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", required=True, help="folder for the images")
     given = parser.parse_args(argv)
+    log_progress()
     source = given.model or (DEMO_SETTINGS["model"] if given.demo else None)
     if source is None:
         parser.error("--model is missing; or use --demo")

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldcp_core import Padding
+from training.console import progress
 from training.gating import compacted
 from training.models import DiffusionModel, embed_prompts
 
@@ -57,7 +58,8 @@ class Samples:
     @torch.no_grad()
     def _draw(self, gates: AbstractContextManager[object]) -> list[Image.Image]:
         with gates:
-            return [self._one(seed, context) for seed, context in enumerate(self._contexts)]
+            contexts = progress(self._contexts, "drawing samples", unit="image")
+            return [self._one(seed, context) for seed, context in enumerate(contexts)]
 
     def _one(self, seed: int, context: Tensor) -> Image.Image:
         unet, vae = self._unet, self._vae

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,14 +49,15 @@ from ldcp_core import (
 from training import criteria
 from training.arguments import DEMO_SETTINGS
 from training.budget import Budget, BudgetKind
-from training.console import explaining, log_progress, name_of
+from training.console import explaining, log_progress, name_of, progress
 from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising
 from training.errors import UserError
 from training.gating import ChannelMeans, topology_of
-from training.models import DTYPES, load_model
+from training.models import DTYPES, check_resolution, load_model
 from training.provenance import provenance
+from training.splits import Split
 
 log = logging.getLogger("training.score")
 
@@ -168,6 +169,7 @@ def measure(config: ScoreConfig) -> Measurement:
     model.vae.float()
     model.text_encoder.float()
     data.resolution = config.resolution or model.resolution
+    check_resolution(data.resolution, model.vae_scale_factor)
     topology = topology_of(model.unet)
     try:
         sites = topology.sites(config.scope)
@@ -177,9 +179,8 @@ def measure(config: ScoreConfig) -> Measurement:
     denoising = Denoising(model, config.seed)
     ladders = _ladders(config, denoising, data)
     with ChannelMeans(model.unet, sites) as means:
-        for ladder in ladders:
-            for problem in ladder:
-                denoising.dense(problem)
+        for problem in progress(chain(*ladders), "channel means", sum(map(len, ladders))):
+            denoising.dense(problem)
     constants = means.constants()
     start = time.perf_counter()
     importances, facts = _importances(config, model.unet, ladders, sites, constants)
@@ -188,6 +189,7 @@ def measure(config: ScoreConfig) -> Measurement:
     facts |= {
         "seconds": round(time.perf_counter() - start, 2),
         "data": {"source": name_of(data.source), "images": len(data)},
+        "held_out": Split().to_json(),
         "fingerprint": fingerprint(weights),
     }
     return Measurement(sites, topology, importances, constants, Latent(side, side), facts)
@@ -195,14 +197,14 @@ def measure(config: ScoreConfig) -> Measurement:
 
 def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list[Ladder]:
     """The images in batches, each with one draw of noise and the same timesteps."""
-    train, _ = data.split(0.1, config.seed)
+    train, _ = Split().apply(data)
     generator = torch.Generator().manual_seed(config.seed)
     last = denoising.model.alphas_cumprod.numel() - 1
     steps = torch.linspace(0, last, config.timesteps).round().long().tolist()
     count = -(-config.samples // config.batch_size)
     stream = data.batches(train, config.batch_size, seed=config.seed, epochs=None)
     ladders = []
-    for batch in islice(stream, count):
+    for batch in progress(islice(stream, count), "encoding images", count, unit="batch"):
         latents, context = denoising.encoder(batch)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         ladders.append(Ladder(denoising, latents, context, noise, steps))

@@ -24,8 +24,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ldcp_core import printable
 from training.cache import digest
-from training.console import printable
 from training.errors import UserError
 from training.files import CAPTION_LIMIT, checked, read_inside
 from training.stamps import FileStamps

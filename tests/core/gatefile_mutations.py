@@ -452,7 +452,7 @@ def as_text(value: Any) -> str:
 
 
 def independently_read(data: bytes) -> Contents | None:
-    """What a valid gate file holds, by the format's description in docs/gate_file.md; None: not valid."""
+    """What a valid gate file holds, by docs/gate_file.md; None: not valid."""
     try:
         return _read(data)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import sys
+
 import pytest
 
 from ldcp_core import GateFileError
-from training.console import explaining
+from training import console
+from training.console import explaining, progress
 from training.errors import UserError
 
 
@@ -31,3 +36,42 @@ def test_a_defect_keeps_its_traceback() -> None:
 
     with pytest.raises(TypeError, match="a defect"):
         main()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_seldom_a_line_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    found = {}
+    for file in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", file)
+        assert list(progress(range(5000), "counting")) == list(range(5000))
+        found[file.isatty()] = file.getvalue()
+    assert "\rcounting: 100%" in found[True]
+    first, *_, last = lines = found[False].splitlines()
+    assert first.startswith("counting: 0/5000") and last.startswith("counting: 5000/5000")
+    assert len(lines) <= 3 and "\r" not in found[False]
+
+
+def test_progress_goes_on_line_by_line_while_it_lasts(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(console, "LINE_EVERY", 0.0)
+    with progress(None, "counting", 3) as bar:
+        for _ in range(3):
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" [")[0] for line in lines] == [f"counting: {n}/3" for n in range(4)]
+
+
+def test_progress_is_silent_where_the_log_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(range(3), "counting")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""

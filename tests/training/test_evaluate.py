@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from ldcp_core import SD15, Gates, load_gates, save_gates
-from training import evaluate, sample, score
+from training import evaluate, fit, sample, score
+from training.data import open_dataset
+from training.denoising import HeldOut
 from training.evaluation.plots import panels_of
 from training.evaluation.report import COLUMNS
 from training.evaluation.statistics import PARTS, bootstrap, by_timestep, ranks
@@ -239,6 +241,8 @@ def test_gates_of_another_model_are_refused(
         (["--seeds", "0"], "--seeds is 0"),
         (["--unstructured", "l2"], "l1, sensitivity, percentage"),
         (["--reference", "x"], "--reference given without --images"),
+        (["--resolution", "33"], "--resolution is 33"),
+        (["--baselines"], "--baselines was given without learned gates"),
         (["--images", "i", "--inception", "no.pt"], "There is no no.pt."),
         (["--images", "i", "--reference", "no/such/folder"], "no/such/folder"),
     ],
@@ -253,6 +257,150 @@ def test_bad_options_are_answered(
     assert evaluate.main([str(half), *source, *options]) == 1
     assert message in capsys.readouterr().err
     assert not Path("i").exists()
+
+
+@pytest.fixture
+def held_out(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Which images evaluations take; without evaluating anything."""
+    found: list[list[int]] = []
+
+    def see(self: HeldOut, denoising: object, data: object, indices: list[int], *_: object) -> None:
+        found.append(list(indices))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(HeldOut, "__init__", see)
+    return found
+
+
+def test_gates_of_several_seeds_meet_images_that_none_was_trained_on(
+    source: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_pictures: None,
+    held_out: list[list[int]],
+) -> None:
+    trained: list[set[int]] = []
+    opened = fit._opened
+
+    def see(config: object) -> object:
+        data, train, rest = opened(config)
+        trained.append(set(train))
+        return data, train, []  # nothing to validate
+
+    monkeypatch.setattr(fit, "_opened", see)
+    files = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    for seed, file in enumerate(files, 1):
+        short = ["--max-steps", "1", "--seed", str(seed), "--output", file]
+        assert fit.main([*source, "--batch-size", "2", *short]) == 0
+    assert evaluate.main([*files, *source]) == 1
+    assert held_out[0] and not set(held_out[0]) & (trained[0] | trained[1])
+
+
+def described(half: Path, path: Path, info: dict[str, object]) -> str:
+    """The same gates with another description."""
+    save_gates(replace(load_gates(half), info=info), path)
+    return str(path)
+
+
+def test_the_split_is_that_of_the_gates_own_settings(
+    source: list[str],
+    half: Path,
+    tmp_path: Path,
+    held_out: list[list[int]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = open_dataset(source[3])
+
+    def file(name: str, info: dict[str, object]) -> str:
+        return described(half, tmp_path / f"{name}.safetensors", info)
+
+    seeded = file("a", {"config": {"seed": 3, "validation_fraction": 0.4}})
+    written = file("b", {"held_out": {"fraction": 0.4, "seed": 0}, "config": {"seed": 9}})
+    streamed = file("c", {"held_out": {"rows": 5}})
+    nobody = file("d", {})
+    everything = file("e", {"config": {"validation_fraction": 0}})
+    for files in ([seeded], [written], [streamed], [nobody], [seeded, written]):
+        assert evaluate.main([*files, *source]) == 1
+    by_seed, by_word = images.split(0.4, 3)[1], images.split(0.4, 0)[1]
+    both = sorted(set(by_seed) & set(by_word))
+    assert held_out == [by_seed, by_word, [0, 1, 2, 3, 4], images.split(0.1, 0)[1], both]
+    assert evaluate.main([seeded, everything, *source]) == 1
+    assert "was held out by all of these gates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"config": [1]}, "its config is [1]"),
+        ({"config": {"validation_fraction": "a"}}, "its fraction is 'a'"),
+        ({"config": {"validation_fraction": 2}}, "its fraction is 2"),
+        ({"config": {"seed": [0]}}, "its seed is [0]"),
+        ({"held_out": {"rows": -1}}, "its rows is -1"),
+        ({"scope": ["mid"]}, "its scope is ['mid']"),
+        ({"criterion": "taylor\n| forged | row |"}, r"its criterion is 'taylor\n| forged"),
+        ({"target_sparsity": "x" * 10**5}, "its target_sparsity is 'xxxxxxxxxxxx...xxx"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_checked_like_an_argument(
+    source: list[str],
+    half: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    info: dict[str, object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    file = described(half, tmp_path / "odd.safetensors", info)
+    assert evaluate.main([file, *source]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and len(said) < 500
+
+
+def test_a_files_words_make_no_cells(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = {"criterion": "a | b <img src=x>", "config": {"resolution": 20000}}
+    file = described(half, tmp_path / "odd.safetensors", info)
+    assert evaluate.main([file, *source, "--samples", "2"]) == 0
+    assert r"| odd | fp32 | a \| b \<img src=x\> |" in capsys.readouterr().out
+
+
+def test_a_deviation_that_rounding_makes_is_said_to_be_one(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {site: torch.ones_like(score) for site, score in load_gates(half).scores.items()}
+    next(iter(scores.values()))[0] = 0.0  # one channel of all
+    gates = replace(load_gates(half), scores=scores, importances={})
+    save_gates(gates, tmp_path / "little.safetensors")
+    files = [str(half), str(tmp_path / "little.safetensors")]
+    for precisions in (["bf16"], ["fp32", "bf16"]):
+        output = ["--precision", *precisions, "--samples", "4", "--output", str(tmp_path / "e")]
+        assert evaluate.main([*files, *source, *output]) == 0
+        found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+        rounded = [row for row in found["rows"] if row["precision"] == "bf16" and row["scope"]]
+        assert len(rounded) == 2 and all(row["rounding"] > 0 for row in rounded)
+        (note,) = found["notes"]
+        assert note.startswith(rounded[1]["name"]) and "compare in fp32" in note
+        assert note in capsys.readouterr().out
+
+
+def test_cheap_choices_stand_beside_learned_gates(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = {**load_gates(half).info, "criterion": "learned"}
+    file = described(half, tmp_path / "mine.safetensors", info)
+    output = ["--samples", "2", "--output", str(tmp_path / "e"), "--baselines"]
+    assert evaluate.main([file, *source, *output]) == 0
+    rows = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["rows"]
+    cheap = [row for row in rows if row["beside"] == "mine"]
+    assert len(cheap) == 8 and cheap[0]["criterion"] == "own-effect, per site"
+    assert {row["channels_pruned"] for row in cheap} == {rows[1]["channels_pruned"]}
+    times = cheap[0]["deviation"]["mean"] / rows[1]["deviation"]["mean"]
+    printed = capsys.readouterr().out
+    assert "Beside mine: as many channels chosen by cheaper means" in printed
+    line = next(x for x in printed.splitlines() if x.startswith("| own-effect, per site |"))
+    assert line.endswith(f"| {times:.2f} |")
 
 
 def test_nothing_to_compare_is_answered(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ldcp_core import load_gates
+from ldcp_core import Gates, load_gates
+from training import outcome
+from training.data import open_dataset
+from training.denoising import Denoising
 from training.errors import UserError
 from training.fit import fit, main, parse_arguments
+from training.gating import topology_of
+from training.models import DiffusionModel, load_model
 
 QUICK = ["--batch-size", "4", "--gradient-accumulation", "1", "--max-steps", "60"]
 
@@ -50,6 +57,60 @@ def test_a_fit_meets_its_target_and_says_what_it_did(
     assert "not within one point" not in said
     assert "mid_block.resnets.1.conv2" in said and "share of the whole U-Net" in said
     assert "of 128 channels changed state through learning since the start" in said
+
+
+def test_a_fit_without_a_terminal_says_in_a_few_lines_how_far_it_is(
+    pipeline: Path,
+    images: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert main(arguments(pipeline, images, tmp_path / "gates.safetensors")) == 0
+    said = capsys.readouterr().err
+    for what in ("calibrating", "own effect", "learning gates: 60/60", "held-out images, pruned"):
+        assert what in said  # whatever lasts shows how far it is
+    assert len(said) < 4000 and "\r" not in said  # a bar took 20,000
+
+
+def validated(model: DiffusionModel, images: Path, gates: Gates) -> float:
+    """The held-out deviation that a fit on ``model`` reports, of four samples in two batches."""
+    config = replace(
+        parse_arguments(["--model", "m", "--data", "d", "--output", "o.safetensors"]),
+        validation_samples=4,
+        batch_size=2,
+    )
+    data = open_dataset(str(images), resolution=16)
+    return outcome._validate(config, Denoising(model, 0), data, [0, 1, 2, 3], gates)
+
+
+def test_a_deviation_in_bf16_is_not_that_of_rounding(
+    pipeline: Path, images: Path, no_pictures: None
+) -> None:
+    rounded = load_model(str(pipeline), dtype=torch.bfloat16)
+    rounded.vae.float(), rounded.text_encoder.float()
+    topology = topology_of(rounded.unet)
+    scores = {site.name: torch.ones(site.channels) for site in topology.sites()}
+    next(iter(scores.values()))[0] = 0.0  # one channel of 128
+    gates = Gates(scores, topology=topology)
+    before = {name: p.data_ptr() for name, p in rounded.unet.named_parameters()}
+    found = validated(rounded, images, gates)
+    assert {name: p.data_ptr() for name, p in rounded.unet.named_parameters()} == before
+    rounded.unet.float()  # the same weights
+    assert found == pytest.approx(validated(rounded, images, gates), rel=1e-2)
+
+
+def test_held_out_problems_meet_the_gated_model_once(model: DiffusionModel, images: Path) -> None:
+    seen = []
+    hook = model.unet.conv_in.register_forward_hook(lambda *_: seen.append(1))
+    try:
+        validated(model, images, Gates({"mid_block.resnets.0.conv1": torch.zeros(32)},
+                                       topology=topology_of(model.unet)))  # fmt: skip
+    finally:
+        hook.remove()
+    assert len(seen) == 2 * 2  # two batches, dense and pruned
 
 
 def test_the_same_seed_gives_the_same_file(pipeline: Path, images: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from ldcp_core import Gates
 from training.benchmarking.variants import Inputs, unet_bytes
 from training.errors import UserError
 from training.gating import compact_blocks, compacted, topology_of
-from training.models import DiffusionModel
+from training.models import DiffusionModel, load_model
 from training.precision import PRECISIONS, STORING, PackedBlock, in_precision, storage_of
 from training.sample import Candidate
 
@@ -34,6 +35,15 @@ def gates(model: DiffusionModel) -> Gates:
     scores[first], scores[second] = torch.zeros_like(scores[first]), torch.ones_like(scores[second])
     constants = {name: torch.rand(s.numel(), generator=generator) for name, s in scores.items()}
     return Gates(scores, constants, topology=topology)
+
+
+def test_fp32_of_a_model_in_bf16_takes_no_second_copy(pipeline: Path, inputs: Inputs) -> None:
+    unet = load_model(str(pipeline), dtype=torch.bfloat16).unet
+    half = unet_bytes(unet)
+    with in_precision(unet, "fp32", {}) as size:
+        assert size < 1.1 * half  # norms alone are cast
+        found = inputs.run(unet)
+    assert torch.equal(found, inputs.run(unet.float()))
 
 
 def missing_torchao(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ldcp_core import Gates, gates_report, load_gates
-from training import fit, watching
+from training import fit, report, watching
 from training.html_report import html_report
 from training.loop import Learning
 from training.models import DiffusionModel
@@ -242,6 +242,21 @@ def test_the_page_is_whole_and_says_what_the_report_says() -> None:
     assert page.text.replace("\n", "").isprintable()  # but for the page's own lines
     (model,) = (row[1] for row in page.rows if row[0] == "model")
     assert model.startswith("a\\x1b[2J\\n\\u202ebccc") and len(model) <= 4000
+
+
+def test_scores_are_drawn_as_shapes_and_not_channel_by_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "_png", lambda figure: drawn.append(figure) or b"")
+    scores = {
+        "mid_block.resnets.0.conv1": torch.tensor([0.9] * 960 + [0.1] * 320),
+        "mid_block.resnets.0.conv2": torch.ones(1280),
+    }
+    report.scores_png(Gates(scores))
+    half, whole = drawn[0].axes
+    assert len(half.patches) == 2 and len(whole.patches) == 1  # what is kept, what is pruned
+    assert [len(patch.get_data().values) for patch in half.patches] == [960, 320]
 
 
 def test_a_fit_writes_its_page(

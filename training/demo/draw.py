@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ldcp_core import write_atomically
-from training.console import explaining
+from training.console import explaining, log_progress, progress
 from training.demo.faces import draw_face
 from training.demo.traits import draw_traits
 from training.errors import UserError
@@ -59,7 +58,7 @@ def draw(folder: Path, images: int, size: int, grain: float, workers: int) -> No
     missing = [i for i in range(images) if not (folder / file_name(i)).exists()]
     with Pool(workers) as pool:
         drawn = pool.imap_unordered(partial(_draw, folder, size, grain), missing, 16)
-        for _ in tqdm(drawn, "drawing", len(missing), unit="image", dynamic_ncols=True):
+        for _ in progress(drawn, "drawing", len(missing), unit="image"):
             pass
 
 
@@ -95,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args(argv)
+    log_progress()
     for name in ("images", "size", "workers"):
         if (value := getattr(arguments, name)) < 1:
             raise UserError(f"--{name} is {value}.", "1 or more", f"change --{name}")

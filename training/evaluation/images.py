@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.console import progress
 from training.data import open_image
 from training.evaluation import distances
 from training.evaluation.networks import BATCH, Clip, Inception, Networks, Vgg
@@ -85,7 +86,12 @@ def read_image(path: Path) -> Tensor:
 def features(network: Inception | Vgg | Clip, files: Sequence[Path]) -> Tensor:
     """[N, D] of image files."""
     parts = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
-    return torch.cat([network.features(torch.cat([read_image(f) for f in part])) for part in parts])
+    return torch.cat(
+        [
+            network.features(torch.cat([read_image(f) for f in part]))
+            for part in progress(parts, f"features by {type(network).__name__}", unit="batch")
+        ]
+    )
 
 
 # --- one image ------------------------------------------------------------------------------------
@@ -135,7 +141,8 @@ def against(
 ) -> dict[str, dict[str, float]]:
     """Metric -> summary of each image against the dense model's of the same prompt and seed."""
     values: dict[str, list[float]] = {name: [] for name in metrics}
-    for pair in zip(files, dense, strict=True):
+    pairs = list(zip(files, dense, strict=True))
+    for pair in progress(pairs, "images beside dense ones", unit="image"):
         a, b = (read_image(path) for path in pair)
         for name, metric in metrics.items():
             values[name].append(metric(a, b))
@@ -159,7 +166,7 @@ def diversity(files: Sequence[Path], prompts: int, distance: PairMetric) -> np.n
     arXiv:1711.11586, §5), which has no equation number.
     """
     found = []
-    for prompt in range(prompts):
+    for prompt in progress(range(prompts), "diversity within a prompt", unit="prompt"):
         images = [read_image(path) for path in files[prompt::prompts]]
         found.append(np.mean([distance(a, b) for a, b in combinations(images, 2)]))
     return np.array(found)

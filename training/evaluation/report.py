@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldcp_core import markdown
 from training.evaluation.statistics import PARTS
 
+#: so that nothing is divided by zero
+TINY = 1e-30
 SHARES = ("channels_pruned", "parameters_left", "flops_left", "sparsity")
 COLUMNS = (
     "gates",
@@ -21,6 +23,7 @@ COLUMNS = (
     "MiB",
     "ms",
     "deviation from dense",
+    "of rounding alone",
     "median",
     "min",
     "max",
@@ -34,8 +37,9 @@ def render(result: Mapping[str, Any]) -> str:
     """The Markdown report of a result."""
     machine = result["machine"]
     lines = [
-        f"Held out: {result['samples']} samples, the same images, noise and timesteps for all; "
-        f"deviation is the mean squared distance of the U-Net's output from the dense model's in "
+        f"Held out: {result['samples']} samples of {result['held_out']} images that none of the "
+        f"gates were trained on, the same images, noise and timesteps for all; deviation is the "
+        f"mean squared distance of the U-Net's output from the dense model's in "
         f"{result['reference_precision']}, with a 95% bootstrap interval. Equal ranks: the paired "
         f"difference may be zero. Parameters and FLOPs are counted, at {result['resolution']} "
         f"pixels with guidance. MiB are those of the tensors that the U-Net consists of, and ms "
@@ -54,6 +58,8 @@ def render(result: Mapping[str, Any]) -> str:
             "time nor memory, as ms and MiB show beside those of dense. Sparsity is the share of "
             "the U-Net's parameters that is left out or zero; every layer's is in the JSON file.",
         ]
+    for name in dict.fromkeys(r["beside"] for r in result["rows"] if r["beside"]):
+        lines += ["", *_baseline_table(name, result["rows"])]
     edges = [f"{p / PARTS:.0%} to {(p + 1) / PARTS:.0%}" for p in range(PARTS)]
     lines += ["", "Denoising loss by part of the timestep schedule (0 is the clean end):", ""]
     lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * PARTS}"]
@@ -73,13 +79,35 @@ def _row(r: Mapping[str, Any]) -> str:
     shown += [f"{r[share]:.1%}" for share in SHARES]
     shown += [f"{r['bytes'] / 2**20:.1f}", f"{1000 * r['seconds']:.0f}"]
     if "deviation" in r:
-        d, (low, high) = r["deviation"], r["deviation_interval"]
-        shown.append(f"{d['mean']:.2e} ({low:.1e} to {high:.1e})")
+        d = r["deviation"]
+        shown += [_deviation(r), f"{r['rounding']:.1e}" if "rounding" in r else ""]
         shown += [f"{d[name]:.1e}" for name in ("median", "minimum", "maximum", "deviation")]
     else:
-        shown += ["0", "", "", "", ""]
+        shown += ["0", "", "", "", "", ""]
     shown += [f"{r['loss']['mean']:.5f}", str(r.get("rank", ""))]
     return f"| {' | '.join(shown)} |"
+
+
+def _deviation(r: Mapping[str, Any]) -> str:
+    low, high = r["deviation_interval"]
+    return f"{r['deviation']['mean']:.2e} ({low:.1e} to {high:.1e})"
+
+
+def _baseline_table(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    learned = next(r for r in rows if r["name"] == name)
+    lines = [
+        f"Beside {markdown(name)}: as many channels chosen by cheaper means, with the same constants; per "
+        "site: as many at each site as learned; together: over all sites. What lies between "
+        "own-effect together and per site is how much each layer gives; between that and learned, "
+        "which channels:",
+        "",
+        "| chosen by | deviation from dense | × learned |",
+        "|---|---|---|",
+    ]
+    for r in [learned, *(r for r in rows if r["beside"] == name)]:
+        times = r["deviation"]["mean"] / max(learned["deviation"]["mean"], TINY)
+        lines.append(f"| {markdown(r['criterion'])} | {_deviation(r)} | {times:.2f} |")
+    return lines
 
 
 def _image_table(images: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:

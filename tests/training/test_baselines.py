@@ -1,4 +1,4 @@
-"""FLAP beside the other cheap choices: as many channels, seen on training images alone."""
+"""Cheap choices beside learned ones: as many channels, measured on training images alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from ldcp_core import Gates, Topology
-from training import compare
+from training.baselines import baselines, measured
 from training.data import open_dataset
 from training.denoising import Denoising
 from training.gating import ChannelMeans, topology_of, watched
 from training.models import DiffusionModel
+from training.sample import Candidate
 
 
 def random_gates(topology: Topology) -> Gates:
@@ -47,9 +48,7 @@ def test_flap_prefers_the_channels_that_stray(model: DiffusionModel, images: Pat
     try:
         conv1.weight.data[::2] *= 1e-4  # these outputs are their bias, everywhere
         data = open_dataset(str(images), resolution=16)
-        found = compare.flap_importance(
-            Denoising(model, 0), data, list(range(16)), list(gates.scores)
-        )
+        found = measured(gates, Denoising(model, 0), data, list(range(16)), seed=0)["FLAP"]
     finally:
         conv1.weight.data.copy_(kept)
     # not zero: the embedding still moves them from evaluation to evaluation
@@ -57,12 +56,17 @@ def test_flap_prefers_the_channels_that_stray(model: DiffusionModel, images: Pat
     assert found[site].mean().item() == pytest.approx(1.0)
 
 
-def test_every_choice_keeps_as_many_channels(model: DiffusionModel, images: Path) -> None:
+def test_every_choice_keeps_as_many_channels_and_per_site_the_same_counts(
+    model: DiffusionModel, images: Path
+) -> None:
     gates = random_gates(topology_of(model.unet))
-    flap = {site: torch.arange(s.numel()).float() for site, s in gates.scores.items()}
-    kept = sum(int(keep.sum()) for keep in gates.keep_sets().values())
-    for name, keep_sets in compare.candidates(model, gates, flap, seed=0).items():
-        assert sum(int(keep.sum()) for keep in keep_sets.values()) == kept, name
-    found = compare.compare(gates, model, str(images), seeds=[0], samples=4)
-    assert {"learned", "FLAP, together", "FLAP, per site"} <= set(found)
-    assert all(deviation > 0 for values in found.values() for deviation in values)
+    counts = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
+    data = open_dataset(str(images), resolution=16)
+    beside = Candidate(gates)
+    found = baselines("a", beside, Denoising(model, 0), data, list(range(16)), seed=1)
+    assert len(found) == 8 and "a-own-effect-per-site" in found
+    for name, candidate in found.items():
+        assert candidate.gates is not None and candidate.beside == "a"
+        of = {site: int(keep.sum()) for site, keep in candidate.gates.keep_sets().items()}
+        assert sum(of.values()) == sum(counts.values()), name
+        assert (of == counts) == name.endswith("per-site"), name
