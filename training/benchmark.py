@@ -68,6 +68,7 @@ from training.console import explaining, log_progress
 from training.errors import UserError
 from training.gating import topology_of
 from training.models import DTYPES, load_model
+from training.output import output_file, report_of
 
 log = logging.getLogger("training.benchmark")
 
@@ -150,12 +151,9 @@ def check(config: BenchmarkConfig) -> None:
             "a gate file made by training.fit",
             f"check the spelling; the path is taken from {Path.cwd()}",
         )
-    if config.output is not None and not Path(config.output).absolute().parent.is_dir():
-        raise UserError(
-            f"The folder of --output {config.output} does not exist.",
-            "an existing folder and the start of two file names",
-            f"mkdir -p {shlex.quote(str(Path(config.output).parent))}",
-        )
+    if config.output is not None:
+        for suffix, kind in report_of("ldcp.benchmark").items():
+            output_file("--output", config.output + suffix, kind, (config.model, config.gates))
 
 
 def load_unet(config: BenchmarkConfig) -> UNet2DConditionModel:

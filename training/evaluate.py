@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from ldcp_core import Gates, Latent, savings, write_atomically
+from ldcp_core import Gates, Latent, savings
 from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
@@ -46,6 +46,7 @@ from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
 from training.models import DiffusionModel, load_model
+from training.output import PICTURE, output_file, output_folder, report_of, write
 from training.precision import PRECISIONS, storage_of
 from training.sample import (
     DENSE,
@@ -53,6 +54,7 @@ from training.sample import (
     Settings,
     Shot,
     check_fits,
+    image_paths,
     named_gates,
     read_prompts,
     sample,
@@ -256,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(given.cache or default_cache())
     networks = None
     if given.images is not None:  # a wrong path shows before anything is computed
+        image_paths(Path(given.images), candidates, shots_of(prompts, given.seeds))
         images = open_dataset(given.reference or given.data)
         networks = load_networks(
             given.inception, given.vgg, given.clip, folder / "metrics", given.device
@@ -302,6 +305,14 @@ def check(given: argparse.Namespace) -> None:
             "a folder to draw images into",
             "add --images FOLDER",
         )
+    inputs = [*given.gates, given.model, given.data, *(getattr(given, name) for name in of_images)]
+    if given.output is not None:
+        kinds = report_of("ldcp.evaluation") | {".png": PICTURE, ".grid.png": PICTURE}
+        for suffix, kind in kinds.items():
+            output_file("--output", given.output + suffix, kind, inputs)
+    for name in ("images", "cache"):
+        if getattr(given, name) is not None:
+            output_folder(f"--{name}", getattr(given, name), inputs)
 
 
 def shots_of(prompts: Sequence[str], seeds: int) -> list[Shot]:
@@ -320,8 +331,8 @@ def save(
 ) -> None:
     """Write the report, its numbers and its pictures."""
     files = {
-        ".md": render(result).encode("utf-8"),
         ".json": (json.dumps(result, indent=1) + "\n").encode("utf-8"),
+        ".md": render(result).encode("utf-8"),
         ".png": plot(result["rows"]),
     }
     if paths:
@@ -329,7 +340,7 @@ def save(
         grid(paths, prompts).save(buffer, format="png", optimize=True)
         files[".grid.png"] = buffer.getvalue()
     for suffix, content in files.items():
-        write_atomically(Path(prefix + suffix), content)
+        write(Path(prefix + suffix), content)
     print(f"written: {', '.join(prefix + suffix for suffix in files)}")
 
 

@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from training.learning import GateLearner
 from training.loop import Learning, run
 from training.models import DTYPES, DiffusionModel, load_model
 from training.outcome import FitResult, finish
+from training.output import GATES, HISTORY, PAGE, PICTURE, claimed, output_file, output_folder
 from training.processes import Processes
 from training.samples import Samples
 from training.stopping import Stopped
@@ -69,8 +70,13 @@ def fit(config: FitConfig) -> FitResult | None:
 
     Of several processes the first one writes and returns the result, the others None.
     """
-    output = _checked_output(config.output)
+    output = _checked_output(config)
     processes = Processes.launched(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    with claimed(output) if processes.first else nullcontext():
+        return _fit(config, output, processes)
+
+
+def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | None:
     if not processes.first:
         logging.getLogger("training").setLevel(logging.ERROR)
     if config.run.tensorboard:
@@ -274,21 +280,26 @@ def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
     return max(1, min(config.max_steps, round(config.epochs * per_epoch)))
 
 
-def _checked_output(output: str) -> Path:
-    path = Path(output)
-    if path.suffix != ".safetensors" or path.is_dir():
+def _checked_output(config: FitConfig) -> Path:
+    """The gate file to write; raises UserError where it, or what lies beside it, can't be."""
+    output, inputs = Path(config.output), (config.model, config.data)
+    if output.suffix != ".safetensors":
         raise UserError(
             f"--output is {output}.", "a file name ending in .safetensors", "change --output"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path.parent} can't be created: {error}.", "", "change --output"
-        ) from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path.parent.resolve()} is not writable.", "", "change --output")
-    return path
+    output_file("--output", output, GATES, inputs)
+    pictures = {".curves.png": PICTURE, ".scores.png": PICTURE}
+    for suffix, kind in ({".history.csv": HISTORY, ".html": PAGE} | pictures).items():
+        output_file("--output", output.with_suffix(suffix), kind, inputs)
+    for suffix in (".checkpoints", ".samples", ".tensorboard"):
+        folder = output.with_suffix(suffix)
+        if folder.exists():
+            output_folder("--output", folder, inputs)
+    for picture in output.with_suffix(".samples").glob("step-*.png"):
+        output_file("--output", picture, PICTURE, inputs)
+    if config.run.cache is not None:
+        output_folder("--cache", config.run.cache, inputs)
+    return output
 
 
 def _check_resolution(resolution: int, vae_scale_factor: int) -> None:

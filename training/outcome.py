@@ -16,7 +16,6 @@ from ldcp_core import (
     fingerprint,
     gates_report,
     save_gates,
-    write_atomically,
 )
 from training.budget import Budget
 from training.config import FitConfig
@@ -27,6 +26,7 @@ from training.gating import hard_gates, topology_of
 from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, aligned_scores
 from training.loop import Learning
+from training.output import write
 from training.provenance import provenance
 from training.report import History, curves_png, scores_png
 from training.samples import Samples
@@ -80,9 +80,9 @@ def finish(
     page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
     try:
         save_gates(gates, output)
-        write_atomically(output.with_suffix(".curves.png"), curves)
-        write_atomically(output.with_suffix(".scores.png"), scores)
-        write_atomically(output.with_suffix(".html"), page.encode())
+        write(output.with_suffix(".curves.png"), curves)
+        write(output.with_suffix(".scores.png"), scores)
+        write(output.with_suffix(".html"), page.encode())
     except OSError as error:
         raise UserError(
             f"The results can't be written beside {output}: {error}.",

@@ -56,6 +56,7 @@ from training.denoising import Denoising
 from training.errors import UserError
 from training.gating import ChannelMeans, topology_of
 from training.models import DTYPES, load_model
+from training.output import GATES, claimed, output_file
 from training.provenance import provenance
 
 log = logging.getLogger("training.score")
@@ -140,6 +141,12 @@ def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
     output = Path(config.output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
+    output_file("--output", output, GATES, (config.model, config.data))
+    with claimed(output):
+        return _score(config, output, found)
+
+
+def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gates:
     found = found or measure(config)
     budget = Budget(config.budget, found.sites, config.padding, found.latent)
     scores = pruned_scores(config, found.importances, budget)
@@ -150,7 +157,6 @@ def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
         **found.facts,
     }
     gates = Gates(scores, found.constants, config.padding, found.topology, info, found.importances)
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_gates(gates, output)
     print(gates_report(gates).text())
     if config.criterion in THRESHOLDS:

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import RANKINGS, GateFileError, load_gates, write_atomically
+from ldcp_core import RANKINGS, GateFileError, load_gates
 from training import evaluate
 from training.arguments import DEMO_SETTINGS
 from training.config import FitConfig
@@ -32,6 +32,7 @@ from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
 from training.fit import fit
+from training.output import GATES, PICTURE, output_file, write
 from training.provenance import without_folders
 from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure, score
 
@@ -205,7 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = list(plans(given))
     paths = [str(folder / f"{plan.name}.safetensors") for plan in chosen]
     evaluate.check(evaluate.parser().parse_args([*paths, *options]))  # before the long part
-    folder.mkdir(parents=True, exist_ok=True)
+    outputs = {path: GATES for path in paths} | {str(folder / "heatmap.png"): PICTURE}
+    for path, kind in outputs.items():
+        output_file("--output", path, kind, (given.model, given.data))
     # plans that differ only in where they cut follow each other
     measured = lru_cache(maxsize=1)(measure)
     for plan in chosen:
@@ -216,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status == 0 and several:
         rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
         picture = heat_map(cells(learned, {row["name"]: row for row in rows}))
-        write_atomically(folder / "heatmap.png", picture)
+        write(folder / "heatmap.png", picture)
         print(f"written: {folder / 'heatmap.png'}")
     return status
 
