@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -253,9 +253,14 @@ def _read_tensors(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tens
     if path.suffix.lower() != ".safetensors":
         state = single_file.read_pickled(path)
         return {k: v.to(dtype, copy=True) for k, v in state.items() if k.startswith(prefix)}
-    with safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith(prefix)]
-        return {key: file.get_tensor(key).to(dtype, copy=True) for key in keys}
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]
+            return {key: file.get_tensor(key).to(dtype, copy=True) for key in keys}
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged ({error}).", single_file.EXPECTED, single_file.FETCH_AGAIN
+        ) from error
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
