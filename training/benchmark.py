@@ -39,6 +39,7 @@ from ldcp_core import (
     savings,
     write_atomically,
 )
+from training.arguments import parse_seed
 from training.benchmarking import machine
 from training.benchmarking.markdown import render
 from training.benchmarking.peers import peer_variants
@@ -342,7 +343,7 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
     add("--padding", choices=PADDINGS, nargs="+", help="(default: both, or the gate file's)")
     add("--rounds", type=int, help=f"(default {default.rounds}; at least 6 for ratios)")
     add("--output", metavar="PREFIX", help="write PREFIX.json and PREFIX.md")
-    add("--seed", type=int, help=f"weights, inputs, order (default {default.seed})")
+    add("--seed", type=parse_seed, help=f"weights, inputs, order (default {default.seed})")
     given = vars(parser.parse_args(argv))
     if given.pop("quick", False):
         given = QUICK | given

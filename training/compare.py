@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldcp_core import Gates, load_gates, top_channels
-from training.arguments import DEMO_SETTINGS
+from training.arguments import DEMO_SETTINGS, parse_seed
 from training.console import explaining, log_progress
 from training.criteria import magnitudes
 from training.data import ImageData, open_dataset
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="the images the gates were trained on")
     parser.add_argument("--demo", action="store_true", help="the embedded demo model and faces")
     parser.add_argument("--samples", type=int, default=96, help="held-out samples per seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args(argv)
     log_progress(logging.WARNING)
     source = arguments.model or (DEMO_SETTINGS["model"] if arguments.demo else None)

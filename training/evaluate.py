@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from ldcp_core import Gates, Latent, savings
-from training.arguments import DEMO_SETTINGS
+from training.arguments import DEMO_SETTINGS, parse_seed
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
@@ -45,7 +45,7 @@ from training.evaluation.reference import Reference
 from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
-from training.models import DiffusionModel, load_model
+from training.models import DiffusionModel, load_model, usable_device
 from training.output import PICTURE, output_file, output_folder, report_of, write
 from training.precision import PRECISIONS, storage_of
 from training.sample import (
@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="the images that the fits held a part of out")
     add("--demo", action="store_true", help="the embedded demo model and faces")
     add("--samples", type=int, default=96, help="held-out samples (images × timesteps)")
-    add("--seed", type=int, default=1000, help="of noise and timesteps")
+    add("--seed", type=parse_seed, default=1000, help="of noise and timesteps")
     add("--resolution", type=int, help="pixels (default: the model's own)")
     add(
         "--precision",
@@ -291,6 +291,7 @@ def check(given: argparse.Namespace) -> None:
     for name in ("samples", "seeds", "steps"):
         if getattr(given, name) < 1:
             raise UserError(f"--{name} is {getattr(given, name)}.", "1 or more", f"change --{name}")
+    usable_device(given.device)
     if not given.gates and not given.unstructured and len(set(given.precision)) < 2:
         raise UserError(
             "There is nothing to compare the dense model with.",

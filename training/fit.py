@@ -46,7 +46,7 @@ from training.errors import UserError
 from training.gating import topology_of
 from training.learning import GateLearner
 from training.loop import Learning, run
-from training.models import DTYPES, DiffusionModel, load_model
+from training.models import DTYPES, DiffusionModel, load_model, usable_device
 from training.outcome import FitResult, finish
 from training.output import GATES, HISTORY, PAGE, PICTURE, claimed, output_file, output_folder
 from training.processes import Processes
@@ -314,12 +314,7 @@ def _check_resolution(resolution: int, vae_scale_factor: int) -> None:
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        try:
-            return torch.zeros(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"--device {name} can't be used: {error}", "auto, cpu, cuda or mps", ""
-            ) from error
+        return usable_device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

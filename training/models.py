@@ -101,6 +101,7 @@ def load_model(
     Raises:
         UserError: the source can't be found, reached or read, or is not SD1.5.
     """
+    device = usable_device(device)
     path = Path(source).expanduser()
     if not path.exists():
         path = _download(source)
@@ -110,6 +111,19 @@ def load_model(
     for module in (model.unet, model.vae, model.text_encoder):
         module.requires_grad_(False).eval().to(device)
     return model
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name; raises UserError where it computes nothing."""
+    try:
+        found = torch.ones(1, device=name)
+        found.item()
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"--device {name} can't be used: {reason}", "cpu, cuda or mps", "change --device"
+        ) from error
+    return found.device
 
 
 @torch.no_grad()

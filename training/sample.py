@@ -27,7 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ldcp_core import Gates, load_gates
-from training.arguments import DEMO_SETTINGS
+from training.arguments import DEMO_SETTINGS, parse_seed
 from training.cache import digest
 from training.console import explaining
 from training.errors import UserError
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--demo", action="store_true", help="the embedded demo model")
     parser.add_argument("--gates", nargs="*", default=[], help="gate files")
     parser.add_argument("--prompts", help="a text file, a prompt per line (default: nine faces)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[42])
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--guidance", type=float, default=default.guidance)
     parser.add_argument("--batch-size", type=int, default=default.batch_size)

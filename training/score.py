@@ -49,6 +49,7 @@ from ldcp_core import (
 from training import criteria
 from training.arguments import DEMO_SETTINGS
 from training.budget import Budget, BudgetKind
+from training.config import SEEDS
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
 from training.data import ImageData, open_dataset
@@ -105,6 +106,7 @@ class ScoreConfig:
         require(self.ranking in RANKINGS, "ranking", f"one of {', '.join(RANKINGS)}")
         require(0 <= self.target_sparsity < 1, "target_sparsity", "from 0 up to 1")
         require(0 <= self.floor < 1, "floor", "from 0 up to 1")
+        require(self.seed in SEEDS, "seed", "from 0 up to 2**63")
         require(0 < self.loss_threshold < 1, "loss_threshold", "between 0 and 1")
         require(
             self.threshold is None or self.criterion in THRESHOLDS,

@@ -25,7 +25,7 @@ from typing import Any
 
 from ldcp_core import RANKINGS, GateFileError, load_gates
 from training import evaluate
-from training.arguments import DEMO_SETTINGS
+from training.arguments import DEMO_SETTINGS, parse_seed
 from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--budget", default="parameters", help="what targets are shares of (parameters)")
     add("--steps", type=int, help="optimizer steps of a fit")
     add("--samples", type=int, default=48, help="held-out samples of the evaluation")
-    add("--seed", type=int, default=0)
+    add("--seed", type=parse_seed, default=0)
     add("--output", required=True, help="folder for the gate files and the table")
     given, others = parser.parse_known_args(argv)
     log_progress()

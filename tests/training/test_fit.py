@@ -115,6 +115,12 @@ def test_presets_are_those_of_the_original_and_typed_values_win() -> None:
         (["--output", "gates.pt"], "ending in .safetensors"),
         (["--model", "/no/such/model.safetensors"], "no file or folder"),
         (["--device", "nonsense"], "--device nonsense"),
+        (["--device", "meta"], "--device meta"),
+        (["--seed", str(2**70)], f"--seed is {2**70}"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--epochs", "inf"], "--epochs is inf"),
+        (["--learning-rate", "inf"], "--learning-rate is inf"),
+        (["--sparsity-weight", "inf"], "--sparsity-weight is inf"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_in_words(
