@@ -119,9 +119,10 @@ def usable_device(name: str | torch.device) -> torch.device:
         found = torch.ones(1, device=name)
         found.item()
     except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"--device {name} can't be used: {reason}", "cpu, cuda or mps", "change --device"
+            f"--device {name} can't be used: {single_file.first_line(error)}",
+            "cpu, cuda or mps",
+            "change --device",
         ) from error
     return found.device
 
@@ -183,9 +184,11 @@ def _load_folder(root: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
             tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True),
             scheduler=DDPMScheduler.from_pretrained(root / "scheduler", local_files_only=True),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # odd files make the libraries raise nearly anything
         raise UserError(
-            f"{root} can't be loaded: {error}", folder.EXPECTED, single_file.FETCH_AGAIN
+            f"{root} can't be loaded: {single_file.first_line(error)}",
+            folder.EXPECTED,
+            single_file.FETCH_AGAIN,
         ) from error
 
 
@@ -273,7 +276,9 @@ def _read_tensors(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tens
             return {key: file.get_tensor(key).to(dtype, copy=True) for key in keys}
     except SafetensorError as error:
         raise UserError(
-            f"{path} is damaged ({error}).", single_file.EXPECTED, single_file.FETCH_AGAIN
+            f"{path} is damaged ({single_file.first_line(error)}).",
+            single_file.EXPECTED,
+            single_file.FETCH_AGAIN,
         ) from error
 
 

@@ -807,6 +807,24 @@ def test_transformer_pipelines_are_refused_by_name(tmp_path: Path) -> None:
             load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer/vocab.json", "[1"),
+        ("tokenizer/tokenizer_config.json", "[]"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}'),
+        ("vae/config.json", '{"block_out_channels": []}'),
+    ],
+)
+def test_odd_files_in_a_folder_are_explained(file: str, content: str, folder_copy: Path) -> None:
+    path = folder_copy / file
+    if content.startswith("{"):
+        content = json.dumps(json.loads(path.read_text()) | json.loads(content))
+    path.write_text(content)
+    with pytest.raises(UserError, match="can't be loaded"):
+        load_model(str(folder_copy))
+
+
 def test_folders_that_are_no_pipeline_get_a_hint(tmp_path: Path, tiny_folder: Path) -> None:
     with pytest.raises(UserError, match="holds model_index.json"):
         load_model(str(tmp_path))

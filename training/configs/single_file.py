@@ -173,7 +173,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise UserError(
-            f"{path} is damaged ({_first_line(error)}).", EXPECTED, FETCH_AGAIN
+            f"{path} is damaged ({first_line(error)}).", EXPECTED, FETCH_AGAIN
         ) from error
     for _ in range(2):  # some trainers wrap it twice
         if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
@@ -207,7 +207,7 @@ def _named_code(error: pickle.UnpicklingError) -> str:
     return f" (it names {found[1]})" if found else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The beginning of what a library says, printable."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
