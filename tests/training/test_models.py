@@ -810,7 +810,6 @@ def test_transformer_pipelines_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("tokenizer/vocab.json", "[1"),
         ("tokenizer/tokenizer_config.json", "[]"),
         ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}'),
         ("vae/config.json", '{"block_out_channels": []}'),
