@@ -44,7 +44,7 @@ from training.denoising import Denoising
 from training.encoding import WORKERS, EncodedImages
 from training.errors import UserError
 from training.gating import topology_of
-from training.learning import GateLearner
+from training.learning import TARGET_TOLERANCE, GateLearner
 from training.loop import Learning, run
 from training.models import DTYPES, DiffusionModel, load_model, usable_device
 from training.outcome import FitResult, finish
@@ -124,6 +124,7 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
 
     if resumed is None:
         learning.begin(calibrate(config, denoising, sites, stream, processes))
+        _say_if_short(config, learning)
     else:
         learning.load_state_dict(resumed.state["learning"])
         data.broken |= resumed.state["broken"]
@@ -270,6 +271,21 @@ def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
             f"at most {most:.1%} of the {config.budget} of scope {config.scope!r} can be pruned.",
             f"a target up to {math.floor(100 * most) / 100:g}",
             "lower --target-sparsity or --floor",
+        )
+
+
+def _say_if_short(config: FitConfig, learning: Learning) -> None:
+    """Say at the start what learning can't reach, and the cut at the end has to make up for."""
+    target, reach = config.target_sparsity, learning.reach()
+    if target is not None and reach < target - TARGET_TOLERANCE:
+        log.warning(
+            "Too short: %d steps can bring the sparsity to at most %.1f%% of the %.1f%% asked for. "
+            "The cut at the end will rather go by what each channel does alone than by what was "
+            "learned. Give it more --max-steps%s.",
+            learning.steps,
+            100 * reach,
+            100 * target,
+            "" if config.learning_rate is None else ", or a larger --learning-rate",
         )
 
 

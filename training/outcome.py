@@ -142,16 +142,27 @@ def _say_result(
     if budget.kind != "channels":
         print(f"Of the gated layers' {budget.kind} {achieved:.1%} are pruned.")
     if target is not None and abs(achieved - target) > TARGET_TOLERANCE:
-        print(
-            f"The sparsity is {achieved:.1%}, not within one point of the target "
-            f"{target:.1%}: learning ended at {alignment.learned:.1%}. Give it more --max-steps "
-            "(or a larger --learning-rate); if the widths are small, multiples of 8 may not allow "
-            "a closer value."
-        )
+        print(advice(target, achieved))
     if broken := data.broken_report():
         print(broken)
     for suffix in (".safetensors", ".history.csv", ".curves.png", ".scores.png", ".html"):
         print(f"wrote {output.with_suffix(suffix)}")
+
+
+def advice(target: float, achieved: float) -> str:
+    """What to do about a target that was missed: the cut is at the target, so alignment missed it.
+
+    >>> print(advice(0.3, 0.25))
+    25.0% are pruned, over a point less than the target of 30.0%: kept counts are multiples of 8,
+    and widths as small as these allow no closer value. Raise --target-sparsity to come to the next,
+    or give it a larger --scope.
+    """
+    less, change = ("less", "Raise") if achieved < target else ("more", "Lower")
+    return (
+        f"{achieved:.1%} are pruned, over a point {less} than the target of {target:.1%}: kept "
+        "counts are multiples of 8,\nand widths as small as these allow no closer value. "
+        f"{change} --target-sparsity to come to the next,\nor give it a larger --scope."
+    )
 
 
 def _info(
