@@ -39,6 +39,7 @@ from ldcp_core import (
     savings,
     write_atomically,
 )
+from training.arguments import parse_seed
 from training.benchmarking import machine
 from training.benchmarking.markdown import render
 from training.benchmarking.peers import peer_variants
@@ -68,6 +69,7 @@ from training.console import explaining, log_progress
 from training.errors import UserError
 from training.gating import topology_of
 from training.models import DTYPES, load_model
+from training.output import output_file, report_of
 
 log = logging.getLogger("training.benchmark")
 
@@ -150,12 +152,9 @@ def check(config: BenchmarkConfig) -> None:
             "a gate file made by training.fit",
             f"check the spelling; the path is taken from {Path.cwd()}",
         )
-    if config.output is not None and not Path(config.output).absolute().parent.is_dir():
-        raise UserError(
-            f"The folder of --output {config.output} does not exist.",
-            "an existing folder and the start of two file names",
-            f"mkdir -p {shlex.quote(str(Path(config.output).parent))}",
-        )
+    if config.output is not None:
+        for suffix, kind in report_of("ldcp.benchmark").items():
+            output_file("--output", config.output + suffix, kind, (config.model, config.gates))
 
 
 def load_unet(config: BenchmarkConfig) -> UNet2DConditionModel:
@@ -344,7 +343,7 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
     add("--padding", choices=PADDINGS, nargs="+", help="(default: both, or the gate file's)")
     add("--rounds", type=int, help=f"(default {default.rounds}; at least 6 for ratios)")
     add("--output", metavar="PREFIX", help="write PREFIX.json and PREFIX.md")
-    add("--seed", type=int, help=f"weights, inputs, order (default {default.seed})")
+    add("--seed", type=parse_seed, help=f"weights, inputs, order (default {default.seed})")
     given = vars(parser.parse_args(argv))
     if given.pop("quick", False):
         given = QUICK | given

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import write_atomically
+from training.errors import UserError
+from training.output import PICTURE, output_file, write
 
 NAME = re.compile(r"pruned on ([\d.]+)%, (\w+)")
 
@@ -84,14 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="the PNG to write")
     given = parser.parse_args(argv)
     try:
+        output = output_file("--output", given.output, PICTURE, given.results)
         results = [json.loads(Path(path).read_text(encoding="utf-8")) for path in given.results]
         options = results[0]["options"]
         title = (
             f"SD1.5 U-Net, scope {options['scope']}, {options['resolution']} px, "
             f"batch {options['batch']}, {options['precision']}, {results[0]['machine']['cpu']}"
         )
-        write_atomically(Path(given.output), draw(points(results), title))
-    except (ValueError, KeyError, OSError) as error:
+        write(output, draw(points(results), title))
+    except (UserError, ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
