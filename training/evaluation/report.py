@@ -98,8 +98,8 @@ def _baseline_table(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         f"Beside {markdown(name)}: as many channels chosen by cheaper means, with the same "
         "constants; per site: as many at each site as learned; together: over all sites. What "
-        "lies between own-effect together and per site is how much each layer gives; between that and learned, "
-        "which channels:",
+        "lies between own-effect together and per site is how much each layer gives; between that "
+        "and learned, which channels:",
         "",
         "| chosen by | deviation from dense | × learned |",
         "|---|---|---|",
