@@ -1,0 +1,113 @@
+"""GroupNorm and SiLU where some channels are constants: the constants are never laid out as maps.
+
+A kept channel is a map [H, W] plus a shift per image, which moves its mean and nothing else; a
+pruned one is the shift alone. To its group a channel with mean m and standard deviation s counts
+as much as the two values m + s and m - s do, and a constant as much as itself twice. So PyTorch's own
+GroupNorm of two values per channel gives the statistics of the whole maps and the normed constants,
+and what is left for the maps is one pass: silu(h · scale + level).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Added to a channel's variance, so that its root can be differentiated. A host's epsilon is 1e-5.
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Which of C channels are kept: indices, on the compute device."""
+
+    kept: Tensor
+    pruned: Tensor
+    #: where the two values of each kept channel lie among the 2·C of all
+    pairs: Tensor
+    #: 1, -1
+    signs: Tensor
+
+    @classmethod
+    def of(cls, keep: Tensor, device: torch.device) -> Channels:
+        """From a bool keep-set [C]."""
+        keep = keep.cpu()
+        kept, pruned = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
+        pairs = (2 * kept[:, None] + torch.arange(2)).flatten()
+        signs = torch.tensor([1, -1], dtype=torch.int8)
+        return cls(*(t.to(device) for t in (kept, pruned, pairs, signs)))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.kept, self.pruned, self.pairs, self.signs]
+
+
+def group_norm_silu(
+    h: Tensor,
+    emb: Tensor,
+    shifts: Tensor,
+    channels: Channels,
+    affine: tuple[Tensor, Tensor],
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """silu(GroupNorm) of kept maps [B, K, H, W] and of pruned constants [B, P].
+
+    ``h`` lacks its shift, which is ``emb`` [B, C] plus ``shifts`` [C], float32, and may be
+    overwritten; for a pruned channel the shift is the constant. ``affine`` is the norm's weight
+    and bias, each [C]. Statistics, scale and level are float32, what comes back has the dtype of
+    ``h``.
+    """
+    batch, count = emb.shape
+    weight, bias = (t.float() for t in affine)
+    values = (emb[:, :, None] + shifts[:, None].expand(-1, 2)).float().flatten(1)
+    if h.shape[1]:
+        mean, deviation = _moments(h)
+        ends = torch.addcmul(mean[:, :, None], deviation[:, :, None], channels.signs)
+        values.index_add_(1, channels.pairs, ends.flatten(1))
+    normed, _, inverse = torch.native_group_norm(
+        values.view(batch, count, 2), weight, bias, batch, count, 2, groups, eps
+    )
+    upper = normed[:, :, 0]
+    constants = F.silu(upper.index_select(1, channels.pruned).to(h.dtype))
+    if h.shape[1] == 0:
+        return h, constants
+    scale = (inverse[:, :, None] * weight.view(groups, -1)).view(batch, count)
+    scale = scale.index_select(1, channels.kept)
+    level = upper.index_select(1, channels.kept).addcmul(ends[:, :, 0], scale, value=-1)
+    return _scaled_silu(h, scale, level), constants
+
+
+def _moments(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each map, float32 [B, K]."""
+    if h.device.type == "cuda" and h.dtype != torch.float64 and _may_overwrite(h):
+        # what SyncBatchNorm calls: one pass in float32, without a float32 copy of the maps
+        maps = h.reshape(1, -1, *h.shape[2:])
+        mean, inverse = torch.batch_norm_stats(maps, TINY)
+        return mean.view(h.shape[:2]), inverse.reciprocal_().view(h.shape[:2])
+    mean = h.mean((2, 3), dtype=torch.float32)
+    # in two passes: on a CPU torch.var_mean over the last dimensions takes 17 times as long
+    variance = (h.float() - mean[:, :, None, None]).square().mean((2, 3))
+    return mean, (variance + TINY).sqrt()
+
+
+def _scaled_silu(h: Tensor, scale: Tensor, level: Tensor) -> Tensor:
+    """silu(h · scale + level) per map, computed in float32 and rounded once before the SiLU."""
+    scale, level = scale[:, :, None, None], level[:, :, None, None]
+    if _may_overwrite(h):
+        normed = torch.addcmul(level, h, scale, out=h)
+    else:
+        normed = torch.addcmul(level, h.float(), scale).to(h.dtype)
+    return F.silu(normed, inplace=True)
+
+
+def _may_overwrite(h: Tensor) -> bool:
+    """Whether operations of mixed types may write into ``h``.
+
+    Not where a derivative may be asked for, nor inside torch.compile, which fuses better itself,
+    nor on devices whose operations want one type.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return h.device.type in ("cpu", "cuda")
