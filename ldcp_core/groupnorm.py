@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Devices with one pass for the moments. Launches are counted on tensors without contents ("meta"),
+#: which stand for those of a GPU.
+GPU = ("cuda", "meta")
 #: Added to a channel's variance, so that its root can be differentiated. A host's epsilon is 1e-5.
 TINY = 1e-12
 
@@ -81,7 +84,7 @@ def group_norm_silu(
 
 def _moments(h: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each map, float32 [B, K]."""
-    if h.device.type == "cuda" and h.dtype != torch.float64 and _may_overwrite(h):
+    if h.device.type in GPU and h.dtype != torch.float64 and _may_overwrite(h):
         # what SyncBatchNorm calls: one pass in float32, without a float32 copy of the maps
         maps = h.reshape(1, -1, *h.shape[2:])
         mean, inverse = torch.batch_norm_stats(maps, TINY)
@@ -110,4 +113,4 @@ def _may_overwrite(h: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return h.device.type in ("cpu", "cuda")
+    return h.device.type in ("cpu", *GPU)
