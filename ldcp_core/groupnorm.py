@@ -2,9 +2,9 @@
 
 A kept channel is a map [H, W] plus a shift per image, which moves its mean and nothing else; a
 pruned one is the shift alone. To its group a channel with mean m and standard deviation s counts
-as much as the two values m + s and m - s do, and a constant as much as itself twice. So PyTorch's own
-GroupNorm of two values per channel gives the statistics of the whole maps and the normed constants,
-and what is left for the maps is one pass: silu(h · scale + level).
+as much as the two values m + s and m - s do, and a constant as much as itself twice. So PyTorch's
+own GroupNorm of two values per channel has the statistics of the whole maps and gives the normed
+constants; what is left for the maps is one pass, silu(h · scale + level).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 #: Devices with one pass for the moments. Launches are counted on tensors without contents ("meta"),
 #: which stand for those of a GPU.
 GPU = ("cuda", "meta")
-#: Added to a channel's variance, so that its root can be differentiated. A host's epsilon is 1e-5.
+#: added to a channel's variance, whose root is divided by; a host's own epsilon is 1e-5
 TINY = 1e-12
 
 
@@ -39,7 +39,7 @@ class Channels:
         keep = keep.cpu()
         kept, pruned = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
         pairs = (2 * kept[:, None] + torch.arange(2)).flatten()
-        signs = torch.tensor([1, -1], dtype=torch.int8)
+        signs = torch.tensor([1.0, -1.0])
         return cls(*(t.to(device) for t in (kept, pruned, pairs, signs)))
 
     def tensors(self) -> list[Tensor]:
@@ -66,42 +66,41 @@ def group_norm_silu(
     weight, bias = (t.float() for t in affine)
     values = (emb[:, :, None] + shifts[:, None].expand(-1, 2)).float().flatten(1)
     if h.shape[1]:
-        mean, deviation = _moments(h)
-        ends = torch.addcmul(mean[:, :, None], deviation[:, :, None], channels.signs)
+        mean, inverse = _moments(h)
+        ends = torch.addcdiv(mean[:, :, None], channels.signs, inverse[:, :, None])
         values.index_add_(1, channels.pairs, ends.flatten(1))
-    normed, _, inverse = torch.native_group_norm(
-        values.view(batch, count, 2), weight, bias, batch, count, 2, groups, eps
-    )
-    upper = normed[:, :, 0]
-    constants = F.silu(upper.index_select(1, channels.pruned).to(h.dtype))
+    normed = F.group_norm(values.view(batch, count, 2), groups, weight, bias, eps)
+    constants = normed[:, :, 0].index_select(1, channels.pruned)
+    constants = F.silu(constants.to(h.dtype))
     if h.shape[1] == 0:
         return h, constants
-    scale = (inverse[:, :, None] * weight.view(groups, -1)).view(batch, count)
-    scale = scale.index_select(1, channels.kept)
-    level = upper.index_select(1, channels.kept).addcmul(ends[:, :, 0], scale, value=-1)
-    return _scaled_silu(h, scale, level), constants
+    normed = normed.index_select(1, channels.kept)
+    # the line through both ends: what is 2 s long becomes as long as the normed ends are apart
+    double_scale = (normed[:, :, 0] - normed[:, :, 1]) * inverse
+    level = torch.addcmul(normed[:, :, 0], ends[:, :, 0], double_scale, value=-0.5)
+    return _scaled_silu(h, double_scale, level), constants
 
 
 def _moments(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each map, float32 [B, K]."""
+    """Mean and inverse standard deviation of each map, float32 [B, K]."""
     if h.device.type in GPU and h.dtype != torch.float64 and _may_overwrite(h):
         # what SyncBatchNorm calls: one pass in float32, without a float32 copy of the maps
         maps = h.reshape(1, -1, *h.shape[2:])
         mean, inverse = torch.batch_norm_stats(maps, TINY)
-        return mean.view(h.shape[:2]), inverse.reciprocal_().view(h.shape[:2])
+        return mean.view(h.shape[:2]), inverse.view(h.shape[:2])
     mean = h.mean((2, 3), dtype=torch.float32)
     # in two passes: on a CPU torch.var_mean over the last dimensions takes 17 times as long
     variance = (h.float() - mean[:, :, None, None]).square().mean((2, 3))
-    return mean, (variance + TINY).sqrt()
+    return mean, (variance + TINY).rsqrt()
 
 
-def _scaled_silu(h: Tensor, scale: Tensor, level: Tensor) -> Tensor:
-    """silu(h · scale + level) per map, computed in float32 and rounded once before the SiLU."""
-    scale, level = scale[:, :, None, None], level[:, :, None, None]
+def _scaled_silu(h: Tensor, double_scale: Tensor, level: Tensor) -> Tensor:
+    """silu(h · scale + level) per map, in float32 and rounded once before the SiLU."""
+    scale, level = double_scale[:, :, None, None], level[:, :, None, None]
     if _may_overwrite(h):
-        normed = torch.addcmul(level, h, scale, out=h)
+        normed = torch.addcmul(level, h, scale, value=0.5, out=h)
     else:
-        normed = torch.addcmul(level, h.float(), scale).to(h.dtype)
+        normed = torch.addcmul(level, h.float(), scale, value=0.5).to(h.dtype)
     return F.silu(normed, inplace=True)
 
 

@@ -214,7 +214,7 @@ class CompactResBlock:
         assert self.shifts is not None
         kept = self._conv1_rows(ops, x)
         h = self.shifts.to(kept.dtype)[:, None, None].repeat(x.shape[0], 1, *kept.shape[2:])
-        h = h.index_copy_(1, channels.kept, kept)
+        h = h.index_add_(1, channels.kept, kept)  # to zeros
         a = ops.norm2(h + emb[:, :, None, None])
         if self.columns is None:
             return _convolve(ops.conv2, a, self.conv2)
@@ -261,7 +261,7 @@ class CompactResBlock:
         size, batch = y.shape[2:], y.shape[0]
         inside = self._taps_inside(size, y).expand(batch, -1, -1)
         # flattening copies where channels come last
-        return y.flatten(2).baddbmm_(taps.reshape(batch, -1, 9), inside).unflatten(2, size)
+        return y.flatten(2).baddbmm_(taps.reshape(batch, -1, 9), inside).view(y.shape)
 
     def _taps_inside(self, size: torch.Size, like: Tensor) -> Tensor:
         """[9, H·W] of ones where a tap lies inside; kept, but for inside torch.compile."""
@@ -285,12 +285,12 @@ def _planes(channels: Channels, constant: Tensor | None, dtype: torch.dtype) -> 
     planes = torch.zeros(pruned.numel() + channels.kept.numel(), dtype=dtype, device=pruned.device)
     if constant is None:
         return planes
-    return planes.index_copy_(0, pruned, constant.to(planes).index_select(0, pruned))
+    return planes.index_add_(0, pruned, constant.to(planes).index_select(0, pruned))
 
 
 def _with_bias(planes: Tensor, channels: Channels, bias: Tensor | None) -> Tensor:
-    """``planes`` with the bias [K] in the places of the kept channels."""
-    return planes if bias is None else planes.index_copy(0, channels.kept, bias.to(planes.dtype))
+    """``planes`` with the bias [K] in the places of the kept channels, in place."""
+    return planes if bias is None else planes.index_add_(0, channels.kept, bias.to(planes.dtype))
 
 
 def _convolve(

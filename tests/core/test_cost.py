@@ -217,12 +217,13 @@ def test_parameters_equal_what_the_compact_block_holds(
     case: tuple[ResBlock, BlockGate, CompactResBlock],
 ) -> None:
     block, gate, compact = case
-    # the index tensors are bookkeeping; weights, biases, constants and columns are floats
-    held = sum(t.numel() for t in compact.tensors() if t.is_floating_point())
-    if compact.residual is not None and (
-        compact.inner is None or compact.conv2.weight.numel() == 0
-    ):
-        held -= compact.residual.kept.numel()
+    # which channels are kept is bookkeeping; weights, biases, constants and columns are floats
+    channels = [c for c in (compact.inner, compact.residual) if c is not None]
+    bookkeeping = {id(t) for c in channels for t in c.tensors()}
+    floats = [t for t in compact.tensors() if t.is_floating_point() and id(t) not in bookkeeping]
+    held = sum(t.numel() for t in floats)
+    if compact.inner is None and compact.residual is not None:
+        held -= compact.residual.kept.numel()  # zeros between the constants: the bias is beside
     assert held == conv_pair_cost(block, *kept_counts(gate), gate.padding, Latent()).parameters
 
 
