@@ -9,41 +9,18 @@ constants; what is left for the maps is one pass, silu(h · scale + level).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import fused
+from .channels import Channels
 
 #: Devices with one pass for the moments. Launches are counted on tensors without contents ("meta"),
 #: which stand for those of a GPU.
 GPU = ("cuda", "meta")
 #: added to a channel's variance, whose root is divided by; a host's own epsilon is 1e-5
 TINY = 1e-12
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Which of C channels are kept: indices, on the compute device."""
-
-    kept: Tensor
-    pruned: Tensor
-    #: where the two values of each kept channel lie among the 2·C of all
-    pairs: Tensor
-    #: 1, -1
-    signs: Tensor
-
-    @classmethod
-    def of(cls, keep: Tensor, device: torch.device) -> Channels:
-        """From a bool keep-set [C]."""
-        keep = keep.cpu()
-        kept, pruned = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
-        pairs = (2 * kept[:, None] + torch.arange(2)).flatten()
-        signs = torch.tensor([1.0, -1.0])
-        return cls(*(t.to(device) for t in (kept, pruned, pairs, signs)))
-
-    def tensors(self) -> list[Tensor]:
-        return [self.kept, self.pruned, self.pairs, self.signs]
 
 
 def group_norm_silu(
@@ -64,6 +41,8 @@ def group_norm_silu(
     """
     batch, count = emb.shape
     weight, bias = (t.float() for t in affine)
+    if h.shape[1] and fused.usable(h):
+        return fused.norm_silu(h, emb, shifts, channels, (weight, bias), groups, eps)
     values = (emb[:, :, None] + shifts[:, None].expand(-1, 2)).float().flatten(1)
     if h.shape[1]:
         mean, inverse = _moments(h)

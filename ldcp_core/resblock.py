@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused
+from .channels import Channels
 from .gates import ALIGNMENT, Padding
-from .groupnorm import Channels, group_norm_silu
+from .groupnorm import group_norm_silu
 from .sites import SiteKind
 
 #: bytes of weights convolved at once on a CPU
@@ -194,11 +196,11 @@ class CompactResBlock:
         """[B, I, H, W] and [B, C] to [B, O, H, W], equal to `masked_forward` of the same gate."""
         if self.conv2.weight.shape[0] == 0:  # no residual channel is kept: only constants are left
             y = x.new_empty(x.shape[0], 0, *x.shape[2:])
+        elif self.inner is not None and self.folds:
+            return self._folded(ops, x, emb, self.inner)
         elif self.inner is None:
             h = _convolve(ops.conv1, ops.norm1(x), self.conv1)
             y = _convolve(ops.conv2, ops.norm2(h + emb[:, :, None, None]), self.conv2)
-        elif self.folds:
-            y = self._folded(ops, x, emb, self.inner)
         else:
             y = self._rows_only(ops, x, emb, self.inner)
         return self._joined(ops.skip(x), y)
@@ -230,12 +232,13 @@ class CompactResBlock:
         taps = self._taps(constants)
         if a.shape[1]:
             y = _convolve(ops.conv2, a, self.conv2)
-            return self._add_taps_(y, taps.to(y.dtype))
-        bias = self.conv2.bias
-        y = taps.new_zeros(x.shape[0], self.conv2.weight.shape[0], *x.shape[2:])
-        if bias is not None:
-            y += bias[:, None, None]
-        return self._add_taps_(y, taps)
+        else:
+            y = taps.new_zeros(x.shape[0], self.conv2.weight.shape[0], *x.shape[2:])
+            y = y if self.conv2.bias is None else y.add_(self.conv2.bias[:, None, None])
+        taps, skip = taps.to(y.dtype), ops.skip(x)
+        if fused.usable(y, skip):
+            return fused.join(skip, y, taps, self.residual, self.planes)
+        return self._joined(skip, self._add_taps_(y, taps))
 
     def _conv1_rows(self, ops: ResBlockOps, x: Tensor) -> Tensor:
         if self.conv1.weight.shape[0] == 0:
@@ -328,11 +331,5 @@ def _fold_columns(weight: Tensor, padding: Padding) -> Tensor:
 
 def _taps_inside(size: torch.Size, like: Tensor) -> Tensor:
     """[9, H·W] of ones where a tap of a 3x3 window centred on a position lies inside the map."""
-    return torch.kron(*(_taps_inside_line(length, like) for length in size))
-
-
-def _taps_inside_line(size: int, like: Tensor) -> Tensor:
-    """[3, size] of ones where tap t of a 3-tap window centred on position p lies inside."""
-    position = torch.arange(size, device=like.device)
-    tap = position + torch.arange(-1, 2, device=like.device)[:, None]
-    return ((tap >= 0) & (tap < size)).to(like.dtype)
+    ones = torch.ones(1, 1, *size, device=like.device)
+    return F.unfold(ones, 3, padding=1)[0].to(like.dtype)
