@@ -87,8 +87,9 @@ def join(
 
 
 def launch(name: str, grid: tuple[int, ...], *args: Any, **constants: int) -> None:
-    """Run a kernel of `kernels`; when launches are counted, this is what is replaced."""
-    getattr(_kernels(), name)[grid](*args, **constants)
+    """Run a kernel of `kernels` where its first tensor lies; replaced when launches are counted."""
+    with torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]  # PyTorch types it not
+        getattr(_kernels(), name)[grid](*args, **constants)
 
 
 def _block(size: int) -> int:

@@ -26,10 +26,11 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU taken for a GPU of which nothing is known yet."""
+    remembered = fused._kernels, fused._works
     monkeypatch.setattr(fused, "DEVICES", ("cpu",))
     yield
-    fused._kernels.cache_clear()
-    fused._works.cache_clear()
+    for function in remembered:
+        function.cache_clear()
 
 
 def kernels_that(run: Callable[..., None]) -> Any:
@@ -61,7 +62,6 @@ def test_kernels_that_fail_or_are_wrong_are_not_used_and_that_is_said_once(
         assert not fused.usable(torch.ones(1, 2, 3, 3))
         assert not fused.usable(torch.ones(1, 2, 4, 4))
     assert len(caplog.records) == 1 and reason in caplog.text and "LDCP_TRITON=0" in caplog.text
-    monkeypatch.undo()
 
 
 @torch.no_grad()

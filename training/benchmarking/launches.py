@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ldcp_core import PADDINGS, Padding
+from ldcp_core import PADDINGS, Padding, fused
 from training.benchmarking.timing import DENSE
 from training.benchmarking.variants import TEXT_TOKENS, random_pruning
 from training.configs import SD15
@@ -155,6 +157,17 @@ class _OneAttention(TorchFunctionMode):
         return result
 
 
+def _triton(operations: Operations) -> Any:
+    """Context in which `ldcp_core.fused` launches its kernels here, as it does on a GPU."""
+
+    def launch(name: str, grid: tuple[int, ...], *args: Any, **constants: int) -> None:
+        read_again = 3 if name == "norm_silu" else 0  # twice more, and written
+        size = _bytes(_tensors(args)) + read_again * _bytes(args[:1])
+        operations.found.append(Operation(name, 1, size, 0))
+
+    return mock.patch.multiple(fused, usable=lambda *maps: True, launch=launch)
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -181,17 +194,25 @@ def meta_unet(dtype: torch.dtype) -> UNet2DConditionModel:
 
 
 def operations(
-    unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock], resolution: int, batch: int
+    unet: UNet2DConditionModel,
+    blocks: Mapping[str, CompactBlock],
+    resolution: int,
+    batch: int,
+    triton: bool = False,
 ) -> list[Operation]:
     """What one evaluation does; ``unet`` and ``blocks`` lie on the meta device."""
     side, like = resolution // PIXELS_PER_LATENT, {"dtype": unet.dtype, "device": unet.device}
     latents = torch.empty(batch, unet.config.in_channels, side, side, **like)
     context = torch.empty(batch, TEXT_TOKENS, unet.config.cross_attention_dim, **like)
     timesteps = torch.empty(batch, dtype=torch.int64, device=unet.device)
-    with torch.no_grad(), running(unet, blocks), Operations() as counted, _OneAttention(counted):
-        for _ in range(2):  # the first evaluation makes what is kept for this size
-            counted.found.clear()
-            unet(latents, timesteps, encoder_hidden_states=context)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(running(unet, blocks))
+        counted = stack.enter_context(Operations())
+        stack.enter_context(_OneAttention(counted))
+        if triton:
+            stack.enter_context(_triton(counted))
+        unet(latents, timesteps, encoder_hidden_states=context)
     return counted.found
 
 
@@ -203,14 +224,19 @@ def count(
     batch: int = 2,
     dtype: torch.dtype = torch.float16,
 ) -> dict[str, Count]:
-    """Dense and each pruned form of SD1.5, with random keep-sets of aligned counts."""
+    """Dense and each pruned form of SD1.5, with random keep-sets of aligned counts.
+
+    Each once from PyTorch's own operations and once with the Triton kernels.
+    """
     unet = meta_unet(dtype)
     found = {DENSE: Count.of(operations(unet, {}, resolution, batch))}
     for scope, share, rule in product(scopes, sparsity, padding):
         pruning = random_pruning(topology_of(unet).sites(scope), share, seed=0)
         blocks = compact_blocks(unet, pruning.keep_sets, pruning.constants, rule)
-        form = Count.of(operations(unet, blocks, resolution, batch))
-        found[f"{scope} {pruning.label}, {rule}"] = form
+        name = f"{scope} {pruning.label}, {rule}"
+        operations(unet, blocks, resolution, batch)  # makes what is kept for this size
+        for form, triton in ((name, False), (f"{name}, Triton", True)):
+            found[form] = Count.of(operations(unet, blocks, resolution, batch, triton))
     return found
 
 
@@ -235,7 +261,8 @@ ASSUMPTIONS = (
         for card in CARDS
     )
     + f". The host launches one in {LAUNCH * 1e6:g} µs; an evaluation takes the longer of device "
-    "and launching. Elementwise means all that is no convolution, linear layer or attention."
+    "and launching (Triton's launcher takes longer than that). "
+    "Elementwise means all that is no convolution, linear layer or attention."
 )
 
 
