@@ -469,6 +469,19 @@ def test_weights_too_large_for_one_piece_give_the_same(
     assert rows == [16, 16]  # three pieces of 11 rows, rounded up to a multiple of 8
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_one_block_runs_on_maps_of_several_sizes_and_types(padding: Padding) -> None:
+    case = make_case(19, inner=torch.arange(8) % 3 > 0, padding=padding)
+    block = case.block.to(torch.float32)
+    compact = CompactResBlock(case.gate, block.first, block.second)
+    for size in ((4, 4), (7, 5), (5, 7), (4, 4)):
+        x, emb = torch.randn(2, 8, *size), torch.randn(2, 8)
+        expected = block.masked(x, emb, case.gate)
+        assert deviation(compact(block, x, emb), expected, torch.float32) <= 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert deviation(compact(block, x, emb), expected, torch.bfloat16) <= 2e-2
+
+
 def test_the_rules_agree_inside_and_differ_at_the_border() -> None:
     """A 3x3 window at least one position away from the border never sees the padding."""
     keep = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0]).bool()
