@@ -5,6 +5,7 @@
     python -m training.benchmark training
     python -m training.benchmark throughput --data faces/
     python -m training.benchmark memory
+    python -m training.benchmark launches
     python -m training.benchmark --gates gates.safetensors --model v1-5-pruned-emaonly.safetensors
 
 Without --model the U-Net has SD1.5's size and random weights, which take as long as trained ones.
@@ -368,6 +369,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from training.benchmarking import memory
 
         return memory.main(typed[1:])
+    if typed[:1] == ["launches"]:
+        from training.benchmarking import launches
+
+        return launches.main(typed[1:])
     config = parse(argv)
     log_progress(logging.WARNING)
     log.setLevel(logging.INFO)
