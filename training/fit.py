@@ -36,7 +36,6 @@ from training.budget import Budget
 from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
-from training.compiling import compile_
 from training.config import FitConfig
 from training.console import log_progress
 from training.data import Position, open_dataset
@@ -105,8 +104,6 @@ def fit(config: FitConfig) -> FitResult | None:
         keep_freed_memory()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    if config.run.compile:
-        compile_(model.unet, [site.name for site in sites])
     denoising = Denoising(model, config.seed)
     position = Position()
     shared = {} if processes.world == 1 else {"share": processes.share}
