@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from ldcp_core import PADDINGS, Gates, SoftGate, Topology, save_gates
 from training import benchmark as command
 from training.benchmark import BenchmarkConfig, benchmark, check, main, parse, save
-from training.benchmarking import machine, peers, plot, variants
+from training.benchmarking import machine, peers, variants
 from training.benchmarking.markdown import render, shown_ratio
 from training.benchmarking.timing import DENSE, Variant, interleaved, sign_interval, summary
 from training.benchmarking.variants import (
@@ -342,7 +342,7 @@ def test_markdown_follows_from_the_json_alone_and_both_are_written(
     assert again["criterion"] in text and again["machine"]["cpu"] in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     columns = {line.count("|") for line in table}
-    assert columns == {10, 5}
+    assert columns == {11, 5}
     again["unet"]["rows"][1].update(ratio=0.123, interval=[0.1, 0.2])
     assert "0.123 (0.100 to 0.200)" in render(again)
 
@@ -400,27 +400,3 @@ def test_quick_is_a_set_of_defaults_that_options_override() -> None:
     assert (quick.resolution, quick.rounds, quick.padding) == (64, 9, ("extend",))
     assert parse([]) == BenchmarkConfig()
     check(quick)
-
-
-def test_the_cost_plot_takes_the_pruned_variants_of_several_files(tmp_path: Path) -> None:
-    def result(rows: list[dict[str, object]]) -> dict[str, object]:
-        return {"unet": {"rows": rows}}
-
-    def pruned(name: str, ratio: float | None) -> dict[str, object]:
-        return {"name": name, "ratio": ratio, "interval": [0.7, 0.9], "flops_left": 0.75}
-
-    dense = {"name": "dense", "ratio": 1.0, "interval": [1.0, 1.0]}
-    few = {"name": "pruned on 20%, zero", "ratio": None, "interval": None}
-    found = plot.points(
-        [
-            result([dense, pruned("pruned on 40%, zero", 0.8), few]),
-            result(
-                [dense, pruned("pruned on 10%, zero", None), pruned("pruned on 10%, extend", 0.8)]
-            ),
-        ]
-    )
-    assert [p.sparsity for p in found["zero"]] == [10, 40]
-    assert found["zero"][0].ratio == pytest.approx(0.8) and found["zero"][0].flops_left == 0.75
-    assert len(plot.draw(found, "title")) > 10_000
-    with pytest.raises(ValueError, match="6 rounds or more"):
-        plot.points([result([dense, few])])
