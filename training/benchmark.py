@@ -3,7 +3,6 @@
     python -m training.benchmark --quick
     python -m training.benchmark --device cuda --precision fp16 --output benchmark
     python -m training.benchmark training
-    python -m training.benchmark throughput --data faces/
     python -m training.benchmark memory
     python -m training.benchmark --gates gates.safetensors --model v1-5-pruned-emaonly.safetensors
 
@@ -361,10 +360,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from training.benchmarking import training
 
         return training.main(typed[1:])
-    if typed[:1] == ["throughput"]:
-        from training.benchmarking import throughput
-
-        return throughput.main(typed[1:])
     if typed[:1] == ["memory"]:
         from training.benchmarking import memory
 
