@@ -40,7 +40,6 @@ from ldcp_core import (
 )
 from training.benchmarking import machine
 from training.benchmarking.markdown import render
-from training.benchmarking.peers import peer_variants
 from training.benchmarking.timing import (
     CRITERION,
     DENSE,
@@ -225,8 +224,6 @@ def _time_unet(
     variants = unet_variants(unet, inputs, prunings, paddings)
     selection = (time.perf_counter() - start) / (1 + len(prunings) * len(paddings))
     gated = layer_bytes(unet, prunings[0].blocks)
-    peers, absent = peer_variants(unet, inputs, gated)
-    variants += peers
     facts = _facts(variants, unet, unet_bytes(unet) - gated)
     side = config.resolution // PIXELS_PER_LATENT
     latent = Latent(side, side, config.batch)
@@ -235,28 +232,26 @@ def _time_unet(
         facts[pruned_name(pruning, padding)]["flops_left"] = 1 - cost.flop_share
     log.info("the whole U-Net, %d variants", len(variants))
     times = interleaved(variants, config.rounds, config.seed, stopwatch(unet.device))
-    return {"rows": _rows(times, facts), "absent": absent, "selection_seconds": selection}
+    return {"rows": _rows(times, facts), "selection_seconds": selection}
 
 
 def _facts(
     variants: Sequence[Variant], unet: UNet2DConditionModel, elsewhere: int
 ) -> dict[str, dict[str, Any]]:
     """What is not a time: bytes, and whether the output is dense's. Also warms everything up."""
-    reference: torch.Tensor | None = None
     facts: dict[str, dict[str, Any]] = {}
     for variant in variants:
         with variant.prepare():
             with variant.park():
                 output, memory = machine.with_memory(variant.evaluate, unet.device)
-        reference = output if variant.name == DENSE else reference
-        comparable = reference is not None and isinstance(output, torch.Tensor)
+        if variant.name == DENSE:  # which comes first
+            reference = output
         facts[variant.name] = {
             "changes": variant.changes,
-            "steps": variant.steps,
             "weight_bytes": variant.weight_bytes,
             "unet_bytes": elsewhere + variant.weight_bytes,
             "memory_bytes": memory,
-            "identical": torch.equal(output, reference) if comparable else None,
+            "identical": torch.equal(output, reference),
         }
     return facts
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "tomesd", "DeepCache")
+PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 #: glibc's allocator gives blocks above 32 MB back at once, unless this is set before the start
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 

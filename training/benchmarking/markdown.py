@@ -68,14 +68,12 @@ def _unet_section(result: Mapping[str, Any]) -> str:
     ]
     for row in section["rows"]:
         flops = f"{row['flops_left']:.1%}" if "flops_left" in row else ""
-        same = {True: "yes", False: "no", None: "not compared"}[row["identical"]]
+        same = "yes" if row["identical"] else "no"
         lines.append(
             f"| {row['name']} | {row['median'] * 1e3:.1f} | {row['deviation'] * 1e3:.1f} | "
             f"{shown_ratio(row)} | {flops} | {_mib(row['weight_bytes'])} | "
             f"{_mib(row['unet_bytes'])} | {_mib(row['memory_bytes'])} | {same} | {row['changes']} |"
         )
-    for name, reason in section["absent"].items():
-        lines.append(f"| {name} | {reason} | | | | | | | | |")
     notes = [
         "ms: median and median absolute deviation over the rounds.",
         "*Counted* bytes are those of the live tensors a variant needs on the compute device; for "

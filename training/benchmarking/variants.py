@@ -93,10 +93,9 @@ class Inputs:
         return cls(latents.to(**to), timestep, context.to(**to))
 
     @torch.no_grad()
-    def run(self, unet: UNet2DConditionModel, timestep: Tensor | None = None) -> Tensor:
+    def run(self, unet: UNet2DConditionModel) -> Tensor:
         """The U-Net's prediction, of the latents' shape."""
-        timestep = self.timestep if timestep is None else timestep
-        return unet(self.latents, timestep, encoder_hidden_states=self.context).sample
+        return unet(self.latents, self.timestep, encoder_hidden_states=self.context).sample
 
 
 @dataclass(frozen=True)
