@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +15,12 @@ from diffusers import UNet2DConditionModel
 from ldcp_core import PADDINGS, Gates, SoftGate, Topology, save_gates
 from training import benchmark as command
 from training.benchmark import BenchmarkConfig, benchmark, check, main, parse, save
-from training.benchmarking import machine, variants
+from training.benchmarking import machine
 from training.benchmarking.markdown import render, shown_ratio
 from training.benchmarking.timing import DENSE, Variant, interleaved, sign_interval, summary
 from training.benchmarking.variants import (
     Inputs,
     Pruning,
-    block_stopwatch,
     fill_,
     random_pruning,
     random_unet,
@@ -202,28 +199,6 @@ def test_the_weights_that_may_be_moved_away_are_not_read_while_pruning(
                 weight.copy_(values)
 
 
-def test_the_inside_clock_runs_only_in_the_mid_resblocks_and_gives_their_mean(
-    unet: UNet2DConditionModel, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr(variants, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-
-    def taking(seconds: float) -> Callable[..., torch.Tensor]:
-        def forward(ops: object, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-            now[0] += seconds
-            return x
-
-        return forward
-
-    blocks = {f"mid_block.resnets.{i}": taking(2.0 + 2.0 * i) for i in (0, 1)}
-    slow = Variant("slow", "", lambda: inputs.run(unet), lambda: running(unet, blocks))
-    clock = block_stopwatch(unet)
-    assert clock(slow) == 3.0  # (2 + 4) / 2
-    elsewhere = {"up_blocks.0.resnets.0": lambda ops, x, emb: taking(9.0)(ops, x[:, :32], emb)}
-    outside = Variant("outside", "", lambda: inputs.run(unet), lambda: running(unet, elsewhere))
-    assert clock(outside) == 0.0
-
-
 def test_random_keep_sets_have_the_asked_share_in_multiples_of_eight() -> None:
     sites = Topology().sites()
     for share, kept in ((0.3, 896), (0.5, 640), (0.41, 752)):  # 0.59·1280 = 755.2
@@ -274,11 +249,9 @@ def test_the_report_has_every_raw_time_and_names_its_conditions(result: dict) ->
     wanted = [DENSE, "pruned off", "mask-only 50%", *(f"pruned on 50%, {p}" for p in PADDINGS)]
     assert names == wanted
     assert all(len(row["seconds"]) == 6 for row in result["unet"]["rows"])
-    assert all(len(row["seconds"]) == 24 for row in result["block_alone"]["rows"])
-    assert [row["name"] for row in result["blocks_inside"]["rows"]] == [DENSE, *wanted[3:]]
-    assert result["blocks_inside"]["map"] == [1, 1]  # 64 pixels, 8 latent pixels, three halvings
-    inside, whole = (result[key]["rows"][0]["median"] for key in ("blocks_inside", "unet"))
-    assert 0 < 2 * inside < whole
+    assert all(len(row["seconds"]) == 24 for row in result["block"]["rows"])
+    assert [row["name"] for row in result["block"]["rows"]] == [DENSE, *wanted[3:]]
+    assert result["block"]["channels"] == 32
     identical = {row["name"]: row["identical"] for row in result["unet"]["rows"]}
     assert identical["pruned off"] and not identical["pruned on 50%, zero"]
     assert result["machine"]["packages"]["torch"] and result["machine"]["cores"]
@@ -291,7 +264,7 @@ def test_markdown_follows_from_the_json_alone_and_both_are_written(
     again = json.loads(json_path.read_text(encoding="utf-8"))
     text = markdown_path.read_text(encoding="utf-8")
     assert render(again) == text
-    for row in [*again["unet"]["rows"], *again["block_alone"]["rows"]]:
+    for row in [*again["unet"]["rows"], *again["block"]["rows"]]:
         assert f"| {row['name']} | " in text and shown_ratio(row) in text
     assert again["criterion"] in text and again["machine"]["cpu"] in text
     table = [line for line in text.splitlines() if line.startswith("|")]

@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 MIB = 2**20
-#: the tables about single blocks, which only a benchmark of the mid block has
-BLOCK_SECTIONS = {
-    "block_alone": "One mid-block ResBlock on its own",
-    "blocks_inside": "The two mid-block ResBlocks inside the running U-Net, mean of both",
-}
 
 
 def render(result: Mapping[str, Any]) -> str:
     """Markdown of a result as `training.benchmark.benchmark` returns it or its JSON file holds."""
     sections = [_conditions(result), _unet_section(result)]
-    sections += [_block_section(result, key) for key in BLOCK_SECTIONS if key in result]
+    if "block" in result:  # of the scope mid only
+        sections.append(_block_section(result["block"]))
     return "\n\n".join([*sections, f"**Ratios.** {result['criterion']}"]) + "\n"
 
 
@@ -97,13 +93,12 @@ def _unet_section(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + " ".join(notes)
 
 
-def _block_section(result: Mapping[str, Any], key: str) -> str:
-    section = result[key]
-    height, width = section["map"]
+def _block_section(section: Mapping[str, Any]) -> str:
+    side = section["map"]
     lines = [
-        f"### {BLOCK_SECTIONS[key]}",
+        f"### {section['name']} by itself",
         "",
-        f"{section['channels']} channels, {height}×{width} map, inner gates only.",
+        f"{section['channels']} channels, {side}×{side} map, inner gates only.",
         "",
         "| variant | ms | ± | × dense |",
         "|---|---|---|---|",
