@@ -30,7 +30,6 @@ from ldcp_core import (
     fingerprint,
     least_kept,
 )
-from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import parse_arguments
 from training.budget import Budget
 from training.cache import CacheNotWritable, default_cache
@@ -99,9 +98,6 @@ def fit(config: FitConfig) -> FitResult | None:
     samples = _samples(config, data, held_out or train, model) if processes.first else None
     if isinstance(images, EncodedImages):
         model = model.without_encoders()
-        give_back_memory()
-    if device.type == "cpu":
-        keep_freed_memory()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     denoising = Denoising(model, config.seed)

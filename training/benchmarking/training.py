@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from ldcp_core import SoftGate
-from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.budget import Budget
@@ -92,8 +91,6 @@ def _ours(config: FitConfig) -> Callable[[], None]:
     images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
     images.build(model)
     model = model.without_encoders()
-    give_back_memory()
-    keep_freed_memory()
     sites = topology_of(model.unet).sites(config.scope)
     position = Position()
     stream = images.batches(
