@@ -102,11 +102,6 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         help="less memory, more time: evaluate blocks again for the gradient",
     )
     add(
-        "--compile",
-        action="store_true",
-        help="torch.compile for the parts that hold no gate: minutes first, then faster steps",
-    )
-    add(
         "--sample-every",
         type=int,
         metavar="STEPS",

@@ -42,7 +42,6 @@ class RunOptions:
     sample_every: int = 0  # steps between sample images; 0: none
     tensorboard: bool = False
     gradient_checkpointing: bool = False  # less memory, more time: blocks are evaluated again
-    compile: bool = False  # parts of the U-Net without gates: see `training.compiling`
 
     def __post_init__(self) -> None:
         every = self.checkpoint_every
@@ -51,12 +50,6 @@ class RunOptions:
         _require(keep >= 1, "keep_checkpoints", keep, "1 or more")
         _require(self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more")
         _require(self.sample_every >= 0, "sample_every", self.sample_every, "0 or more")
-        if self.compile and self.gradient_checkpointing:
-            raise UserError(
-                "--gradient-checkpointing and --compile were given.",
-                "one of the two: compiled parts are not evaluated again",
-                "leave out one of them",
-            )
 
 
 @dataclass(frozen=True)

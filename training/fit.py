@@ -30,13 +30,11 @@ from ldcp_core import (
     fingerprint,
     least_kept,
 )
-from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import parse_arguments
 from training.budget import Budget
 from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
-from training.compiling import compile_
 from training.config import FitConfig
 from training.console import log_progress
 from training.data import Position, open_dataset
@@ -113,13 +111,8 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     samples = _samples(config, data, held_out or train, model) if processes.first else None
     if isinstance(images, EncodedImages):
         model = model.without_encoders()
-        give_back_memory()
-    if device.type == "cpu":
-        keep_freed_memory()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    if config.run.compile:
-        compile_(model.unet, [site.name for site in sites])
     denoising = Denoising(model, config.seed)
     position = Position()
     shared = {} if processes.world == 1 else {"share": processes.share}

@@ -73,11 +73,6 @@ def _convolution_of(conv: nn.Conv2d) -> Callable[..., Tensor]:
     return forward
 
 
-def bound_by_weight(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution spends its time on reading its weight, however small its input."""
-    return conv.kernel_size != (1, 1) and _applies(conv) and _small(conv, x, conv.weight)
-
-
 def _small(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> bool:
     """Whether laying out the weight takes longer than unfolding the map."""
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0):
@@ -121,8 +116,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    whole = weight.is_contiguous() or weight.t().is_contiguous()  # oneDNN crawls over other strides
-    if not whole or x.dtype not in _onednn_dtypes():
+    if x.dtype not in _onednn_dtypes():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

@@ -18,7 +18,6 @@ from ldcp_core import (
     save_gates,
 )
 from training.budget import Budget
-from training.compiling import uncompiled
 from training.config import FitConfig
 from training.console import name_of
 from training.denoising import Denoising, HeldOut
@@ -111,19 +110,18 @@ def _validate(
     """
     unet = denoising.model.unet
     constants = {site: gates.constant(site) for site in gates.scores}
-    with uncompiled(unet):
-        with in_precision(unet, "fp32", {}):
-            heldout = HeldOut(
-                denoising,
-                data,
-                indices,
-                config.validation_samples,
-                config.batch_size,
-                config.seed + 1,
-            )
-        blocks = compact_blocks(unet, gates.keep_sets(), constants, gates.padding, torch.float32)
-        with in_precision(unet, "fp32", blocks):
-            deviations, losses = heldout.as_it_is("held-out images, pruned")
+    with in_precision(unet, "fp32", {}):
+        heldout = HeldOut(
+            denoising,
+            data,
+            indices,
+            config.validation_samples,
+            config.batch_size,
+            config.seed + 1,
+        )
+    blocks = compact_blocks(unet, gates.keep_sets(), constants, gates.padding, torch.float32)
+    with in_precision(unet, "fp32", blocks):
+        deviations, losses = heldout.as_it_is("held-out images, pruned")
     dense, pruned = heldout.dense_losses.mean().item(), losses.mean().item()
     error = deviations.std().item() / math.sqrt(len(deviations)) if len(deviations) > 1 else 0.0
     log.info(

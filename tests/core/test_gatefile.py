@@ -247,7 +247,7 @@ for attempt in range(15):
     pid = os.fork()
     if pid == 0:
         while True:
-            for gates in reversed(versions):
+            for gates in versions[:: 1 if attempt % 2 else -1]:
                 save_gates(gates, path)
     time.sleep(random.uniform(0.005, 0.1))
     os.kill(pid, signal.SIGKILL)

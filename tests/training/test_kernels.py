@@ -139,18 +139,3 @@ def test_without_onednn_pytorch_multiplies(
     assert len(counted) == 2
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_a_part_of_a_weight_never_reaches_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over rows that lie apart it takes a thousand times as long."""
-
-    def refuse() -> tuple[torch.dtype, ...]:
-        raise AssertionError("asked for oneDNN")
-
-    monkeypatch.setattr(kernels, "_onednn_dtypes", refuse)
-    weight = torch.randn(8, 6)[:, :4]
-    x = torch.randn(3, 4, requires_grad=True)
-    result = kernels.product(x, weight, None)
-    torch.testing.assert_close(result, x @ weight.t())
-    (gradient,) = torch.autograd.grad(result.sum(), x)
-    torch.testing.assert_close(gradient, weight.sum(0).expand(3, 4))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ldcp_core import PADDINGS, SoftGate, blocks_of
-from training import thrift
 from training.data import Batch
 from training.denoising import Denoising, Problem
 from training.frozen import thrifty_layers
@@ -57,13 +56,6 @@ def thrifty(model: DiffusionModel, problem: Problem, scope: str, padding: str) -
     return [loss.detach(), output.detach(), target, *gradients]
 
 
-@pytest.fixture
-def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave what skip connections bring where it is: `test_skips` is about that."""
-    monkeypatch.setattr(thrift, "changing_channels", lambda *_: {})
-
-
-@pytest.mark.usefixtures("whole_blocks")
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_loss_and_gradients_are_those_of_the_plain_path_to_the_bit(
@@ -75,7 +67,6 @@ def test_loss_and_gradients_are_those_of_the_plain_path_to_the_bit(
     assert expected[0] > 0 and all(bool(gradient.any()) for gradient in expected[3:])
 
 
-@pytest.mark.usefixtures("whole_blocks")
 @pytest.mark.parametrize("scope", ["mid", "all", "ff"])
 def test_gradient_checkpointing_changes_no_gradient(
     model: DiffusionModel, problem: Problem, scope: str
