@@ -235,8 +235,8 @@ class Topology:
             if not found:
                 raise ValueError(
                     f"unknown scope or site {one_line(repr(pattern))}; a scope is "
-                    f"{', '.join(PARTS)}, several of them joined by '+', '+ff' with them, or site names such as "
-                    "'mid_block.resnets.0.conv1' separated by commas"
+                    f"{', '.join(PARTS)}, several of them joined by '+', '+ff' with them, or site "
+                    "names such as 'mid_block.resnets.0.conv1' separated by commas"
                 )
         wanted = set().union(*named.values())
         return [site for site in self.all_sites() if site.name in wanted]

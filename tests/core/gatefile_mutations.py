@@ -36,7 +36,7 @@ SITES = {
 MEMORY = 200 * 2**20
 SECONDS = 5
 MESSAGE = 500  # characters of a refusal
-#: of the format, as the README states them
+#: of the format, see docs/gate_file.md
 DESCRIPTION, DEPTH, HEADER = 2**20, 64, 2 * 2**20 + 256_000
 
 
