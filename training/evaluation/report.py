@@ -96,10 +96,10 @@ def _deviation(r: Mapping[str, Any]) -> str:
 def _baseline_table(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     learned = next(r for r in rows if r["name"] == name)
     lines = [
-        f"Beside {markdown(name)}: as many channels chosen by cheaper means, with the same constants; per "
-        "site: as many at each site as learned; together: over all sites. What lies between "
-        "own-effect together and per site is how much each layer gives; between that and learned, "
-        "which channels:",
+        f"Beside {markdown(name)}: as many channels chosen by cheaper means, with the same "
+        "constants; per site: as many at each site as learned; together: over all sites. What lies "
+        "between own-effect together and per site is how much each layer gives; between that and "
+        "learned, which channels:",
         "",
         "| chosen by | deviation from dense | × learned |",
         "|---|---|---|",
