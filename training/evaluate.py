@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from ldcp_core import Gates, Latent, one_line, savings
+from ldcp_core import Gates, Latent, markdown, one_line, savings
 from training.arguments import DEMO_SETTINGS, parse_seed
 from training.baselines import baselines
 from training.benchmarking import machine
@@ -158,8 +158,9 @@ def evaluate(
 def notes_on_rounding(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for every row whose deviation is hardly more than that of its precision alone."""
     return [
-        f"{r['name']}: {r['precision']} moves the output of the dense model by {r['rounding']:.1e} "
-        "already, so that its deviation says little about what is pruned; compare in fp32"
+        f"{markdown(r['name'])}: {r['precision']} moves the output of the dense model by "
+        f"{r['rounding']:.1e} already, so that its deviation says little about what is "
+        "pruned; compare in fp32"
         for r in rows
         if "rounding" in r and r["deviation"]["mean"] < ABOVE_ROUNDING * r["rounding"]
     ]

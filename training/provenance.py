@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, TypeGuard
 
-from ldcp_core import Gates
+from ldcp_core import Gates, one_line
 from training.budget import Budget
 from training.console import name_of
 from training.errors import UserError
@@ -70,7 +70,7 @@ def read(
         return default
     if not holds(found):
         raise UserError(
-            f"{name} says that its {key} is {reprlib.repr(found)}.",
+            f"{one_line(name)} says that its {key} is {reprlib.repr(found)}.",
             expected,
             "make this gate file again",
         )

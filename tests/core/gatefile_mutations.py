@@ -36,7 +36,7 @@ SITES = {
 MEMORY = 200 * 2**20
 SECONDS = 5
 MESSAGE = 500  # characters of a refusal
-#: of the format, as the README states them
+#: of the format, see docs/gate_file.md
 DESCRIPTION, DEPTH, HEADER = 2**20, 64, 2 * 2**20 + 256_000
 
 
@@ -466,6 +466,7 @@ def _read(data: bytes) -> Contents | None:
     if end > 8 + HEADER:
         return None
     header = json.loads(data[8:end].decode(), object_pairs_hook=every_key_once)
+    json.dumps(header, ensure_ascii=False).encode()  # no half of a surrogate pair
     metadata, body = header.pop("__metadata__"), data[end:]
     if len(metadata["gates"].encode()) > DESCRIPTION:
         return None

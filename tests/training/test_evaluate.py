@@ -171,9 +171,7 @@ def test_unstructured_pruning_stands_beside_the_gates(
 def test_what_a_gate_file_says_and_is_called_forges_no_row_and_draws_no_formula(
     source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = (
-        "x |\n| dense | fp32 | 0 |\x1b[2J\x9b1m\u202e [a](http://b) <b> `c` $\\frac{$" + "y" * 9000
-    )
+    bad = "x | | dense | fp32 | 0 | [a](http://b) <b> `c` $\\frac{$" + "y" * 9000
     gates = load_gates(half)
     name = "a|b\x1b[31m\n**c**" if os.name == "posix" else "a"
     path = tmp_path / f"{name}.safetensors"
@@ -188,6 +186,11 @@ def test_what_a_gate_file_says_and_is_called_forges_no_row_and_draws_no_formula(
     rows = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("|")]
     assert [len(row) for row in rows] == [len(COLUMNS) + 2] * 4 + [PARTS + 3] * 4
     assert not re.search(r"(?<!\\)[<`\[*]", text.partition("| gates |")[2].partition("%)")[0])
+    save_gates(replace(gates, info={**gates.info, "criterion": f"{bad}\n\x1b[2J"}), path)
+    assert evaluate.main([str(path), *source, *options]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "says that its criterion is" in said[-3]
+    assert all(line.isprintable() and len(line) < 500 for line in said[-3:])
 
 
 def test_panels_show_equal_sparsity_and_bytes() -> None:
