@@ -37,7 +37,6 @@ from ldcp_core import (
     Padding,
     load_gates,
     savings,
-    write_atomically,
 )
 from training.arguments import parse_seed
 from training.benchmarking import machine
@@ -66,7 +65,7 @@ from training.console import explaining, log_progress
 from training.errors import UserError
 from training.gating import topology_of
 from training.models import DTYPES, load_model
-from training.output import output_file, report_of
+from training.output import output_file, report_of, write
 
 log = logging.getLogger("training.benchmark")
 
@@ -269,7 +268,7 @@ def save(result: dict[str, Any], prefix: str) -> list[Path]:
     texts = {".json": json.dumps(result, indent=1) + "\n", ".md": render(result)}
     paths = [Path(prefix + suffix) for suffix in texts]
     for path, text in zip(paths, texts.values(), strict=True):
-        write_atomically(path, text.encode("utf-8"))
+        write(path, text.encode("utf-8"))
     return paths
 
 

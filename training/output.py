@@ -1,9 +1,10 @@
 """Where a command may write: its own kind of file, made anew, and never one of its inputs.
 
 A mistyped --output must not cost a checkpoint that took days to make or hours to download. So every
-command asks here, before any work: the folder is made if it is missing, what lies there already
-must be of the kind that the command writes (told by its first bytes), and it must not be one of the
-command's inputs, under whatever name or link. `claimed` keeps two processes from one output.
+command asks here, before any work: a missing folder must be one that can be made, what lies there
+already must be of the kind that the command writes (told by its first bytes), and it must not be
+one of the command's inputs, under whatever name or link. `claimed` keeps two processes from one
+output.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def report_of(kind: str) -> dict[str, Kind]:
 
 
 def output_file(option: str, path: str | Path, kind: Kind, inputs: Iterable[str | None]) -> Path:
-    """``path``, in a folder that is there and can be written.
+    """``path``, which can be written; `write` and `claimed` make its folder if that is missing.
 
     ``option`` is what the user typed, ``inputs`` are the paths (or other names) that the command
     reads. Raises UserError where there is something that must stay.
@@ -103,25 +104,30 @@ def output_file(option: str, path: str | Path, kind: Kind, inputs: Iterable[str 
 
 
 def output_folder(option: str, path: str | Path, inputs: Iterable[str | None]) -> Path:
-    """``path`` as a folder, made with its parents if it is missing; raises UserError.
+    """``path`` as a folder that is there or can be made, with its parents; raises UserError.
 
-    Files in it stay: of those that are to be written, ask `output_file`.
+    Files in it stay: of those that are to be written, ask `output_file`. Nothing is made yet, so
+    that a command which is refused for another reason leaves no folder behind.
     """
     path = Path(path)
     try:
         _refuse_inputs(option, path, inputs)
-        path.mkdir(parents=True, exist_ok=True)
+        there = next((found for found in (path, *path.parents) if found.exists()), path)
     except OSError as error:
-        raise UserError(
-            f"The folder {path} can't be made: {error}.", "a folder", _change(option)
-        ) from error
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{path.resolve()} is not writable.", "", _change(option))
+        raise UserError(f"{path} can't be a folder: {error}.", "", _change(option)) from error
+    if not there.is_dir():
+        raise UserError(f"{there} is no folder.", "a folder to write into", _change(option))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there.resolve()} is not writable.", "", _change(option))
     return path
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write whole or not at all, and a PNG so that `PICTURE` tells it as one of ours."""
+    """Write whole or not at all, and a PNG so that `PICTURE` tells it as one of ours.
+
+    Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if data.startswith(PNG) and MARK not in data[:BEGINNING]:
         chunk = struct.pack(">I", len(MARK) - 4) + MARK + struct.pack(">I", zlib.crc32(MARK))
         data = data[:PNG_HEADER] + chunk + data[PNG_HEADER:]
@@ -136,6 +142,10 @@ def claimed(path: Path) -> Iterator[None]:
     it, and what it leaves is an empty file that the next one takes over.
     """
     lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder of {path} can't be made: {error}.") from error
     file = _locked(lock, path)
     try:
         yield

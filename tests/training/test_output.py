@@ -74,17 +74,23 @@ def test_no_command_replaces_what_it_does_not_write(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_missing_folder_is_made_and_an_impossible_one_refused_before_any_work(
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main, options, name = COMMANDS[command]
-    where = ["--model", "/no/such", *options] if command not in ("inspect", "plot") else options
-    assert main([*where, str(tmp_path / "new" / "deep" / name)]) == 1
-    assert (tmp_path / "new" / "deep").is_dir()
     (tmp_path / "file").touch()
-    capsys.readouterr()
-    assert main([*where, str(tmp_path / "file" / "deep" / name)]) == 1
-    assert "can't be made" in capsys.readouterr().err
+    assert main([*options, str(tmp_path / "file" / "deep" / name)]) == 1
+    assert f"{tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_made_when_something_is_written(tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "deep" / "a.png"
+    assert inspect.main(["none.safetensors", "--image", str(picture)]) == 1
+    assert not (tmp_path / "new").exists()  # nothing was written
+    assert inspect.main([str(GOLDEN), "--image", str(picture)]) == 0
+    assert picture.exists()
+    with claimed(tmp_path / "other" / "deep" / "a.safetensors"):
+        assert (tmp_path / "other" / "deep").is_dir()
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])

@@ -63,6 +63,7 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     check_folders(args.output, args.work)
+    args.work.mkdir(parents=True, exist_ok=True)
     if args.images:
         write_sample_images(args.images)
     captions = draw_training_set(args.work)
@@ -76,9 +77,9 @@ def check_folders(output: Path, work: Path) -> None:
     """Raises UserError where a folder holds what was not built here: both are written over."""
     unet = output / "unet" / "config.json"
     ours = unet.exists() and json.loads(unet.read_text())["block_out_channels"] == list(WIDTHS)
-    if {path.name for path in output_folder("--work", work, ()).iterdir()} - STAGES:
+    if {path.name for path in output_folder("--work", work, ()).glob("*")} - STAGES:
         raise UserError(f"{work} holds other files than a build's.", "", "change --work")
-    if any(output_folder("--output", output, ()).iterdir()) and not ours:
+    if any(output_folder("--output", output, ()).glob("*")) and not ours:
         raise UserError(f"{output} holds no pipeline that was built here.", "", "change --output")
 
 
@@ -233,6 +234,7 @@ def write_sample_images(folder: Path) -> None:
         for i in range(SAMPLE_COUNT)
     ]
     has_faces(output_folder("--images", folder, ()), lines)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / METADATA).write_text("\n".join(lines) + "\n")
     for i in range(SAMPLE_COUNT):
         path = folder / file_name(i)

@@ -52,7 +52,7 @@ def has_faces(folder: Path, lines: Sequence[str]) -> bool:
     metadata = folder / METADATA
     there = metadata.read_text("utf-8", "replace").splitlines() if metadata.exists() else []
     common = min(len(there), len(lines))
-    others = not there and any(not path.name.startswith(".") for path in folder.iterdir())
+    others = not there and any(folder.glob("[!.]*"))
     if there[:common] != list(lines[:common]) or others:
         raise UserError(
             f"{folder} holds other files than these faces.",
@@ -72,7 +72,9 @@ def draw(folder: Path, images: int, size: int, grain: float, workers: int) -> No
         json.dumps({"file_name": file_name(i), "text": draw_traits(FIRST_SEED + i).caption})
         for i in range(images)
     ]
-    if not has_faces(output_folder("--output", folder, ()), lines):
+    complete = has_faces(output_folder("--output", folder, ()), lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not complete:
         write_atomically(folder / METADATA, ("\n".join(lines) + "\n").encode())
     for start in range(0, images, PER_FOLDER):
         (folder / file_name(start)).parent.mkdir(exist_ok=True)
