@@ -168,12 +168,11 @@ class CompactResBlock:
         if self.inner is None:
             return
         self.shifts = _planes(self.inner, gate.inner_constant, dtype)
-        pruned = self.conv2.weight.index_select(1, self.inner.pruned)
+        if folds or gate.padding == "extend":
+            pruned = self.conv2.weight.index_select(1, self.inner.pruned)
+            self.columns = _fold_columns(pruned, gate.padding)
         if not folds:
-            if gate.padding == "extend":
-                self.columns = _fold_columns(pruned, gate.padding)
             return
-        self.columns = _fold_columns(pruned, gate.padding)
         self.shifts = _with_bias(self.shifts.float(), self.inner, self.conv1.bias)
         self.conv1 = ConvWeights(self.conv1.weight, None)
         bias = self.conv2.bias

@@ -173,8 +173,9 @@ def test_counted_bytes_follow_from_the_kept_channels(
     full = 2 * (9 * 32 * 32 + 32) * 4
     assert counted[DENSE] == counted["mask-only half"] == full
     # conv1: 16 rows and biases; conv2: 16 columns, all biases; the folded columns, nine taps or
-    # one each; indices of the kept, the pruned and their order as int64; 16 constants
-    kept = (9 * 32 * 16 + 16 + 9 * 16 * 32 + 32) * 4 + 64 * 8 + 16 * 4
+    # one each; indices of the kept, of the pruned, and two for each kept as int64, a place for each
+    # channel as int32, and two signs; 16 constants
+    kept = (9 * 32 * 16 + 16 + 9 * 16 * 32 + 32) * 4 + 64 * 8 + 32 * 4 + 2 * 4 + 16 * 4
     assert counted["pruned on half, zero"] == kept + 9 * 16 * 32 * 4
     assert counted["pruned on half, extend"] == kept + 16 * 32 * 4
     assert counted["pruned off"] == full + counted["pruned on half, zero"]
