@@ -26,8 +26,12 @@ class RunFacts(Protocol):
     """What a host has counted during one run of a pruned model."""
 
     @property
+    def sampled(self) -> bool:
+        """Whether a sampler ran, as the host announces it."""
+
+    @property
     def steps(self) -> int | None:
-        """Steps of the sampler's schedule; None without a sampler."""
+        """Steps of the sampler's schedule; None when no evaluation said."""
 
     @property
     def pruned_steps(self) -> AbstractSet[int]:
@@ -218,8 +222,10 @@ def _table(found: Savings) -> list[str]:
 def run_line(run: RunFacts) -> str:
     """Which steps ran pruned, such as "steps 5-19 of 20 ran pruned (15 of 20 evaluations)"."""
     evaluations = f"{run.pruned_evaluations} of {run.evaluations} evaluations"
+    if run.sampled and not run.evaluations:
+        return "sampled, but the model was never asked: nothing was pruned"
     if run.steps is None:
-        return f"{evaluations} ran pruned, without a sampler"
+        return f"{evaluations} ran pruned{'' if run.sampled else ', without a sampler'}"
     pruned = show_steps(run.pruned_steps) if run.pruned_steps else "no step"
     return f"{pruned} of {run.steps} ran pruned ({evaluations})"
 

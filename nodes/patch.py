@@ -121,9 +121,10 @@ class DynamicPruning:
         run = self._runs.get(model) or self._new_run(model)
         active = run.active(model, t, options)
         forwards = run.forwards(model, x.device, active) if any(active) else []
-        run.count(t, options, pruned=bool(forwards))
         with _installed(forwards):
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        run.count(t, options, wanted=bool(forwards))
+        return output
 
     def _new_run(self, model: nn.Module, parking: Parking | None = None) -> Run:
         self._runs[model] = run = Run(self.layers, parking)
@@ -134,10 +135,13 @@ class DynamicPruning:
 @contextmanager
 def _installed(forwards: list[tuple[nn.Module, Forward]]) -> Iterator[None]:
     """Put a ``forward`` on each module, and take it off whatever happens."""
+    earlier = [vars(module).get("forward") for module, _ in forwards]
     try:
         for module, forward in forwards:
             module.forward = forward
         yield
     finally:
-        for module, _ in forwards:
+        for (module, _), found in zip(forwards, earlier, strict=True):
             vars(module).pop("forward", None)
+            if found is not None:  # left behind by another extension
+                module.forward = found
