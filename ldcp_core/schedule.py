@@ -139,8 +139,8 @@ def _parse_range(part: str) -> StepRange:
     match = _RANGE.match(part)
     if not match:
         raise ScheduleError(
-            f"cannot read the step range {quoted(part)}: write single steps or ranges of 0-based steps, "
-            "separated by commas, such as '0-4, 10-19' or '5-'"
+            f"cannot read the step range {quoted(part)}: write single steps or ranges of 0-based "
+            "steps, separated by commas, such as '0-4, 10-19' or '5-'"
         )
     first, dash, last = int(match[1]), match[2], match[3]
     if not dash:

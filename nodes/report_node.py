@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ldcp_core import Gates, Report, ReportLayer, build_report, report_image
-from .apply_node import show_on_node
+from .display import show_on_node
 from .io_types import CATEGORY, GatesType
 from .patch import attached
 from .schema import schema
