@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,11 +12,12 @@ from torch import Tensor
 from ..ldcp_core import ALWAYS, Gates, Schedule, savings
 from ..ldcp_core.quoting import quoted
 from .choice import check_offered, check_share, check_text
-from .display import show_on_node
+from .display import server, show_on_node
 from .identity import differs_from_training
 from .io_types import CATEGORY, GatesType, ScheduleType
 from .parking import FULL_WEIGHTS, FullWeights
 from .patch import attach
+from .record import RunRecord
 from .run import Layer
 from .schema import schema
 from .sites import model_topology
@@ -28,6 +29,7 @@ DIFFERS = (
     "these gates were trained on other base weights than this model's; that works for fine-tunes "
     "and merges, but compare some images with pruning off"
 )
+SHOWN_NOTES = 3  # on the node
 log = logging.getLogger("ldcp")
 
 
@@ -64,8 +66,8 @@ def within(gates: Gates, sites: str) -> Gates:
     if not scores:
         parts = ", ".join(dict.fromkeys(site.split(".")[0] for site in gates.scores))
         raise ValueError(
-            f"LDCP: these gates have no site in {quoted(sites)}, only in {parts}; leave 'sites' empty to "
-            "prune all that they have, or load gates of a larger scope"
+            f"LDCP: these gates have no site in {quoted(sites)}, only in {parts}; leave 'sites' "
+            "empty to prune all that they have, or load gates of a larger scope"
         )
     return replace(gates, scores=scores)
 
@@ -84,6 +86,30 @@ def status(model: Any, layer: Layer, share: float | None) -> list[str]:
         f"{megabytes:,.1f} MiB of weights left out (counted)",
         str(layer.schedule),
     ]
+
+
+@dataclass
+class Status:
+    """What an Apply node shows: its own lines, and what the runs of one prompt noticed."""
+
+    lines: list[str]
+    node_id: str | None
+    prompt: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def show(self) -> None:
+        more = len(self.notes) - SHOWN_NOTES
+        rest = [f"and {more} more: see Pruning Report, or the log"] if more > 0 else []
+        lines = [*self.lines, *self.notes[:SHOWN_NOTES], *rest]
+        show_on_node("\n".join(lines), self.node_id)
+
+    def after_run(self, record: RunRecord) -> None:
+        """Show what a run noticed; a prompt may sample several times with one model."""
+        prompt = getattr(server(), "last_prompt_id", None)
+        if prompt is None or prompt != self.prompt:
+            self.prompt, self.notes = prompt, []
+        self.notes += [note for note in record.notes if note not in self.notes]
+        self.show()
 
 
 class LDCPApplyDynamicPruning(io.ComfyNode):
@@ -172,12 +198,15 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
         check_offered("full_weights", full_weights, FULL_WEIGHTS)
         share = wanted_share(channels, sparsity)
         keep_sets = chosen_keep_sets(gates, share, sites)
-        layer = Layer(gates, keep_sets, ALWAYS if schedule is None else schedule, full_weights)
-        patched = attach(model, layer)
-        lines = status(model, layer, share)
-        log.info("LDCP: %s", ", ".join(lines))
-        if differs_from_training(model, gates):
-            log.warning("LDCP: %s", DIFFERS)
-            lines.append(DIFFERS)
-        show_on_node("\n".join(lines), cls.hidden.unique_id if cls.hidden else None)
+        remark = DIFFERS if differs_from_training(model, gates) else ""
+        when = ALWAYS if schedule is None else schedule
+        layer = Layer(gates, keep_sets, when, full_weights, remark)
+        shown = Status([], cls.hidden.unique_id if cls.hidden else None)
+        patched = attach(model, layer, shown.after_run)
+        shown.lines += status(model, layer, share)
+        log.info("LDCP: %s", ", ".join(shown.lines))
+        if remark:
+            log.warning("LDCP: %s", remark)
+            shown.lines.append(remark)
+        shown.show()
         return io.NodeOutput(patched)

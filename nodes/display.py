@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 _MARKUP = re.compile(r"[<>&*_`~\[\]|\\#]")
 
 
+def server() -> Any:
+    """ComfyUI's server; None outside of one."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
 def show_on_node(text: str, node_id: str | None) -> None:
     """Show some lines on a node; outside of a server there is nobody to show it to."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(as_markup(text), node_id, server.client_id)
+    host = server()
+    if host is not None and node_id is not None:
+        host.send_progress_text(as_markup(text), node_id, host.client_id)
 
 
 def as_markup(text: str) -> str:

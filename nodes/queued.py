@@ -8,30 +8,31 @@ and the checks in one task, hence the context variable: prompts sent at once do 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-_prompt: ContextVar[Mapping[str, Any]] = ContextVar("prompt", default={})
+from .display import server
+
+_prompt: ContextVar[Any] = ContextVar("prompt", default=None)
 
 
 def remember(sent: dict[str, Any]) -> dict[str, Any]:
     """Keep the prompt that the server was sent, for the checks that follow."""
-    prompt = sent.get("prompt")
-    _prompt.set(prompt if isinstance(prompt, dict) else {})
+    _prompt.set(sent.get("prompt"))
     return sent
 
 
 def inputs_of(node_id: str | None) -> Mapping[str, Any]:
     """The inputs of a node of the prompt being checked, without links; empty where unknown."""
-    node = _prompt.get().get(str(node_id))
+    prompt = _prompt.get()
+    node = prompt.get(str(node_id)) if isinstance(prompt, dict) else None
     inputs = node.get("inputs", {}) if isinstance(node, dict) else {}
     return {name: value for name, value in inputs.items() if not isinstance(value, list)}
 
 
 def listen() -> None:
     """Ask the server for its prompts; outside of a server there are none."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None:
-        server.add_on_prompt_handler(remember)
+    host = server()
+    if host is not None:
+        host.add_on_prompt_handler(remember)

@@ -26,6 +26,8 @@ class RunRecord:
     resident_bytes: int = 0
     #: why full weights stayed on the compute device; empty when they left it
     kept_full: str = ""
+    #: what the user should know about this run, one sentence each
+    notes: list[str] = field(default_factory=list)
 
     @property
     def saved_bytes(self) -> int:

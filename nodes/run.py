@@ -44,12 +44,14 @@ class Layer:
 
     ``full_weights`` says where the full weights of pruned convolutions stay during a run:
     "offload": off the compute device, "keep": on it, "auto": off it when every step prunes.
+    ``remark`` is what the user should know about these gates on this model, or empty.
     """
 
     gates: Gates
     keep_sets: Mapping[str, Tensor]
     schedule: Schedule = ALWAYS
     full_weights: FullWeights = "auto"
+    remark: str = ""
 
     def prunes(self, block: str) -> bool:
         return block in blocks_of(self.keep_sets)
@@ -71,7 +73,6 @@ class Run:
         self._sigmas: list[float] = []
         self._percent_sigmas: dict[float, float] = {}
         self._pruned_at: list[Tensor] = []
-        self._warned: set[str] = set()
 
     def forget_weights(self) -> None:
         """Drop what was selected; the next pruned evaluation selects anew."""
@@ -98,8 +99,8 @@ class Run:
             block = self._blocks[name]
             changed = override(block)
             if changed:
-                self._warn_once(
-                    f"LDCP: {name} runs unpruned, because another node or extension has changed "
+                self._note(
+                    f"{name} runs unpruned, because another node or extension has changed "
                     f"{changed} and would lose its effect"
                 )
                 continue
@@ -132,8 +133,8 @@ class Run:
         steps = self.record.steps = len(self._sigmas) - 1
         beyond = [str(r) for layer in self.layers for r in layer.schedule.beyond(steps)]
         if beyond:
-            self._warn_once(
-                f"LDCP: this run has {steps} steps (0 to {steps - 1}); the range "
+            self._note(
+                f"this run has {steps} steps (0 to {steps - 1}); the range "
                 f"{', '.join(beyond)} lies past the last one and prunes nothing"
             )
 
@@ -175,7 +176,7 @@ class Run:
         try:
             selected = compact(self._blocks[name], gate, device, dtype)
         except NotCaptured as error:
-            self._warn_once(f"LDCP: {name} runs unpruned, because it has {error}")
+            self._note(f"{name} runs unpruned, because it has {error}")
             selected = None
         self._compacts[name, owners] = selected
         if selected is None:
@@ -222,10 +223,11 @@ class Run:
         self.record.full_bytes = sum(nbytes(part) for part in pruned)
         self.record.resident_bytes = max(self.record.resident_bytes, resident)
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            log.warning(message)
+    def _note(self, sentence: str) -> None:
+        """Keep what the user should know of this run, once, and log it."""
+        if sentence not in self.record.notes:
+            self.record.notes.append(sentence)
+            log.warning("LDCP: %s", sentence)
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
