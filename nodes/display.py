@@ -11,7 +11,8 @@ import re
 import sys
 from typing import Any
 
-_MARKUP = re.compile(r"[<>&*_`~\[\]|\\#]")
+#: an underscore within a word is none
+_MARKUP = re.compile(r"[<>&*`~\[\]|\\#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def server() -> Any:

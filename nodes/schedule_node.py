@@ -29,8 +29,8 @@ def parse(mode: str, steps: str, start_percent: float, end_percent: float) -> Sc
 
 def problem(mode: Any, steps: Any, start_percent: Any, end_percent: Any) -> str | None:
     """Why these widgets cannot be meant, as far as they are known (None: not yet)."""
-    used = {"steps": (steps,), "percent": (start_percent, end_percent)}.get(mode, (None,))
-    if None in used:
+    used = {"steps": (steps,), "percent": (start_percent, end_percent)}
+    if mode is None or None in used.get(mode, ()):
         return None
     try:
         parse(mode, steps, start_percent, end_percent)

@@ -52,8 +52,8 @@ def expected(start):
     """Name -> pixels of the basic workflow on a fresh server, asked without a browser."""
     changes = {
         "pruned": {},
-        "nothing pruned": {APPLY: {"sparsity": 0.0}},
-        "80%": {APPLY: {"sparsity": 0.8}},
+        "nothing pruned": {APPLY: {"sparsity": 0.0, "channels": "a share"}},
+        "80%": {APPLY: {"sparsity": 0.8, "channels": "a share"}},
         "two steps": {"KSampler": {"steps": 2}},
     }
     found = {}
@@ -147,11 +147,11 @@ def test_what_happens_between_two_runs_does_not_show_in_the_images(expected, pag
     assert mode() == 0
     assert difference(queued(), expected["pruned"]) == 0
 
-    page.set_widgets(APPLY, sparsity=0.8)
+    page.set_widgets(APPLY, sparsity=0.8, channels="a share")
     assert difference(queued(), expected["80%"]) == 0
     page.set_widgets(APPLY, sparsity=0.0)
     assert difference(queued(), expected["nothing pruned"]) == 0
-    page.set_widgets(APPLY, sparsity=-1)
+    page.set_widgets(APPLY, channels="as learned")
     assert difference(queued(), expected["pruned"]) == 0
 
     page.set_widgets("KSampler", steps=2)
@@ -215,8 +215,8 @@ def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep
 
 def test_a_refusal_reaches_the_user(page):
     page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
-    page.set_widgets(APPLY, sparsity=-0.5)
-    with pytest.raises(RuntimeError, match="-1 prunes as learned"):
+    page.set_widgets(APPLY, sparsity=-0.5, channels="a share")
+    with pytest.raises(RuntimeError, match="sparsity -0.5 is outside 0.0 to 1.0"):
         page.queue()
 
 
