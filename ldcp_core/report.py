@@ -84,7 +84,8 @@ class Report:
     """Everything a report shows.
 
     ``scores[site]`` (float [C]) and ``keep_sets[site]`` (bool [C]) are those of the last layer
-    that names the site; ``savings`` is of an evaluation in which all layers prune.
+    that names the site; ``savings`` is of an evaluation in which all layers prune. ``notes`` are
+    sentences of the host on these gates and their run.
     """
 
     layers: tuple[ReportLayer, ...]
@@ -94,6 +95,7 @@ class Report:
     bytes_per_parameter: int
     latent: Latent
     run: RunFacts | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def saved_bytes(self) -> int:
@@ -150,6 +152,7 @@ class Report:
         counted = [*self.counted_lines(), f"per pruned evaluation, {self.counted_for()}"]
         lines += [f"counted   {line}" for line in counted]
         lines += [f"measured  {line}" for line in self.measured_lines()]
+        lines += [f"note      {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -159,6 +162,7 @@ def build_report(
     bytes_per_parameter: int = 2,
     latent: Latent | None = None,
     run: RunFacts | None = None,
+    notes: Sequence[str] = (),
 ) -> Report:
     """The report on gates attached one after the other to a U-Net; of a site the later wins.
 
@@ -176,6 +180,7 @@ def build_report(
         bytes_per_parameter,
         latent,
         run,
+        tuple(notes),
     )
 
 

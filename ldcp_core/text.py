@@ -8,6 +8,7 @@ kind a message, a log line, a table or a picture shows goes through here.
 from __future__ import annotations
 
 import re
+import reprlib
 
 #: characters shown of a value, and of the path of a file
 QUOTED, PATH = 120, 160
@@ -37,6 +38,17 @@ def printable(text: str) -> str:
     face \x1b[2J \udcff
     """
     return "".join(c if c.isprintable() else _written_out(c) for c in text)
+
+
+def quoted(value: object) -> str:
+    """The ``repr`` of a value as `one_line`, made without writing out megabytes.
+
+    >>> quoted("mid"), len(quoted("mid" * 10**6))
+    ("'mid'", 80)
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return one_line(short.repr(value))
 
 
 def markdown(found: object, most: int = QUOTED) -> str:

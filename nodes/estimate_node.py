@@ -24,8 +24,8 @@ from ..ldcp_core import (
     scores_at,
     sites_of,
 )
-from .apply_node import show_on_node
-from .choice import how_to_prune
+from .choice import check_how_to_prune, check_offered, how_to_prune
+from .display import show_on_node
 from .identity import own_fingerprint
 from .io_types import CATEGORY, GatesType
 from .schema import schema
@@ -46,11 +46,13 @@ def estimate(
     """Gates of the ModelPatcher ``model`` from its weights as it would run, LoRA included.
 
     The model is loaded as for sampling, since LoRA are merged only then. Raises ModelError when it
-    is not of SD1.5's family, ValueError for a sparsity outside [0, 1] or weights that are not
+    is not of SD1.5's family, ValueError for a choice that is not offered or weights that are not
     finite.
     """
     import comfy.model_management
 
+    check_offered("criterion", criterion, MAGNITUDES)
+    check_how_to_prune(sparsity, ranking, padding, scope)
     topology = model_topology(model.model)
     sites = topology.sites(scope)
     ungated = Gates({site.name: torch.ones(site.channels) for site in sites}, topology=topology)

@@ -49,12 +49,14 @@ class Layer:
 
     ``full_weights`` says where the full weights of pruned convolutions stay during a run:
     "offload": off the compute device, "keep": on it, "auto": off it when every step prunes.
+    ``remark`` is what the user should know about these gates on this model, or empty.
     """
 
     gates: Gates
     keep_sets: Mapping[str, Tensor]
     schedule: Schedule = ALWAYS
     full_weights: FullWeights = "auto"
+    remark: str = ""
 
     def prunes(self, block: str) -> bool:
         return block in blocks_of(self.keep_sets)

@@ -168,7 +168,7 @@ def test_the_node_shows_what_came_out(comfy, model, estimate, shown, monkeypatch
     node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPEstimateGates"]
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
     estimate(model, "l2", 0.3, "per layer")
-    text = "4 sites, 31.2% pruned (30.0% requested)\nl2, per layer, rule 'zero'"
+    text = "4 sites, 31.2% pruned (30.0% requested)  \nl2, per layer, rule 'zero'"
     assert shown == [(text, "7", "browser")]
 
 
