@@ -124,8 +124,6 @@ def _adapter(name: str, block: Any) -> DiffusersResBlock | DiffusersFeedForward:
 CompactBlock = CompactResBlock | CompactFeedForward
 #: the forward of a block of the U-Net, in its own signature
 BlockForward = Callable[..., Tensor]
-#: a module, the name of one of its methods, and what to call instead
-Method = tuple[torch.nn.Module, str, Callable[..., Any]]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import kernels
-from training.frozen import thrifty_layers
+from training.frozen import frozen_layers
 from training.gating import overridden
 from training.kernels import fast_layers
 from training.precision import _stored_forward, storage_of
@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_pytorchs_own(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = evaluated(layer, x)
     assert not counted
-    with thrifty_layers([layer]), fast_layers([layer]):
+    with frozen_layers([layer]), fast_layers([layer]):
         found = evaluated(layer, x)
     assert len(counted) == 2  # forward and backward
     assert found[0].is_contiguous()
