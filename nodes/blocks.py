@@ -47,7 +47,7 @@ class ComfyResBlockOps:
     ) -> None:
         self._norm1, self._silu1, self._conv1 = block.in_layers
         self._norm2, self._silu2, self._dropout, self._conv2 = block.out_layers
-        self._affine = affine[0].float(), affine[1].float()
+        self._affine = affine and (affine[0].float(), affine[1].float())
         self._unchanged = unchanged
         self._block = block
         self.groups: int = self._norm2.num_groups
