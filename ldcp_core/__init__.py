@@ -27,7 +27,8 @@ from .feedforward import (
     geglu,
     masked_feed_forward,
 )
-from .gatefile import GateFileError, fingerprint, load_gates, save_gates, write_atomically
+from .files import remove_abandoned, write_atomically
+from .gatefile import GateFileError, content_digest, fingerprint, load_gates, save_gates
 from .gates import (
     ALIGNMENT,
     DEFAULT_FLOOR,
@@ -69,6 +70,7 @@ from .sites import (
     short_name,
     sites_of,
 )
+from .text import markdown, one_line, printable
 
 __all__ = [
     "ALIGNMENT",
@@ -121,6 +123,7 @@ __all__ = [
     "blocks_of",
     "build_report",
     "column_norms",
+    "content_digest",
     "expected_hidden",
     "expected_output",
     "fingerprint",
@@ -132,9 +135,13 @@ __all__ = [
     "least_kept",
     "load_gates",
     "magnitude",
+    "markdown",
     "masked_feed_forward",
     "masked_forward",
     "moving_cost",
+    "one_line",
+    "printable",
+    "remove_abandoned",
     "report_image",
     "save_gates",
     "savings",

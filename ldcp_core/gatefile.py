@@ -13,42 +13,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from .files import write_atomically
 from .gates import PADDINGS, Gates
 from .sites import Topology
+from .text import PATH, QUOTED, one_line
 
 FORMAT = "ldcp.gates"
 VERSION = 1
 #: more than ten times the file of a U-Net with every channel gated
-MAX_BYTES = 64 * 1024 * 1024
-#: more than twice as many as the largest topology has sites and parts
+MAX_BYTES = 16 * 2**20
+#: of the description: its length as JSON, and how deep its lists and objects may be nested
+MAX_DESCRIPTION, MAX_DEPTH = 2**20, 64
+#: more than five times as many as an SD1.5 U-Net has sites and parts
 MAX_TENSORS = 1000
-#: characters of a file's own words in a message: a dialog shows it
-QUOTED = 400
+#: the description is JSON inside JSON, which at most doubles it; a tensor's entry is far shorter
+MAX_HEADER = 2 * MAX_DESCRIPTION + 256 * MAX_TENSORS
 #: weights sampled per convolution for the fingerprint
 FINGERPRINT_SAMPLES = 4096
+#: strict JSON for what Python writes as constants of its own
+CONSTANTS = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
 
 
 class GateFileError(ValueError):
     """A file that is not a usable gate file."""
 
 
-def save_gates(gates: Gates, path: str | Path) -> None:
+def save_gates(gates: Gates, path: str | Path, overwrite: bool = True) -> None:
     """Write ``gates`` to ``path`` atomically: a reader sees the old file or the whole new one.
 
-    Raises GateFileError when the gates are not valid (they would not be read back), OSError when
-    the disk refuses.
+    Raises GateFileError when the gates are not valid (they would not be read back),
+    FileExistsError when the name is taken and not to be overwritten, OSError when the disk refuses.
     """
     path = Path(path)
     tensors = {f"{site}.score": score for site, score in gates.scores.items()}
@@ -60,10 +66,11 @@ def save_gates(gates: Gates, path: str | Path) -> None:
         "padding": gates.padding,
         "info": dict(gates.info),
     }
-    _validated(tensors, description, path)
-    metadata = {"format": FORMAT, "version": str(VERSION), "gates": json.dumps(description)}
+    metadata = {"format": FORMAT, "version": str(VERSION), "gates": _strict_json(description)}
     metadata["checksum"] = _checksum(metadata["gates"], tensors)
-    write_atomically(path, _serialized(tensors, metadata))
+    data = _serialized(tensors, metadata)
+    _gates(data, path)
+    write_atomically(path, data, overwrite)
 
 
 def load_gates(path: str | Path) -> Gates:
@@ -73,55 +80,12 @@ def load_gates(path: str | Path) -> Gates:
     FileNotFoundError when there is no such file.
     """
     path = Path(path)
-    if path.is_dir():
-        raise GateFileError(
-            f"{path}: this is a folder; choose a gate file (.safetensors) inside it"
-        )
-    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer
-        raise GateFileError(
-            f"{path}: this is not a regular file; choose a gate file made by training.fit"
-        )
-    if path.stat().st_size > MAX_BYTES:
-        raise GateFileError(
-            f"{path}: {path.stat().st_size:,} bytes is too large for a gate file (at most "
-            f"{MAX_BYTES:,}); this may be a model checkpoint, choose a file made by training.fit"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            description = _description(metadata, path)
-            if len(file.keys()) > MAX_TENSORS:  # each costs time, even an empty one
-                raise _damaged(
-                    path, f"{len(file.keys()):,} tensors are more than a U-Net has sites"
-                )
-            # cloned: the originals are a view of the file, and would change when it is overwritten
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no dict
-    except SafetensorError as error:
-        raise GateFileError(
-            f"{path}: not a readable .safetensors file ({_brief(str(error))}); it may be truncated "
-            "or a web page saved under this name, download or copy it again"
-        ) from error
-    gates = _validated(tensors, description, path)
-    if metadata.get("checksum") != _checksum(metadata["gates"], tensors):
-        raise _damaged(path, "its checksum does not match its contents")
-    return gates
+    return _gates(_content(path), path)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment its name holds the old content or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def content_digest(path: str | Path) -> str:
+    """A hash of what `load_gates` reads; raises what that raises for a file it does not read."""
+    return hashlib.sha256(_content(Path(path))).hexdigest()
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -155,73 +119,161 @@ def _checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _strict_json(value: Any) -> str:
+    """JSON that every reader of JSON takes: NaN becomes null, infinity a number too large."""
+    tokens = r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity'
+    return re.sub(tokens, lambda token: CONSTANTS.get(token[0], token[0]), json.dumps(value))
+
+
+def _content(path: Path) -> bytes:
+    """The file's bytes, read once: whatever happens to the file later, they stay as they are."""
+    if path.is_dir():
+        raise _refused(path, "this is a folder; choose a gate file (.safetensors) inside it")
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise _refused(
+                path, "this is not a regular file; choose a gate file made by training.fit"
+            )
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise _refused(
+            path,
+            f"{max(status.st_size, len(data)):,} bytes is too large for a gate file (at most "
+            f"{MAX_BYTES:,}); this may be a model checkpoint, choose a file made by training.fit",
+        )
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """To open a pipe would wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _gates(data: bytes, path: Path) -> Gates:
+    """The gates in the bytes of a file; raises GateFileError."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if 8 + MAX_HEADER < end <= len(data):
+        raise _damaged(path, f"its header of {end - 8:,} bytes is too large for a gate file")
+    try:
+        tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
+        header = json.loads(data[8:end], object_pairs_hook=_unique)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise _refused(
+            path,
+            f"not a readable .safetensors file ({one_line(error)}); it may be truncated or a web "
+            "page saved under this name, download or copy it again",
+        ) from error
+    metadata = header.get("__metadata__") or {}
+    description = _description(metadata, path)
+    if len(tensors) > MAX_TENSORS:
+        raise _damaged(path, f"{len(tensors):,} tensors are more than a U-Net has sites")
+    gates, tensors = _validated(tensors, description, path)
+    if metadata.get("checksum") != _checksum(metadata["gates"], tensors):
+        raise _damaged(path, "its checksum does not match its contents")
+    return gates
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that is there twice, readers disagree which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
 def _description(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     found = metadata.get("format")
     if found != FORMAT:
-        raise GateFileError(
-            f"{path}: this is not a gate file (format {_brief(repr(found))}, expected {FORMAT!r}); "
-            "gate files are made by training.fit, and belong in models/ldcp_gates"
+        raise _refused(
+            path,
+            f"this is not a gate file (format {one_line(repr(found))}, expected {FORMAT!r}); "
+            "gate files are made by training.fit, and belong in models/ldcp_gates",
         )
     version = metadata.get("version")
     if version != str(VERSION):
-        raise GateFileError(
-            f"{path}: gate file version {_brief(repr(version))}, this LDCP reads version "
-            f"{VERSION}; update the node pack or train the gates again"
+        raise _refused(
+            path,
+            f"gate file version {one_line(repr(version))}, this LDCP reads version {VERSION}; "
+            "update the node pack or train the gates again",
+        )
+    text = metadata.get("gates", "")
+    if len(text.encode()) > MAX_DESCRIPTION:
+        raise _damaged(
+            path,
+            f"its description of {len(text.encode()):,} bytes is too large (at most "
+            f"{MAX_DESCRIPTION:,})",
         )
     try:
-        description = json.loads(metadata.get("gates", ""))
+        description = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-        raise _damaged(path, f"its description is not valid JSON ({error})") from error
+        raise _damaged(path, f"its description is not valid JSON ({one_line(error)})") from error
     if not isinstance(description, dict):
         raise _damaged(path, f"its description is {type(description).__name__}, not an object")
+    if _deeper_than(description, MAX_DEPTH):
+        raise _damaged(path, f"its description is nested more than {MAX_DEPTH} levels deep")
     return description
 
 
-def _validated(tensors: Mapping[str, Tensor], description: dict[str, Any], path: Path) -> Gates:
+def _deeper_than(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper_than(item, levels - 1) for item in inner)
+
+
+def _validated(
+    entries: Mapping[str, dict[str, Any]], description: dict[str, Any], path: Path
+) -> tuple[Gates, dict[str, Tensor]]:
+    """The gates, and their tensors by their names in the file."""
     try:
         topology = Topology.from_json(description.get("topology"))
     except ValueError as error:
-        raise _damaged(path, _brief(str(error))) from error
+        raise _damaged(path, one_line(error, 2 * QUOTED)) from error
     padding, info = description.get("padding"), description.get("info")
     if padding not in PADDINGS:
         expected = ", ".join(PADDINGS)
-        raise _damaged(path, f"padding rule {_brief(repr(padding))}, expected one of {expected}")
+        raise _damaged(path, f"padding rule {one_line(repr(padding))}, expected one of {expected}")
     if not isinstance(info, dict):
         raise _damaged(path, "the 'info' object is missing")
 
     widths = {site.name: site.channels for site in topology.all_sites()}
+    tensors: dict[str, Tensor] = {}
     found: dict[str, dict[str, Tensor]] = {"score": {}, "constant": {}, "importance": {}}
-    for name, tensor in tensors.items():
+    for name, entry in entries.items():
         site, _, part = name.rpartition(".")
         if part not in found or site not in widths:
-            raise GateFileError(
-                f"{path}: unknown tensor {_brief(repr(name))}; expected names such as "
+            raise _refused(
+                path,
+                f"unknown tensor {one_line(repr(name))}; expected names such as "
                 "'mid_block.resnets.0.conv1.score'. The file may be made by a newer version: "
-                "update the node pack"
+                "update the node pack",
             )
-        found[part][site] = _checked(tensor, name, part, widths[site], path)
+        found[part][site] = tensors[name] = _checked(entry, name, part, widths[site], path)
     scores = found["score"]
     if not scores:
         raise _damaged(path, "it holds no scores")
     orphans = sorted({site for part in found.values() for site in part} - set(scores))
     if orphans:
-        raise _damaged(path, f"constants without scores for {_brief(', '.join(orphans))}")
+        raise _damaged(path, f"constants without scores for {one_line(', '.join(orphans))}")
 
     def ordered(part: str) -> dict[str, Tensor]:
         return {site: found[part][site] for site in widths if site in found[part]}
 
-    return Gates(
+    gates = Gates(
         ordered("score"), ordered("constant"), padding, topology, info, ordered("importance")
     )
+    return gates, tensors
 
 
-def _checked(tensor: Tensor, name: str, part: str, width: int, path: Path) -> Tensor:
-    if tensor.dtype != torch.float32 or tuple(tensor.shape) != (width,):
+def _checked(entry: dict[str, Any], name: str, part: str, width: int, path: Path) -> Tensor:
+    if (entry["dtype"], entry["shape"]) != ("F32", [width]):
         raise _damaged(
             path,
-            f"tensor {name!r} is {tensor.dtype} {_brief(str(list(tensor.shape)))}, expected "
-            f"torch.float32 [{width}] as its own topology says",
+            f"tensor {name!r} is {entry['dtype']} {one_line(entry['shape'])}, expected F32 "
+            f"[{width}] as its own topology says",
         )
+    tensor = torch.from_numpy(np.frombuffer(entry["data"], "<f4").astype(np.float32))
     if not bool(torch.isfinite(tensor).all()):
         raise _damaged(path, f"tensor {name!r} holds NaN or infinite values")
     if part == "score" and not bool(((tensor >= 0) & (tensor <= 1)).all()):
@@ -233,10 +285,9 @@ def _checked(tensor: Tensor, name: str, part: str, width: int, path: Path) -> Te
     return tensor
 
 
-def _brief(found: str) -> str:
-    """What a message quotes from a file: as it is, or its two ends."""
-    return found if len(found) <= QUOTED else f"{found[: QUOTED // 2]} ... {found[-QUOTED // 4 :]}"
-
-
 def _damaged(path: Path, what: str) -> GateFileError:
-    return GateFileError(f"{path}: {what}; copy the file again or train the gates again")
+    return _refused(path, f"{what}; copy the file again or train the gates again")
+
+
+def _refused(path: Path, what: str) -> GateFileError:
+    return GateFileError(f"{one_line(path, PATH)}: {what}")

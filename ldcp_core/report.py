@@ -26,8 +26,12 @@ class RunFacts(Protocol):
     """What a host has counted during one run of a pruned model."""
 
     @property
+    def sampled(self) -> bool:
+        """Whether a sampler ran, as the host announces it."""
+
+    @property
     def steps(self) -> int | None:
-        """Steps of the sampler's schedule; None without a sampler."""
+        """Steps of the sampler's schedule; None when no evaluation said."""
 
     @property
     def pruned_steps(self) -> AbstractSet[int]:
@@ -80,7 +84,8 @@ class Report:
     """Everything a report shows.
 
     ``scores[site]`` (float [C]) and ``keep_sets[site]`` (bool [C]) are those of the last layer
-    that names the site; ``savings`` is of an evaluation in which all layers prune.
+    that names the site; ``savings`` is of an evaluation in which all layers prune. ``notes`` are
+    sentences of the host on these gates and their run.
     """
 
     layers: tuple[ReportLayer, ...]
@@ -90,6 +95,7 @@ class Report:
     bytes_per_parameter: int
     latent: Latent
     run: RunFacts | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def saved_bytes(self) -> int:
@@ -146,6 +152,7 @@ class Report:
         counted = [*self.counted_lines(), f"per pruned evaluation, {self.counted_for()}"]
         lines += [f"counted   {line}" for line in counted]
         lines += [f"measured  {line}" for line in self.measured_lines()]
+        lines += [f"note      {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -155,6 +162,7 @@ def build_report(
     bytes_per_parameter: int = 2,
     latent: Latent | None = None,
     run: RunFacts | None = None,
+    notes: Sequence[str] = (),
 ) -> Report:
     """The report on gates attached one after the other to a U-Net; of a site the later wins.
 
@@ -172,6 +180,7 @@ def build_report(
         bytes_per_parameter,
         latent,
         run,
+        tuple(notes),
     )
 
 
@@ -218,8 +227,10 @@ def _table(found: Savings) -> list[str]:
 def run_line(run: RunFacts) -> str:
     """Which steps ran pruned, such as "steps 5-19 of 20 ran pruned (15 of 20 evaluations)"."""
     evaluations = f"{run.pruned_evaluations} of {run.evaluations} evaluations"
+    if run.sampled and not run.evaluations:
+        return "sampled, but the model was never asked: nothing was pruned"
     if run.steps is None:
-        return f"{evaluations} ran pruned, without a sampler"
+        return f"{evaluations} ran pruned{'' if run.sampled else ', without a sampler'}"
     pruned = show_steps(run.pruned_steps) if run.pruned_steps else "no step"
     return f"{pruned} of {run.steps} ran pruned ({evaluations})"
 

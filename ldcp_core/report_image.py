@@ -120,6 +120,8 @@ def _draw(report: Report, page: _Page) -> int:
     _histogram(report, page)
     if report.run is not None:
         _measured(report.run, page)
+    for note in report.notes:
+        page.paragraph(note, TEXT)
     return page.y + 14
 
 

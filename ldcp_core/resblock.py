@@ -23,7 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused
+from .channels import Channels
 from .gates import ALIGNMENT, Padding
+from .groupnorm import group_norm_silu
 from .sites import SiteKind
 
 #: bytes of weights convolved at once on a CPU
@@ -46,7 +49,7 @@ class ResBlockOps(Protocol):
         """silu(norm2(h)), all channels."""
 
     def norm2_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of norm2, each [C], on the device of ``like``."""
+        """Weight and bias of norm2, each [C], on the device of ``like``, best in float32."""
 
     def conv1(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The host's conv1 with the given rows instead of its own."""
@@ -135,6 +138,10 @@ class CompactResBlock:
     holds copies only, so the host may move the full weights away afterwards; a convolution that
     loses nothing is held as given. When ``folds`` is false (a host that pads circularly, say),
     conv2 runs on all inner channels and only rows are removed.
+
+    A fast GPU computes a block sooner than the host can launch many small operations on it, so the
+    forward pass is made of few: `python -m training.benchmark launches` counts them. Only tensors
+    made here are written into.
     """
 
     def __init__(
@@ -142,153 +149,150 @@ class CompactResBlock:
     ) -> None:
         device, dtype = conv2.weight.device, conv2.weight.dtype
         self.padding = gate.padding
-        out_channels, inner_channels = conv2.weight.shape[:2]
-
-        self.inner = _Split.of(gate.inner, gate.inner_constant, device, dtype)
-        self.residual = _Split.of(gate.residual, gate.residual_constant, device, dtype)
-        self.out_channels: int = out_channels
-        self.inner_channels: int = inner_channels
         self.folds = folds
+        self.inner = _channels(gate.inner, device)
+        self.residual = _channels(gate.residual, device)
+        #: Per inner channel what is added to its map: a pruned one's constant, and where columns
+        #: are folded a kept one's bias, which moves the mean and so needs no pass of its own.
+        self.shifts: Tensor | None = None
+        #: The same per residual channel.
+        self.planes: Tensor | None = None
+        #: What conv2 makes of the pruned constants.
+        self.columns: Tensor | None = None
+        self._inside: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
         self.conv1 = conv1 if self.inner is None else _rows(conv1, self.inner.kept)
-        rows = conv2 if self.residual is None else _rows(conv2, self.residual.kept)
-        self.columns: Tensor | None = None
-        if self.inner is None or not folds:
-            self.conv2 = rows
-        else:
-            self.conv2 = ConvWeights(
-                rows.weight.index_select(1, self.inner.kept).contiguous(),
-                None if rows.bias is None else rows.bias.clone(),
-            )
-            self.columns = _fold_columns(
-                rows.weight.index_select(1, self.inner.pruned), gate.padding
-            )
+        self.conv2 = conv2 if self.residual is None else _rows(conv2, self.residual.kept)
+        if self.residual is not None:
+            self.planes = _planes(self.residual, gate.residual_constant, dtype)
+        if self.inner is None:
+            return
+        self.shifts = _planes(self.inner, gate.inner_constant, dtype)
+        if folds or gate.padding == "extend":
+            pruned = self.conv2.weight.index_select(1, self.inner.pruned)
+            self.columns = _fold_columns(pruned, gate.padding)
+        if not folds:
+            return
+        self.shifts = _with_bias(self.shifts.float(), self.inner, self.conv1.bias)
+        self.conv1 = ConvWeights(self.conv1.weight, None)
+        bias = self.conv2.bias
+        if self.planes is not None and self.residual is not None:
+            self.planes, bias = _with_bias(self.planes, self.residual, bias), None
+        self.conv2 = ConvWeights(
+            self.conv2.weight.index_select(1, self.inner.kept).contiguous(),
+            None if bias is None else bias.clone(),
+        )
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that has to stay on the compute device."""
         found = [self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias]
-        found.append(self.columns)
-        for split in (self.inner, self.residual):
-            if split is not None:
-                found += [split.kept, split.pruned, split.order, split.constant]
+        found += [self.columns, self.shifts, self.planes, *self._inside.values()]
+        for channels in (self.inner, self.residual):
+            found += [] if channels is None else channels.tensors()
         return [t for t in found if t is not None]
 
     def __call__(self, ops: ResBlockOps, x: Tensor, emb: Tensor) -> Tensor:
         """[B, I, H, W] and [B, C] to [B, O, H, W], equal to `masked_forward` of the same gate."""
         if self.conv2.weight.shape[0] == 0:  # no residual channel is kept: only constants are left
-            return ops.skip(x) + self._scatter(x.new_empty(x.shape[0], 0, *x.shape[2:]))
-        if self.inner is None:
+            y = x.new_empty(x.shape[0], 0, *x.shape[2:])
+        elif self.inner is not None and self.folds:
+            return self._folded(ops, x, emb, self.inner)
+        elif self.inner is None:
             h = _convolve(ops.conv1, ops.norm1(x), self.conv1)
             y = _convolve(ops.conv2, ops.norm2(h + emb[:, :, None, None]), self.conv2)
-        elif self.folds:
-            y = self._folded(ops, x, emb, self.inner)
         else:
             y = self._rows_only(ops, x, emb, self.inner)
-        return ops.skip(x) + self._scatter(y)
+        return self._joined(ops.skip(x), y)
 
-    def _rows_only(self, ops: ResBlockOps, x: Tensor, emb: Tensor, split: _Split) -> Tensor:
+    def _joined(self, skip: Tensor, y: Tensor) -> Tensor:
+        """The computed rows and the constants of the residual gate, beside the skip path."""
+        if self.residual is None or self.planes is None:
+            return skip + y
+        out = skip + self.planes.to(skip.dtype)[:, None, None]
+        return out.index_add_(1, self.residual.kept, y.to(out.dtype))
+
+    def _rows_only(self, ops: ResBlockOps, x: Tensor, emb: Tensor, channels: Channels) -> Tensor:
+        assert self.shifts is not None
         kept = self._conv1_rows(ops, x)
-        planes = split.constant.to(kept)[None, :, None, None]
-        h = split.merge(kept, planes.expand(kept.shape[0], -1, *kept.shape[2:]))
+        h = self.shifts.to(kept.dtype)[:, None, None].repeat(x.shape[0], 1, *kept.shape[2:])
+        h = h.index_add_(1, channels.kept, kept)  # to zeros
         a = ops.norm2(h + emb[:, :, None, None])
-        if self.padding == "zero":
+        if self.columns is None:
             return _convolve(ops.conv2, a, self.conv2)
-        kept_only = a.index_fill(1, split.pruned, 0)
-        y = _convolve(ops.conv2, kept_only, self.conv2)
-        constants = a.index_select(1, split.pruned)[:, :, 0, 0]
-        tap_sums = self.conv2.weight.index_select(1, split.pruned).sum((2, 3))
-        return y + F.linear(constants, tap_sums)[:, :, None, None]
+        y = _convolve(ops.conv2, a.index_fill(1, channels.pruned, 0), self.conv2)
+        constants = a[:, :, 0, 0].index_select(1, channels.pruned)
+        return y + self._taps(constants)[:, :, None, None]
 
-    def _folded(self, ops: ResBlockOps, x: Tensor, emb: Tensor, split: _Split) -> Tensor:
-        h = self._conv1_rows(ops, x) + emb.index_select(1, split.kept)[:, :, None, None]
-        constants = split.constant.to(h) + emb.index_select(1, split.pruned)
-        a, a_constant = self._norm2(ops, h, constants, split)
-        assert self.columns is not None
-        # the tall matrix first: on a CPU thrice as fast as F.linear, which puts the B rows first
-        taps = torch.mm(self.columns, a_constant.T).T
-        spread = taps[:, :, None, None] if self.padding == "extend" else _spread(taps, h.shape[2:])
-        if a.shape[1] == 0:
-            bias = 0 if self.conv2.bias is None else self.conv2.bias[:, None, None]
-            return (spread + bias).expand(-1, -1, *h.shape[2:])
-        return _convolve(ops.conv2, a, self.conv2).add_(spread)
+    def _folded(self, ops: ResBlockOps, x: Tensor, emb: Tensor, channels: Channels) -> Tensor:
+        assert self.shifts is not None
+        h = self._conv1_rows(ops, x)
+        affine = ops.norm2_affine(h)
+        a, constants = group_norm_silu(h, emb, self.shifts, channels, affine, ops.groups, ops.eps)
+        taps = self._taps(constants)
+        if a.shape[1]:
+            y = _convolve(ops.conv2, a, self.conv2)
+        else:
+            y = taps.new_zeros(x.shape[0], self.conv2.weight.shape[0], *x.shape[2:])
+            y = y if self.conv2.bias is None else y.add_(self.conv2.bias[:, None, None])
+        taps, skip = taps.to(y.dtype), ops.skip(x)
+        if fused.usable(y, skip):
+            return fused.join(skip, y, taps, self.residual, self.planes)
+        return self._joined(skip, self._add_taps_(y, taps))
 
     def _conv1_rows(self, ops: ResBlockOps, x: Tensor) -> Tensor:
         if self.conv1.weight.shape[0] == 0:
             return x.new_empty(x.shape[0], 0, *x.shape[2:])
         return _convolve(ops.conv1, ops.norm1(x), self.conv1)
 
-    def _norm2(
-        self, ops: ResBlockOps, h: Tensor, constants: Tensor, split: _Split
-    ) -> tuple[Tensor, Tensor]:
-        """silu(norm2) of kept maps [B, K, H, W] and of pruned constants [B, P].
+    def _taps(self, constants: Tensor) -> Tensor:
+        """What the folded columns make of constants [B, P]: [B, 9·O], or [B, O] of tap-sums."""
+        assert self.columns is not None
+        constants = constants.to(self.columns.dtype)
+        if constants.device.type != "cpu":
+            return F.linear(constants, self.columns)
+        # the tall matrix first: thrice as fast as F.linear there, which puts the B rows first
+        return torch.mm(self.columns, constants.T).T
 
-        A channel's variance about its group's mean is its own variance plus the squared distance
-        of its mean; channels all have H·W values, so their average is the group's (Chan et al.
-        1979, the parallel formula, for equal counts). A constant has variance zero. In float32.
+    def _add_taps_(self, y: Tensor, taps: Tensor) -> Tensor:
+        """Add what constant planes leave behind conv2 to [B, O, H, W].
+
+        With zero padding only the taps count, at each position, that do not fall on the padding.
         """
-        batch = h.shape[0]
-        if h.shape[1] == 0:
-            variance = mean = constants.new_empty((batch, 0), dtype=torch.float32)
-        else:
-            mean = h.mean((2, 3), dtype=torch.float32)
-            # in two passes: on a CPU torch.var_mean over the last dimensions takes 17 times as long
-            variance = (h.float() - mean[:, :, None, None]).square().mean((2, 3))
-        means = split.merge(mean, constants.float())
-        variances = split.merge(variance, torch.zeros_like(constants, dtype=torch.float32))
-        grouped = means.view(batch, ops.groups, -1)
-        group_mean = grouped.mean(2, keepdim=True)
-        group_variance = (variances.view_as(grouped) + (grouped - group_mean).square()).mean(
-            2, keepdim=True
-        )
-        weight, bias = (t.float() for t in ops.norm2_affine(h))
-        scale = torch.rsqrt(group_variance + ops.eps).expand_as(grouped).reshape(batch, -1) * weight
-        shift = bias - group_mean.expand_as(grouped).reshape(batch, -1) * scale
-        scale_kept = scale.index_select(1, split.kept)[:, :, None, None]
-        shift_kept = shift.index_select(1, split.kept)[:, :, None, None]
-        kept = torch.addcmul(shift_kept, h.float(), scale_kept).to(h.dtype)
-        pruned = torch.addcmul(
-            shift.index_select(1, split.pruned),
-            constants.float(),
-            scale.index_select(1, split.pruned),
-        )
-        return F.silu(kept, inplace=True), F.silu(pruned.to(h.dtype))
+        if self.padding == "extend":
+            return y.add_(taps[:, :, None, None])
+        size, batch = y.shape[2:], y.shape[0]
+        inside = self._taps_inside(size, y).expand(batch, -1, -1)
+        # flattening copies where channels come last
+        return y.flatten(2).baddbmm_(taps.reshape(batch, -1, 9), inside).view(y.shape)
 
-    def _scatter(self, rows: Tensor) -> Tensor:
-        """Put the computed rows in their places among the constants of the residual gate."""
-        if self.residual is None:
-            return rows
-        planes = self.residual.constant.to(rows)[None, :, None, None]
-        return self.residual.merge(rows, planes.expand(rows.shape[0], -1, *rows.shape[2:]))
+    def _taps_inside(self, size: torch.Size, like: Tensor) -> Tensor:
+        """[9, H·W] of ones where a tap lies inside; kept, but for inside torch.compile."""
+        if torch.compiler.is_compiling():
+            return _taps_inside(size, like)
+        key = size, like.dtype
+        if key not in self._inside:
+            self._inside[key] = _taps_inside(size, like)
+        return self._inside[key]
 
 
-@dataclass(frozen=True)
-class _Split:
-    """Kept and pruned channel indices, the way back to channel order, and the pruned constants."""
+def _channels(keep: Tensor | None, device: torch.device) -> Channels | None:
+    if keep is None or bool(keep.all()):
+        return None  # everything kept: the host's own path, bit for bit
+    return Channels.of(keep, device)
 
-    kept: Tensor
-    pruned: Tensor
-    order: Tensor
-    constant: Tensor
 
-    @classmethod
-    def of(
-        cls, keep: Tensor | None, constant: Tensor | None, device: torch.device, dtype: torch.dtype
-    ) -> _Split | None:
-        if keep is None or bool(keep.all()):
-            return None  # everything kept: the host's own path, bit for bit
-        keep = keep.cpu()
-        kept, pruned = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
-        mu = torch.zeros(keep.numel()) if constant is None else constant.cpu()
-        return cls(
-            kept.to(device),
-            pruned.to(device),
-            torch.argsort(torch.cat([kept, pruned])).to(device),
-            mu[pruned].to(device, dtype),
-        )
+def _planes(channels: Channels, constant: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The constants [C] in their places, zero for kept channels."""
+    pruned = channels.pruned
+    planes = torch.zeros(pruned.numel() + channels.kept.numel(), dtype=dtype, device=pruned.device)
+    if constant is None:
+        return planes
+    return planes.index_add_(0, pruned, constant.to(planes).index_select(0, pruned))
 
-    def merge(self, kept: Tensor, pruned: Tensor) -> Tensor:
-        """[B, K, ...] and [B, P, ...] to [B, C, ...] in channel order."""
-        return torch.cat([kept, pruned], 1).index_select(1, self.order)
+
+def _with_bias(planes: Tensor, channels: Channels, bias: Tensor | None) -> Tensor:
+    """``planes`` with the bias [K] in the places of the kept channels, in place."""
+    return planes if bias is None else planes.index_add_(0, channels.kept, bias.to(planes.dtype))
 
 
 def _convolve(
@@ -324,18 +328,7 @@ def _fold_columns(weight: Tensor, padding: Padding) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
 
 
-def _spread(taps: Tensor, size: torch.Size) -> Tensor:
-    """What constant planes leave behind a zero-padded conv2: [B, 9·O] per tap to [B, O, H, W].
-
-    At position (y, x) only the taps count that do not fall on the padding.
-    """
-    height, width = size
-    inside = torch.kron(_taps_inside(height, taps), _taps_inside(width, taps))
-    return (taps.view(taps.shape[0], -1, 9) @ inside.T).reshape(taps.shape[0], -1, height, width)
-
-
-def _taps_inside(size: int, like: Tensor) -> Tensor:
-    """[size, 3] of ones where tap t of a 3-tap window centred on position p lies inside."""
-    position = torch.arange(size, device=like.device)[:, None]
-    tap = position + torch.arange(-1, 2, device=like.device)[None, :]
-    return ((tap >= 0) & (tap < size)).to(like.dtype)
+def _taps_inside(size: torch.Size, like: Tensor) -> Tensor:
+    """[9, H·W] of ones where a tap of a 3x3 window centred on a position lies inside the map."""
+    ones = torch.ones(1, 1, *size, device=like.device)
+    return F.unfold(ones, 3, padding=1)[0].to(like.dtype)

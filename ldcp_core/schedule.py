@@ -11,6 +11,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .text import quoted
+
+LONGEST_TEXT = 10_000  # characters
+SHOWN = 12  # ranges in the text of a schedule
 _RANGE = re.compile(r"^([0-9]{1,9})\s*(?:(-)\s*([0-9]{0,9}))?$")
 
 
@@ -44,7 +48,10 @@ class PercentRange:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A union of ranges. No range at all means: never prune."""
+    """A union of ranges. No range at all means: never prune.
+
+    Its text is for people: of many ranges it names the first and counts the others.
+    """
 
     ranges: tuple[StepRange | PercentRange, ...] = (StepRange(0, None),)
 
@@ -57,6 +64,11 @@ class Schedule:
 
         Raises ScheduleError for an empty text, a reversed range or anything else.
         """
+        if len(text) > LONGEST_TEXT:
+            raise ScheduleError(
+                f"step ranges of {len(text):,} characters cannot be meant: write at most "
+                f"{LONGEST_TEXT:,}, such as '0-4, 10-19' or '5-'"
+            )
         parts = [part.strip() for part in text.split(",")]
         if parts == [""]:
             raise ScheduleError(
@@ -90,8 +102,8 @@ class Schedule:
         percents = [str(r) for r in self.ranges if isinstance(r, PercentRange)]
         if "0-" in steps:
             return "all steps"
-        words = [f"steps {', '.join(steps)}"] if steps else []
-        return " + ".join(words + percents) or "no step"
+        words = [f"steps {_some(steps, ', ')}"] if steps else []
+        return " + ".join(words + ([_some(percents, " + ")] if percents else [])) or "no step"
 
     def is_active(
         self, step: int, sigma: float, percent_to_sigma: Callable[[float], float]
@@ -114,6 +126,11 @@ class Schedule:
         return [r for r in self.ranges if isinstance(r, StepRange) and r.first >= steps]
 
 
+def _some(ranges: list[str], joint: str) -> str:
+    more = [f"{len(ranges) - SHOWN} more"] if len(ranges) > SHOWN else []
+    return joint.join([*ranges[:SHOWN], *more])
+
+
 ALWAYS = Schedule()
 NEVER = Schedule(())
 
@@ -122,8 +139,8 @@ def _parse_range(part: str) -> StepRange:
     match = _RANGE.match(part)
     if not match:
         raise ScheduleError(
-            f"cannot read the step range {part!r}: write single steps or ranges of 0-based steps, "
-            "separated by commas, such as '0-4, 10-19' or '5-'"
+            f"cannot read the step range {quoted(part)}: write single steps or ranges of 0-based "
+            "steps, separated by commas, such as '0-4, 10-19' or '5-'"
         )
     first, dash, last = int(match[1]), match[2], match[3]
     if not dash:

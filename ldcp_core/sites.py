@@ -8,10 +8,13 @@ the small demo model. Hosts map these names to their own modules.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+
+from .text import one_line, quoted
 
 SiteKind = Literal["inner", "residual", "hidden"]
 #: what a site's name adds to that of its block
@@ -40,6 +43,12 @@ SCOPES: tuple[str, ...] = (
     "ff",
 )
 DEFAULT_SCOPE = "mid"
+LONGEST_SCOPE = 10_000  # characters: several times the names of all sites
+_SEPARATORS = re.compile(r"[\s+,;\"'`\u2018\u2019\u201c\u201d]+")  # quotes come with a copied text
+_KINDS_OF_SCOPE = (
+    f"a scope is {', '.join(PARTS)}, several of them joined by '+', '+ff' with them, or site names "
+    "such as 'mid_block.resnets.0.conv1' separated by commas"
+)
 
 
 @dataclass(frozen=True)
@@ -117,11 +126,11 @@ class Topology:
     def __post_init__(self) -> None:
         if len(self.widths) != 4 or len(self.attention) != 4:
             raise ValueError(
-                f"an SD1.5 U-Net has four levels, found widths {self.widths} and attention "
-                f"{self.attention}"
+                f"an SD1.5 U-Net has four levels, found widths {one_line(self.widths, 60)} and "
+                f"attention {one_line(self.attention, 60)}"
             )
         if not all(isinstance(a, bool) for a in self.attention):
-            raise ValueError(f"attention must be four booleans, found {self.attention}")
+            raise ValueError(f"attention must be four booleans, found {one_line(self.attention)}")
         numbers = (
             *self.widths,
             self.layers_per_block,
@@ -130,7 +139,9 @@ class Topology:
             self.out_channels,
         )
         if not all(type(n) is int and 0 < n <= 65536 for n in numbers):  # True is an int, too
-            raise ValueError(f"widths and depths must be positive integers, found {numbers}")
+            raise ValueError(
+                f"widths and depths must be positive integers, found {one_line(numbers)}"
+            )
         if self.layers_per_block > 8:
             raise ValueError(
                 f"a U-Net with {self.layers_per_block} layers per block is not SD1.5's"
@@ -149,7 +160,9 @@ class Topology:
                 out_channels=value["out_channels"],
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not the description of an SD1.5 U-Net: {value!r}") from error
+            raise ValueError(
+                f"not the description of an SD1.5 U-Net: {one_line(repr(value))}"
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -204,36 +217,33 @@ class Topology:
         """The sites of a scope in the order in which they run.
 
         A scope is ``mid``, ``up``, ``down`` or ``all`` (the ResBlocks of that part of the U-Net),
-        several of them joined by ``+``, and ``+ff`` for the feed-forwards of the same parts;
-        ``ff`` alone is all feed-forwards. Or it is a list of site names, separated by commas, in
-        which ``*`` stands for anything. Raises ValueError for anything else, and for a name that
-        no site has.
+        several of them, and ``ff`` with them for the feed-forwards of the same parts; ``ff`` alone
+        is all feed-forwards. It may hold names of sites as well, in which ``*`` stands for
+        anything. They are joined by ``+``, commas or spaces, in any case, quoted or not. Raises
+        ValueError for anything else, and for a name that no site has.
+
+        >>> [len(SD15.sites(scope)) for scope in ("mid+up", "Mid, up", '"mid"', "ff, mid_block.*")]
+        [28, 28, 4, 20]
         """
-        words = scope.replace(" ", "").split("+")
-        if set(words) <= {*PARTS, FEED_FORWARD}:
-            parts = [PARTS[word] for word in words if word != FEED_FORWARD] or [PARTS["all"]]
-            prefixes = tuple(prefix for part in parts for prefix in part)
-            kinds = {"hidden"} if FEED_FORWARD in words else set()
-            kinds |= {"inner", "residual"} if words != [FEED_FORWARD] else set()
-            return [
-                site
-                for site in self.all_sites()
-                if site.kind in kinds and site.name.startswith(prefixes)
-            ]
-        patterns = [pattern.strip() for pattern in scope.split(",")]
-        named = {
-            pattern: {s.name for s in self.all_sites() if fnmatchcase(s.name, pattern)}
-            for pattern in patterns
-        }
-        for pattern, found in named.items():
-            if not found:
-                raise ValueError(
-                    f"unknown scope or site {pattern!r}; a scope is {', '.join(PARTS)}, several of "
-                    "them joined by '+', '+ff' with them, or site names such as "
-                    "'mid_block.resnets.0.conv1' separated by commas"
-                )
-        wanted = set().union(*named.values())
-        return [site for site in self.all_sites() if site.name in wanted]
+        if len(scope) > LONGEST_SCOPE:
+            raise ValueError(f"a scope of {len(scope):,} characters is none; {_KINDS_OF_SCOPE}")
+        items = [item for item in _SEPARATORS.split(scope.lower()) if item] or [scope]
+        words = {item for item in items if item in PARTS or item == FEED_FORWARD}
+        parts = [PARTS[word] for word in words if word != FEED_FORWARD] or [PARTS["all"]]
+        prefixes = tuple(prefix for part in parts for prefix in part)
+        kinds = {"hidden"} if FEED_FORWARD in words else set()
+        kinds |= {"inner", "residual"} if words - {FEED_FORWARD} else set()
+        wanted: set[str] = set()
+        for pattern in items:
+            found = {s.name for s in self.all_sites() if fnmatchcase(s.name, pattern)}
+            if not found and pattern not in words:
+                raise ValueError(f"unknown scope or site {quoted(pattern)}; {_KINDS_OF_SCOPE}")
+            wanted |= found
+        return [
+            site
+            for site in self.all_sites()
+            if site.name in wanted or (site.kind in kinds and site.name.startswith(prefixes))
+        ]
 
     def all_sites(self) -> list[Site]:
         """Every site a gate file may name, in the order in which they run."""

@@ -3,37 +3,57 @@
 from __future__ import annotations
 
 import logging
-import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..ldcp_core import ALWAYS, Gates, Schedule, savings
+from ..ldcp_core.text import quoted
+from .choice import check_offered, check_share, check_text
+from .display import server, show_on_node
 from .identity import differs_from_training
 from .io_types import CATEGORY, GatesType, ScheduleType
 from .parking import FULL_WEIGHTS, FullWeights
 from .patch import attach
+from .record import RunRecord
 from .run import Layer
 from .schema import schema
 from .sites import model_topology
 
+CHANNELS = ["as learned", "a share"]
+#: as a sparsity: what prompts and workflows say that were made before ``channels`` was there
 AS_LEARNED = -1.0
+DIFFERS = (
+    "these gates were trained on other base weights than this model's; that works for fine-tunes "
+    "and merges, but compare some images with pruning off"
+)
+SHOWN_NOTES = 3  # on the node
 log = logging.getLogger("ldcp")
 
 
-def chosen_keep_sets(gates: Gates, sparsity: float, sites: str = "") -> dict[str, Tensor]:
-    """The learned keep-sets, or those of the override, of the ``sites`` of a scope (empty: all).
+def wanted_share(channels: str, sparsity: float) -> float | None:
+    """The share of the gated channels to prune; None for those that were learned.
 
-    Raises ValueError for a sparsity between -1 and 0, an unknown scope, or one without gates.
+    Raises ValueError for what the widgets do not offer, but for the sparsity `AS_LEARNED`.
     """
-    problem = sparsity_problem(sparsity)
-    if problem:
-        raise ValueError(f"LDCP: {problem}")
+    check_offered("channels", channels, CHANNELS)
+    if channels == "as learned" or sparsity == AS_LEARNED:
+        return None
+    check_share("sparsity", sparsity)
+    return sparsity
+
+
+def chosen_keep_sets(gates: Gates, share: float | None, sites: str = "") -> dict[str, Tensor]:
+    """The learned keep-sets, or those of a share, of the ``sites`` of a scope (empty: all).
+
+    Raises ValueError for an unknown scope, or one without gates.
+    """
+    check_text("sites", sites)
     if sites.strip():
         gates = within(gates, sites)
-    return gates.keep_sets() if sparsity == AS_LEARNED else gates.keep_sets_at(sparsity)
+    return gates.keep_sets() if share is None else gates.keep_sets_at(share)
 
 
 def within(gates: Gates, sites: str) -> Gates:
@@ -46,29 +66,20 @@ def within(gates: Gates, sites: str) -> Gates:
     if not scores:
         parts = ", ".join(dict.fromkeys(site.split(".")[0] for site in gates.scores))
         raise ValueError(
-            f"LDCP: these gates have no site in {sites!r}, only in {parts}; leave 'sites' empty to "
-            "prune all that they have, or load gates of a larger scope"
+            f"LDCP: these gates have no site in {quoted(sites)}, only in {parts}; leave 'sites' "
+            "empty to prune all that they have, or load gates of a larger scope"
         )
     return replace(gates, scores=scores)
 
 
-def sparsity_problem(sparsity: float) -> str | None:
-    if sparsity == AS_LEARNED or 0.0 <= sparsity <= 1.0:
-        return None
-    return (
-        f"sparsity {sparsity:g} has no meaning: -1 prunes as learned, a value from 0.0 (nothing) "
-        "to 1.0 (every gated channel) prunes this share instead"
-    )
-
-
-def status(model: Any, layer: Layer, sparsity: float) -> list[str]:
+def status(model: Any, layer: Layer, share: float | None) -> list[str]:
     """Sites and share of channels pruned; bytes that a pruned step does not use; when.
 
     Lines of their own, because the canvas breaks what is longer than a node inside a word.
     """
     counts = {site: int(keep.sum()) for site, keep in layer.keep_sets.items()}
     saved = savings(model_topology(model.model), counts, layer.gates.padding)
-    requested = "" if sparsity == AS_LEARNED else f" ({sparsity:.1%} requested)"
+    requested = "" if share is None else f" ({share:.1%} requested)"
     megabytes = saved.saved_bytes(model.model.get_dtype().itemsize) / 2**20
     return [
         f"{len(counts)} site{'s' * (len(counts) != 1)}, {saved.sparsity:.1%} pruned{requested}",
@@ -77,11 +88,28 @@ def status(model: Any, layer: Layer, sparsity: float) -> list[str]:
     ]
 
 
-def show_on_node(text: str, node_id: str | None) -> None:
-    """Show some lines on the running node; outside of a server there is nobody to show it to."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id, server.client_id)
+@dataclass
+class Status:
+    """What an Apply node shows: its own lines, and what the runs of one prompt noticed."""
+
+    lines: list[str]
+    node_id: str | None
+    prompt: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def show(self) -> None:
+        more = len(self.notes) - SHOWN_NOTES
+        rest = [f"and {more} more: see Pruning Report, or the log"] if more > 0 else []
+        lines = [*self.lines, *self.notes[:SHOWN_NOTES], *rest]
+        show_on_node("\n".join(lines), self.node_id)
+
+    def after_run(self, record: RunRecord) -> None:
+        """Show what a run noticed; a prompt may sample several times with one model."""
+        prompt = getattr(server(), "last_prompt_id", None)
+        if prompt is None or prompt != self.prompt:
+            self.prompt, self.notes = prompt, []
+        self.notes += [note for note in record.notes if note not in self.notes]
+        self.show()
 
 
 class LDCPApplyDynamicPruning(io.ComfyNode):
@@ -99,13 +127,13 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
                 GatesType.Input("gates", tooltip="Which channels to prune: Load Pruning Gates."),
                 io.Float.Input(
                     "sparsity",
-                    default=AS_LEARNED,
-                    min=-1.0,
+                    default=0.3,
+                    min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="-1: prune the channels as learned. 0.0 to 1.0: prune this share of "
-                    "the gated channels instead, the least important first; counts per layer are "
-                    "rounded to multiples of 8, and the node shows what came out.",
+                    tooltip="With channels set to 'a share': how much of the gated channels to "
+                    "prune, the least important first. 0.0 prunes nothing, 1.0 all of them; counts "
+                    "per layer are rounded to multiples of 8, and the node shows what came out.",
                 ),
                 ScheduleType.Input(
                     "schedule",
@@ -132,15 +160,29 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
                     "mid_block.resnets.0.conv1 separated by commas. Empty: everything. With two "
                     "Apply nodes in a row, each part can have its own schedule.",
                 ),
+                io.Combo.Input(
+                    "channels",
+                    options=CHANNELS,
+                    default="as learned",
+                    optional=True,
+                    tooltip="Which channels to prune. as learned: those that the gates were "
+                    "trained to prune; sparsity is then not used. a share: as many as sparsity "
+                    "says, whatever the gates were trained for.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model, pruned while it samples.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, sparsity: float | None) -> bool | str:
-        problem = None if sparsity is None else sparsity_problem(sparsity)
-        return problem or True
+    def validate_inputs(cls, sparsity: float | None = None) -> bool | str:
+        if sparsity in (None, AS_LEARNED):  # connected to another node, not known yet; or learned
+            return True
+        try:
+            check_share("sparsity", sparsity)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(
@@ -151,16 +193,20 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
         schedule: Schedule | None = None,
         full_weights: FullWeights = "auto",
         sites: str = "",
+        channels: str = "a share",  # in a prompt without it, sparsity says it all
     ) -> io.NodeOutput:
-        keep_sets = chosen_keep_sets(gates, sparsity, sites)
-        layer = Layer(gates, keep_sets, ALWAYS if schedule is None else schedule, full_weights)
-        patched = attach(model, layer)
-        if differs_from_training(model, gates):
-            log.warning(
-                "LDCP: these gates were trained on other base weights than this model's; that "
-                "works for fine-tunes and merges, but compare some images with pruning off"
-            )
-        lines = status(model, layer, sparsity)
-        log.info("LDCP: %s", ", ".join(lines))
-        show_on_node("\n".join(lines), cls.hidden.unique_id if cls.hidden else None)
+        check_offered("full_weights", full_weights, FULL_WEIGHTS)
+        share = wanted_share(channels, sparsity)
+        keep_sets = chosen_keep_sets(gates, share, sites)
+        remark = DIFFERS if differs_from_training(model, gates) else ""
+        when = ALWAYS if schedule is None else schedule
+        layer = Layer(gates, keep_sets, when, full_weights, remark)
+        shown = Status([], cls.hidden.unique_id if cls.hidden else None)
+        patched = attach(model, layer, shown.after_run)
+        shown.lines += status(model, layer, share)
+        log.info("LDCP: %s", ", ".join(shown.lines))
+        if remark:
+            log.warning("LDCP: %s", remark)
+            shown.lines.append(remark)
+        shown.show()
         return io.NodeOutput(patched)

@@ -1,12 +1,13 @@
 """ComfyUI's ResBlocks and feed-forwards, seen as what `ldcp_core` prunes.
 
 Convolutions run through ``_conv_forward``, so that extensions which override it (seamless tiling,
-say) keep working.
+say) keep working. A block whose norm or padding is not what the folded form assumes loses rows
+alone and runs the host's own modules otherwise; one with other changes is left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,23 +23,36 @@ from ..ldcp_core import (
     FeedForwardGate,
     ResBlock,
 )
-from .weights import captured, captured_linear, folds, norm_affine
+from .changes import (
+    CONVOLVE,
+    Watch,
+    changed_call,
+    changed_class,
+    changed_convolution,
+    changed_function,
+    hooks_on_all,
+)
+from .weights import NotCaptured, captured, captured_linear, captured_norm
 
 Forward = Callable[..., Tensor]
+#: what decides how a convolution treats the border
+PADDING = ("padding_mode", "padding", "dilation")
 
 
 class ComfyResBlockOps:
     """`ldcp_core.ResBlockOps` of one ResBlock, for the length of one run."""
 
-    def __init__(self, block: nn.Module, affine: tuple[Tensor, Tensor], unchanged: Tensor) -> None:
+    def __init__(
+        self, block: nn.Module, affine: tuple[Tensor, Tensor] | None, unchanged: Tensor
+    ) -> None:
         self._norm1, self._silu1, self._conv1 = block.in_layers
         self._norm2, self._silu2, self._dropout, self._conv2 = block.out_layers
-        self._affine = affine
+        self._affine = affine and (affine[0].float(), affine[1].float())
         self._unchanged = unchanged
-        self.skip = block.skip_connection
+        self._block = block
         self.groups: int = self._norm2.num_groups
         self.eps: float = self._norm2.eps
-        self.folds = folds(self._conv2)
+        self.folds = affine is not None
 
     def norm1(self, x: Tensor) -> Tensor:
         return self._silu1(self._norm1(x))
@@ -47,6 +61,7 @@ class ComfyResBlockOps:
         return self._dropout(self._silu2(self._norm2(h)))
 
     def norm2_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._affine is not None
         return self._affine
 
     def conv1(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,6 +71,9 @@ class ComfyResBlockOps:
 
     def conv2(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv2._conv_forward(x, weight, bias)
+
+    def skip(self, x: Tensor) -> Tensor:
+        return self._block.skip_connection(x)
 
 
 def check_block(module: nn.Module, block: Block) -> str | None:
@@ -95,21 +113,68 @@ def _check_feed_forward(module: nn.Module, block: FeedForward) -> str | None:
     return None
 
 
-def override(module: nn.Module) -> str | None:
-    """Which of the modules that pruning bypasses somebody else has changed; None: none.
+@dataclass(frozen=True)
+class Judgement:
+    """What other extensions have done to one block, in words that follow "has"; empty: nothing.
 
-    An extension that puts its own ``forward`` or a hook on them (ComfyUI's bypass LoRA does) would
-    silently lose its effect, so such a block is left to run as it is.
+    ``bypassed`` is what every pruned form of the block would undo, ``folded`` what the folded form
+    would. It is good for as long as ``holds()``, and of these ``layers``.
     """
-    if "forward" in vars(module):
-        return "its forward"
-    res_block = hasattr(module, "in_layers")
-    paths = ("in_layers.2", "out_layers.0", "out_layers.3")
-    for path in paths if res_block else ("net", "net.0", "net.0.proj", "net.2"):
-        part = module.get_submodule(path)
-        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
-            return path
-    return None
+
+    bypassed: str
+    folded: str
+    layers: list[nn.Module]
+    holds: Callable[[], bool]
+
+
+def judge(block: nn.Module) -> Judgement:
+    """Look at everything that pruning may leave out of ``block``, but for its own ``forward``."""
+    return _judge_res_block(block) if hasattr(block, "in_layers") else _judge_feed_forward(block)
+
+
+def _judge_res_block(block: nn.Module) -> Judgement:
+    norm, silu, dropout, conv2 = block.out_layers
+    containers, convs = [block.in_layers, block.out_layers], [block.in_layers[-1], conv2]
+    bypassed = [hooks_on_all(), changed_class(type(block)), *map(changed_call, containers)]
+    bypassed += [changed_call(conv, any_class=True) for conv in convs]
+    folded = [changed_call(norm, any_class=True), changed_call(silu), changed_call(dropout)]
+    folded += [changed_function("group_norm"), changed_function("silu")]
+    if type(silu) is not nn.SiLU:
+        folded.append(f"put a {type(silu).__name__} in the place of a SiLU")
+    if dropout.training and dropout.p:
+        folded.append("switched dropout on")
+    folded += [changed_convolution(conv2), changed_padding(conv2)]
+    watch = Watch(
+        [*containers, *convs, norm, silu, dropout],
+        [type(block)],
+        ["group_norm", "silu", "conv2d"],
+        [(conv, name) for conv in convs for name in (CONVOLVE, *PADDING)],
+    )
+    layers = [*block.in_layers, *block.out_layers]
+    return Judgement(_first(bypassed), _first(folded), layers, watch.holds)
+
+
+def _judge_feed_forward(block: nn.Module) -> Judgement:
+    geglu, dropout, out = block.net
+    layers, functions = [geglu, dropout, geglu.proj, out], ["linear", "gelu"]
+    bypassed = [hooks_on_all(), changed_class(type(block))]
+    bypassed += map(changed_call, (block.net, geglu, dropout))
+    bypassed += [changed_call(layer, any_class=True) for layer in (geglu.proj, out)]
+    bypassed += map(changed_function, functions)
+    if dropout.training and dropout.p:
+        bypassed.append("switched dropout on")
+    watch = Watch([block.net, *layers], [type(block)], functions)
+    return Judgement(_first(bypassed), "", layers, watch.holds)
+
+
+def changed_padding(conv: nn.Module) -> str:
+    """Whether a convolution no longer pads one ring of zeros, as the folded form assumes."""
+    same = (conv.padding_mode, conv.padding, conv.dilation) == ("zeros", (1, 1), (1, 1))
+    return "" if same else f"set the padding of a {type(conv).__name__}"
+
+
+def _first(found: Iterable[str]) -> str:
+    return next(filter(None, found), "")
 
 
 @dataclass(frozen=True)
@@ -123,42 +188,56 @@ class Compact:
     pruned: list[nn.Module]
     #: those of them whose full weights it no longer needs
     replaced: list[nn.Module]
+    #: why it loses rows alone, in words that follow "has"; empty where it loses all that it can
+    rows_only: str = ""
 
 
 def compact(
-    module: nn.Module, gate: BlockGate | FeedForwardGate, device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    gate: BlockGate | FeedForwardGate,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows_only: str = "",
 ) -> Compact | None:
     """This block computing only what ``gate`` keeps; None when that is all of it.
 
-    ``device`` and ``dtype`` are those of the maps in the run that is about to start. Raises
-    NotCaptured when the weights can't be had.
+    ``device`` and ``dtype`` are those of the maps in the run that is about to start. For the reason
+    ``rows_only``, if there is one, the host's norm runs on all channels. Raises NotCaptured when
+    the weights can't be had.
     """
     if isinstance(gate, FeedForwardGate):
         return _compact_feed_forward(module, gate, device, dtype)
-    return _compact_res_block(module, gate, device, dtype)
+    return _compact_res_block(module, gate, device, dtype, rows_only)
 
 
 def _compact_res_block(
-    block: nn.Module, gate: BlockGate, device: torch.device, dtype: torch.dtype
+    block: nn.Module, gate: BlockGate, device: torch.device, dtype: torch.dtype, rows_only: str
 ) -> Compact | None:
     prunes1, prunes2 = _prunes(gate.inner), _prunes(gate.residual)
     if not (prunes1 or prunes2):
         return None
-    conv2 = captured(block.out_layers[3], device, dtype)
+    first, norm, last = block.in_layers[2], block.out_layers[0], block.out_layers[3]
+    conv2 = captured(last, device, dtype)
     # a convolution that loses nothing runs as the host's own module
     unchanged = ConvWeights(conv2.weight.new_empty(0), None)
-    conv1 = captured(block.in_layers[2], device, dtype) if prunes1 else unchanged
-    ops = ComfyResBlockOps(block, norm_affine(block.out_layers[0], device, dtype), unchanged.weight)
+    conv1 = captured(first, device, dtype) if prunes1 else unchanged
+    affine = None
+    if prunes1 and not rows_only:
+        try:
+            affine = captured_norm(norm, device, dtype)
+        except NotCaptured as error:
+            rows_only = f"it has {error}"
+    ops = ComfyResBlockOps(block, affine, unchanged.weight)
     core = CompactResBlock(gate, conv1, conv2, folds=ops.folds)
 
     def forward(x: Tensor, emb: Tensor) -> Tensor:
         return core(ops, x, block.emb_layers(emb).to(x.dtype))
 
-    pruned = [block.in_layers[2]] * prunes1 + [block.out_layers[3]] * prunes2
-    replaced = [block.in_layers[2]] * prunes1
+    pruned = [first] * prunes1 + [last] * prunes2
+    replaced = [first] * prunes1
     if core.conv2 is not conv2:  # rows or columns of it were copied
-        replaced.append(block.out_layers[3])
-    return Compact(forward, core.tensors(), pruned, replaced)
+        replaced.append(last)
+    return Compact(forward, core.tensors(), pruned, replaced, rows_only if prunes1 else "")
 
 
 def _compact_feed_forward(

@@ -17,8 +17,8 @@ from ..ldcp_core import (
     Ranking,
     scores_at,
 )
-from .apply_node import show_on_node
-from .choice import how_to_prune
+from .choice import check_how_to_prune, check_offered, how_to_prune
+from .display import show_on_node
 from .estimate_node import estimate
 from .identity import own_fingerprint
 from .io_types import CATEGORY, CalibrationType, GatesType
@@ -54,13 +54,13 @@ def calibrate(
     ``sampling`` are the arguments of the host's ``common_ksampler``. With ``given`` gates their
     scores stay, and their constants become the means seen. ``earlier`` adds what another run has
     seen. Raises ModelError when the model is not of SD1.5's family or its layers can't be watched,
-    ValueError for a sparsity outside [0, 1] or an ``earlier`` of other layers.
+    ValueError for a choice that is not offered or an ``earlier`` of other layers.
     """
     from nodes import common_ksampler  # ComfyUI's own nodes.py
 
+    check_offered("criterion", choice.criterion, CRITERIA)  # before minutes of sampling
+    check_how_to_prune(choice.sparsity, choice.ranking, choice.padding, choice.scope)
     topology = model_topology(model.model)
-    if not 0.0 <= choice.sparsity <= 1.0:  # before minutes of sampling
-        raise ValueError(f"LDCP: sparsity {choice.sparsity:g} is outside 0.0 to 1.0")
     if given is not None:
         find_blocks(model.model, given)
         sites = [site for site in topology.all_sites() if site.name in given.scores]
@@ -251,6 +251,10 @@ class LDCPCalibrateGates(io.ComfyNode):
         gates: Gates | None = None,
         calibration: Calibration | None = None,
     ) -> io.NodeOutput:
+        from comfy.samplers import KSampler  # which takes its first sampler for an unknown one
+
+        check_offered("sampler_name", sampler_name, KSampler.SAMPLERS)
+        check_offered("scheduler", scheduler, KSampler.SCHEDULERS)
         sampling = {
             "seed": seed,
             "steps": steps,

@@ -1,12 +1,19 @@
-"""The inputs that all nodes share which choose channels."""
+"""The inputs that all nodes share which choose channels, and the check of what comes in by them.
+
+ComfyUI does not check a value that another node brings over a link, and ComfyUI 0.3.64 none of a
+dropdown in an API prompt either; a node that takes it as it comes runs as something else.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..ldcp_core import DEFAULT_SCOPE, PADDINGS, RANKINGS, SCOPES, Ranking
+from ..ldcp_core.text import quoted
 
 
 def how_to_prune(ranking: Ranking) -> list[Any]:
@@ -45,3 +52,30 @@ def how_to_prune(ranking: Ranking) -> list[Any]:
             "feed-forward layers of the transformers there.",
         ),
     ]
+
+
+def check_how_to_prune(sparsity: Any, ranking: Any, padding: Any, scope: Any) -> None:
+    """Raises ValueError where one of these widgets has a value that it does not offer."""
+    check_share("sparsity", sparsity)
+    check_offered("ranking", ranking, RANKINGS)
+    check_offered("padding", padding, PADDINGS)
+    check_text("scope", scope)  # any scope can be meant, not only those of the menu
+
+
+def check_offered(name: str, value: Any, offered: Iterable[str]) -> None:
+    """Raises ValueError for what a dropdown does not offer."""
+    known = list(offered)
+    if value not in known:
+        raise ValueError(f"LDCP: {name} is {quoted(value)}; choose one of {', '.join(known)}")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raises ValueError for anything but a text."""
+    if not isinstance(value, str):
+        raise ValueError(f"LDCP: {name} is {quoted(value)}; connect or write a text")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raises ValueError for anything but a number from 0 to 1; NaN is none."""
+    if not (isinstance(value, Real) and 0.0 <= value <= 1.0):
+        raise ValueError(f"LDCP: {name} {quoted(value)} is outside 0.0 to 1.0")

@@ -24,13 +24,13 @@ from ..ldcp_core import (
     scores_at,
     sites_of,
 )
-from .apply_node import show_on_node
-from .choice import how_to_prune
+from .choice import check_how_to_prune, check_offered, how_to_prune
+from .display import show_on_node
 from .identity import own_fingerprint
 from .io_types import CATEGORY, GatesType
 from .schema import schema
-from .sites import find_blocks, model_topology, module_path, unet
-from .weights import captured, captured_linear, norm_affine
+from .sites import LEAVE_OUT, ModelError, find_blocks, model_topology, module_path, unet
+from .weights import NotCaptured, captured, captured_linear, captured_norm
 
 log = logging.getLogger("ldcp")
 
@@ -46,11 +46,13 @@ def estimate(
     """Gates of the ModelPatcher ``model`` from its weights as it would run, LoRA included.
 
     The model is loaded as for sampling, since LoRA are merged only then. Raises ModelError when it
-    is not of SD1.5's family, ValueError for a sparsity outside [0, 1] or weights that are not
+    is not of SD1.5's family, ValueError for a choice that is not offered or weights that are not
     finite.
     """
     import comfy.model_management
 
+    check_offered("criterion", criterion, MAGNITUDES)
+    check_how_to_prune(sparsity, ranking, padding, scope)
     topology = model_topology(model.model)
     sites = topology.sites(scope)
     ungated = Gates({site.name: torch.ones(site.channels) for site in sites}, topology=topology)
@@ -58,10 +60,13 @@ def estimate(
     comfy.model_management.load_models_gpu([model])
     importances: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
-    for site, weight, constant in _gated_layers(model, blocks):
-        if site in ungated.scores:
-            importances[site] = magnitude(weight, criterion)
-            constants[site] = constant
+    try:
+        for site, weight, constant in _gated_layers(model, blocks):
+            if site in ungated.scores:
+                importances[site] = magnitude(weight, criterion)
+                constants[site] = constant
+    except NotCaptured as error:
+        raise ModelError(f"LDCP: the model has {error}; {LEAVE_OUT}") from error
     scores = scores_at(importances, sparsity, ranking, DEFAULT_FLOOR)
     info = {
         "criterion": criterion,
@@ -86,11 +91,11 @@ def _gated_layers(model: Any, blocks: dict[str, nn.Module]) -> Iterator[tuple[st
         if hasattr(block, "in_layers"):
             for site, part in zip(sites_of(name), (block.in_layers, block.out_layers), strict=True):
                 conv = captured(part[-1], *host)
-                yield site, conv.weight, expected_output(conv, *norm_affine(part[0], *host))
+                yield site, conv.weight, expected_output(conv, *captured_norm(part[0], *host))
         else:
             proj = captured_linear(block.net[0].proj, *host)
             path = module_path(name, layers).removesuffix("ff") + "norm3"
-            affine = norm_affine(unet(model.model).get_submodule(path), *host)
+            affine = captured_norm(unet(model.model).get_submodule(path), *host)
             yield sites_of(name)[0], hidden_rows(proj.weight), expected_hidden(proj, *affine)
 
 

@@ -6,9 +6,12 @@ from .apply_node import LDCPApplyDynamicPruning
 from .calibrate_node import LDCPCalibrateGates
 from .estimate_node import LDCPEstimateGates
 from .load_node import LDCPLoadGates
+from .queued import listen
 from .report_node import LDCPPruningReport
 from .save_node import LDCPSaveGates
 from .schedule_node import LDCPStepSchedule
+
+listen()
 
 
 class LDCPExtension(ComfyExtension):

@@ -4,29 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..ldcp_core import load_gates
+from ..ldcp_core import GateFileError, content_digest, load_gates, one_line, remove_abandoned
 from .io_types import CATEGORY, GatesType
 from .schema import schema
 
 FOLDER = "ldcp_gates"
 EXTENSIONS = {".safetensors"}
+#: file names shown in a message
+KNOWN = 10
 
 
 def register_folder() -> None:
-    """Make ``models/ldcp_gates`` known to ComfyUI; folders from extra_model_paths.yaml stay."""
+    """Make ``models/ldcp_gates`` known to ComfyUI; folders from extra_model_paths.yaml stay.
+
+    What savers that were killed left in them is removed.
+    """
     default = os.path.join(folder_paths.models_dir, FOLDER)
     folder_paths.add_model_folder_path(FOLDER, default)
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)
     with contextlib.suppress(OSError):  # read-only models folder: the user may add another one
         os.makedirs(default, exist_ok=True)
+    for path in paths:
+        for folder, _, _ in os.walk(path):
+            remove_abandoned(Path(folder))
 
 
 register_folder()
+
+
+def offered() -> list[str]:
+    """The names in the dropdown: of the folders that are there."""
+    try:
+        return folder_paths.get_filename_list(FOLDER)
+    except FileNotFoundError:  # ComfyUI asks a folder that it has listed when that was changed
+        folder_paths.filename_list_cache.pop(FOLDER, None)
+        return folder_paths.get_filename_list(FOLDER)
 
 
 def gates_path(name: str) -> str:
@@ -36,11 +54,13 @@ def gates_path(name: str) -> str:
     """
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None or not os.path.isfile(path):
-        folders = ", ".join(folder_paths.get_folder_paths(FOLDER))
-        known = ", ".join(folder_paths.get_filename_list(FOLDER)) or "none"
+        folders = ", ".join(one_line(path, 400) for path in folder_paths.get_folder_paths(FOLDER))
+        names = offered()
+        known = ", ".join(one_line(known) for known in names[:KNOWN]) or "none"
+        more = f" and {len(names) - KNOWN} more" if len(names) > KNOWN else ""
         raise FileNotFoundError(
-            f"LDCP: no gate file {name!r} in {folders} (found there: {known}); put a gate file "
-            "made by training.fit into this folder, refresh the page and choose it"
+            f"LDCP: no gate file {one_line(repr(name))} in {folders} (found there: {known}{more}); "
+            "put a gate file made by training.fit into this folder, refresh the page and choose it"
         )
     return path
 
@@ -56,7 +76,7 @@ class LDCPLoadGates(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "gates_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=offered(),
                     tooltip="A gate file in ComfyUI's models/ldcp_gates folder, as training.fit "
                     "writes it. It says which channels were learned to be dispensable.",
                 )
@@ -81,12 +101,14 @@ class LDCPLoadGates(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, gates_name: str | None) -> str:
-        """Path, time and size, so that a file trained again is read again."""
+        """Path, time and content, so that a file trained again is read again."""
         path = None if gates_name is None else folder_paths.get_full_path(FOLDER, gates_name)
         if path is None:
             return ""
-        status = os.stat(path)
-        return f"{path}:{status.st_mtime_ns}:{status.st_size}"
+        try:
+            return f"{path}:{os.stat(path).st_mtime_ns}:{content_digest(path)}"
+        except (OSError, GateFileError):  # which the run will explain
+            return ""
 
     @classmethod
     def execute(cls, gates_name: str) -> io.NodeOutput:

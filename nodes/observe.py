@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..ldcp_core import Calibration, Gates, Site, Topology, column_norms
 from .patch import detached
-from .sites import ModelError, find_blocks
-from .weights import captured, captured_linear
+from .sites import LEAVE_OUT, ModelError, find_blocks
+from .weights import NotCaptured, captured, captured_linear
 
 KEY = "ldcp_calibration"
 #: ComfyUI's key of the wrapper that puts a compiled model in place; compiled layers call no hooks
@@ -131,7 +131,11 @@ class Observer:
             if place.reader is not None:
                 linear = isinstance(place.reader, nn.Linear)
                 read = captured_linear if linear else captured
-                self._columns[site] = column_norms(read(place.reader, device, dtype).weight)
+                try:
+                    weight = read(place.reader, device, dtype).weight
+                except NotCaptured as error:
+                    raise ModelError(f"LDCP: {site} is read by {error}; {LEAVE_OUT}") from error
+                self._columns[site] = column_norms(weight)
 
 
 def observed(model: Any, sites: Sequence[Site], topology: Topology) -> tuple[Any, Observer]:

@@ -9,7 +9,7 @@ run ends or the host changes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,19 +23,25 @@ from .run import Layer, Run
 from .sites import find_blocks
 
 KEY = "ldcp"
+#: is told what a run did when it has ended
+AfterRun = Callable[[RunRecord], None]
 
 
-def attach(model: Any, layer: Layer) -> Any:
+def attach(model: Any, layer: Layer, after_run: AfterRun | None = None) -> Any:
     """A clone of the ModelPatcher ``model`` that is pruned by ``layer``.
 
     Gates already attached stay, each with its own schedule; where several name a site in the same
-    evaluation, the one attached last wins. Raises ModelError when the model does not fit.
+    evaluation, the one attached last wins. After a run all of their ``after_run`` are called.
+    Raises ModelError when the model does not fit.
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     find_blocks(model.model, layer.gates)
     patched, earlier = detached(model), attached(model)
-    pruning = DynamicPruning((*(earlier.layers if earlier else ()), layer))
+    pruning = DynamicPruning(
+        (*(earlier.layers if earlier else ()), layer),
+        (*(earlier.after_run if earlier else ()), *([after_run] if after_run else ())),
+    )
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, pruning)
     for event, callback in {
         CallbacksMP.ON_PRE_RUN: pruning.begin_run,
@@ -73,8 +79,9 @@ class DynamicPruning:
     ``record`` is what the latest run did, None before the first.
     """
 
-    def __init__(self, layers: tuple[Layer, ...]) -> None:
+    def __init__(self, layers: tuple[Layer, ...], after_run: tuple[AfterRun, ...] = ()) -> None:
         self.layers = layers
+        self.after_run = after_run
         self.record: RunRecord | None = None
         self._runs: WeakKeyDictionary[nn.Module, Run] = WeakKeyDictionary()
 
@@ -92,6 +99,8 @@ class DynamicPruning:
             if run.parking is not None:
                 run.parking.unpark(patcher.model)
             run.finish()
+            for tell in self.after_run:
+                tell(run.record)
 
     def weights_loaded(self, patcher: Any, *_: Any) -> None:
         run = self._runs.get(patcher.model)
@@ -121,9 +130,10 @@ class DynamicPruning:
         run = self._runs.get(model) or self._new_run(model)
         active = run.active(model, t, options)
         forwards = run.forwards(model, x.device, active) if any(active) else []
-        run.count(t, options, pruned=bool(forwards))
         with _installed(forwards):
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        run.count(t, options, wanted=bool(forwards))
+        return output
 
     def _new_run(self, model: nn.Module, parking: Parking | None = None) -> Run:
         self._runs[model] = run = Run(self.layers, parking)
@@ -134,10 +144,13 @@ class DynamicPruning:
 @contextmanager
 def _installed(forwards: list[tuple[nn.Module, Forward]]) -> Iterator[None]:
     """Put a ``forward`` on each module, and take it off whatever happens."""
+    earlier = [vars(module).get("forward") for module, _ in forwards]
     try:
         for module, forward in forwards:
             module.forward = forward
         yield
     finally:
-        for module, _ in forwards:
+        for (module, _), found in zip(forwards, earlier, strict=True):
             vars(module).pop("forward", None)
+            if found is not None:  # left behind by another extension
+                module.forward = found

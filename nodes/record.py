@@ -14,7 +14,9 @@ class RunRecord:
     (the most of any).
     """
 
-    #: steps of the sampler's schedule; None when the model was evaluated without a sampler
+    #: whether the host announced a run; a node may also evaluate the model without a sampler
+    sampled: bool = False
+    #: steps of the sampler's schedule; None when no evaluation said
     steps: int | None = None
     #: indices of the steps with at least one pruned evaluation
     pruned_steps: set[int] = field(default_factory=set)
@@ -26,8 +28,36 @@ class RunRecord:
     resident_bytes: int = 0
     #: why full weights stayed on the compute device; empty when they left it
     kept_full: str = ""
+    #: what the user should know about this run, one sentence each
+    notes: list[str] = field(default_factory=list)
+
+    #: (what happens to blocks, why) -> where among the notes it is, and the blocks
+    _blocks: dict[tuple[str, str], tuple[int, list[str]]] = field(default_factory=dict)
+
+    def note(self, sentence: str) -> None:
+        """Note what the user should know; what is noted already is not noted again."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def note_block(self, name: str, effect: str, cause: str) -> None:
+        """Note that a block "runs ``effect``, because ``cause``": once for all with the same."""
+        place, blocks = self._blocks.setdefault((effect, cause), (len(self.notes), []))
+        if name in blocks:
+            return
+        blocks.append(name)
+        self.notes[place : place + 1] = [f"{_listed(blocks)} {effect}, because {cause}"]
 
     @property
     def saved_bytes(self) -> int:
         """Bytes by which the gated layers took less room (negative: more)."""
         return self.full_bytes - self.resident_bytes
+
+
+def _listed(blocks: list[str], limit: int = 3) -> str:
+    """
+    >>> _listed(["a"]), _listed(["a", "b", "c", "d", "e"])
+    ('a runs', 'a, b, c and 2 more run')
+    """
+    more = [f"{len(blocks) - limit} more"] if len(blocks) > limit else []
+    *most, last = blocks[:limit] + more
+    return f"{', '.join(most)} and {last} run" if most else f"{last} runs"

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ldcp_core import Gates, Report, ReportLayer, build_report, report_image
-from .apply_node import show_on_node
+from .display import show_on_node
 from .io_types import CATEGORY, GatesType
 from .patch import attached
 from .schema import schema
@@ -30,17 +30,21 @@ def model_report(model: Any, gates: Gates | None = None) -> Report:
     pruning = attached(model)
     if gates is not None:
         find_blocks(model.model, gates)
-        layers, run = [ReportLayer(gates, gates.keep_sets())], None
+        layers, run, notes = [ReportLayer(gates, gates.keep_sets())], None, []
     elif pruning is not None:
         layers = [ReportLayer(la.gates, la.keep_sets, la.schedule) for la in pruning.layers]
         run = pruning.record
+        notes = [layer.remark for layer in pruning.layers if layer.remark]
+        notes += run.notes if run else [NOT_MEASURED]
     else:
         raise ModelError(
             "LDCP: this model is not pruned, so there is nothing to report on; connect the model "
             "that comes out of Apply Dynamic Pruning, or gates from Load Pruning Gates"
         )
     itemsize = model.model.get_dtype().itemsize
-    return build_report(layers, model_topology(model.model), itemsize, run=run)
+    return build_report(
+        layers, model_topology(model.model), itemsize, run=run, notes=list(dict.fromkeys(notes))
+    )
 
 
 def as_image(report: Report) -> Tensor:
@@ -94,9 +98,8 @@ class LDCPPruningReport(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, gates: Gates | None = None, after: Any = None) -> io.NodeOutput:
         report = model_report(model, gates)
-        waiting = [NOT_MEASURED] if gates is None and report.run is None else []
-        lines = report.gates_lines() + report.counted_lines() + report.measured_lines() + waiting
+        lines = report.gates_lines() + report.counted_lines() + report.measured_lines()
+        lines += report.notes
         show_on_node("\n".join(lines), cls.hidden.unique_id if cls.hidden else None)
         image = as_image(report)
-        text = "\n".join([report.text(), *waiting])
-        return io.NodeOutput(text, image, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(report.text(), image, ui=ui.PreviewImage(image, cls=cls))

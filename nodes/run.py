@@ -8,9 +8,11 @@ they stand in for are parked for the rest of the run.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,8 @@ from ..ldcp_core import (
     sites_of,
     step_index,
 )
-from .blocks import Compact, Forward, compact, override
+from .blocks import Compact, Forward, Judgement, compact, judge
+from .changes import changed_attribute
 from .parking import FullWeights, Parking, nbytes
 from .record import RunRecord
 from .sites import find_blocks
@@ -36,6 +39,8 @@ log = logging.getLogger("ldcp")
 
 #: for each site of one block the position of the layer that its gate comes from
 Owners = tuple[int | None, ...]
+Key = tuple[str, Owners]  # block, and its sites' owners
+BY_OTHERS = "another node or extension has "
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class Layer:
 
     ``full_weights`` says where the full weights of pruned convolutions stay during a run:
     "offload": off the compute device, "keep": on it, "auto": off it when every step prunes.
+    ``remark`` is what the user should know about these gates on this model, or empty.
     """
 
     gates: Gates
     keep_sets: Mapping[str, Tensor]
     schedule: Schedule = ALWAYS
     full_weights: FullWeights = "auto"
+    remark: str = ""
 
     def prunes(self, block: str) -> bool:
         return block in blocks_of(self.keep_sets)
@@ -64,21 +71,35 @@ class Run:
     def __init__(self, layers: tuple[Layer, ...], parking: Parking | None = None) -> None:
         self.layers = layers
         self.parking = parking
-        self.record = RunRecord()
+        self.record = RunRecord(sampled=parking is not None)
         self._blocks: dict[str, nn.Module] = {}
-        self._compacts: dict[tuple[str, Owners], Compact | None] = {}
+        #: the latest judgements of each block: one from outside the U-Net and one from inside
+        self._judgements: dict[str, deque[Judgement]] = defaultdict(lambda: deque(maxlen=2))
+        #: the layers that each block began the run with
+        self._layers: dict[str, list[nn.Module]] = {}
+        #: why blocks run their norm on all channels until the run ends
+        self._rows_only: dict[str, str] = {}
+        self._compacts: dict[Key, Compact | None] = {}
+        self._forwards: dict[Key, tuple[Compact, Judgement, Forward]] = {}
         self._schedule: Tensor | None = None
         self._sigmas: list[float] = []
         self._percent_sigmas: dict[float, float] = {}
         self._pruned_at: list[Tensor] = []
-        self._warned: set[str] = set()
+        self._evaluated: tuple[ref[Any], torch.device] | None = None
+        #: what the evaluation that is going on has come to: a block to prune, and a pruned one
+        self._reached = self._pruned = False
+        #: evaluations that came to none of the blocks to prune
+        self._missed = 0
+        self._logged = 0
 
     def forget_weights(self) -> None:
         """Drop what was selected; the next pruned evaluation selects anew."""
         self._compacts.clear()
+        self._forwards.clear()
 
     def active(self, model: Any, t: Tensor, options: Mapping[str, Any]) -> list[bool]:
         """Which layers prune the evaluation that is about to start."""
+        self._reached = self._pruned = False
         self._read_schedule(options.get("sample_sigmas"))
         if all(layer.schedule == ALWAYS for layer in self.layers):
             return [True] * len(self.layers)  # spares the copy of sigma from the device
@@ -93,29 +114,86 @@ class Run:
         """Blocks and their forwards for one evaluation; selects weights where still missing."""
         for layer in self.layers if not self._blocks else ():
             self._blocks |= find_blocks(model, layer.gates)
+        self._evaluated = ref(model), device
         found = []
-        for name, owners in self._owners(active).items():
-            block = self._blocks[name]
-            changed = override(block)
+        for key in self._owners(active).items():
+            block, judgement = self._blocks[key[0]], self._judgement(key[0])
+            changed = changed_attribute(block, "forward") or judgement.bypassed
+            selected = None if changed else self._suitable(key, judgement)
             if changed:
-                self._warn_once(
-                    f"LDCP: {name} runs unpruned, because another node or extension has changed "
-                    f"{changed} and would lose its effect"
-                )
-                continue
-            if (name, owners) not in self._compacts:
-                self._select(model, device, name, owners)
-            selected = self._compacts[name, owners]
+                self.record.note_block(key[0], "unpruned", BY_OTHERS + changed)
             if selected is not None:
-                found.append((block, selected.forward))
+                found.append((block, self._forward(key, selected, judgement)))
         return found
 
-    def count(self, t: Tensor, options: Mapping[str, Any], pruned: bool) -> None:
-        """Count one evaluation; which step it belonged to is worked out at the end."""
+    def _judgement(self, name: str) -> Judgement:
+        """What other extensions have done to a block by now."""
+        known = self._judgements[name]
+        for judgement in known:
+            if judgement.holds():
+                return judgement
+        now = judge(self._blocks[name])
+        if now.layers != self._layers.setdefault(name, now.layers):
+            now = replace(now, bypassed="exchanged one of its layers during the run")
+        known.append(now)
+        return now
+
+    def _suitable(self, key: Key, judgement: Judgement) -> Compact | None:
+        """The compact form of a block that a judgement allows; None when it runs as it is."""
+        name, owners = key
+        if judgement.folded and name not in self._rows_only:
+            self._rows_only[name] = BY_OTHERS + judgement.folded
+            for known in (self._compacts, self._forwards):  # what was selected to be folded
+                for other in [other for other in known if other[0] == name]:
+                    del known[other]
+        if key not in self._compacts:
+            assert self._evaluated is not None
+            model, device = self._evaluated
+            self._select(model(), device, name, owners)
+        return self._compacts[key]
+
+    def _forward(self, key: Key, selected: Compact, judgement: Judgement) -> Forward:
+        """What to put on a block: its compact form, for as long as the judgement holds.
+
+        The same object for as long as nothing changes, since torch.compile compiles another anew.
+        """
+        known = self._forwards.get(key)
+        if known is not None and known[0] is selected and known[1] is judgement:
+            return known[2]
+
+        def forward(*inputs: Tensor) -> Tensor:
+            if not judgement.holds():
+                return self._changed_meanwhile(key, *inputs)
+            self._pruned = True
+            return selected.forward(*inputs)
+
+        self._forwards[key] = selected, judgement, forward
+        return forward
+
+    @torch.compiler.disable
+    def _changed_meanwhile(self, key: Key, *inputs: Tensor) -> Tensor:
+        """The output of a block that an extension has changed since the evaluation began."""
+        block, judgement = self._blocks[key[0]], self._judgement(key[0])
+        self._reached = True
+        selected = None if judgement.bypassed else self._suitable(key, judgement)
+        if judgement.bypassed:
+            self.record.note_block(key[0], "unpruned", BY_OTHERS + judgement.bypassed)
+        if selected is None:
+            return type(block).forward(block, *inputs)
+        self._pruned = True
+        return selected.forward(*inputs)
+
+    def count(self, t: Tensor, options: Mapping[str, Any], wanted: bool) -> None:
+        """Count the evaluation that has ended; which step it was is worked out at the end.
+
+        ``wanted``: it should have been pruned.
+        """
         self.record.evaluations += 1
-        if pruned:
+        if self._pruned:
             self.record.pruned_evaluations += 1
             self._pruned_at.append(options.get("sigmas", t))
+        self._missed += wanted and not (self._pruned or self._reached)
+        self._log_notes()
 
     def finish(self) -> None:
         """Work out which steps had pruned evaluations, with one copy from the device."""
@@ -123,6 +201,18 @@ class Run:
             sigmas = torch.stack([sigma.max() for sigma in self._pruned_at]).tolist()
             self.record.pruned_steps.update(step_index(sigma, self._sigmas) for sigma in sigmas)
         self._pruned_at.clear()
+        if self.record.sampled and not self.record.evaluations:
+            self.record.note(
+                "this run never asked the model, so nothing was pruned; unless it was interrupted, "
+                "another node (a cache, say) computed in the model's place"
+            )
+        if self._missed:
+            self.record.note(
+                f"{self._missed} of {self.record.evaluations} evaluations did not reach the pruned "
+                "layers and were not pruned, because another node (a cache, say) computed in their "
+                "place"
+            )
+        self._log_notes()
 
     def _read_schedule(self, schedule: Tensor | None) -> None:
         """Copy the sampler's schedule to the host once; samplers may write into it later."""
@@ -132,8 +222,8 @@ class Run:
         steps = self.record.steps = len(self._sigmas) - 1
         beyond = [str(r) for layer in self.layers for r in layer.schedule.beyond(steps)]
         if beyond:
-            self._warn_once(
-                f"LDCP: this run has {steps} steps (0 to {steps - 1}); the range "
+            self.record.note(
+                f"this run has {steps} steps (0 to {steps - 1}); the range "
                 f"{', '.join(beyond)} lies past the last one and prunes nothing"
             )
 
@@ -173,13 +263,16 @@ class Run:
         """Select one block's compact weights, and park the full ones that nobody needs now."""
         gate, dtype = self._gate(name, owners), _compute_dtype(model)
         try:
-            selected = compact(self._blocks[name], gate, device, dtype)
+            reason = self._rows_only.get(name, "")
+            selected = compact(self._blocks[name], gate, device, dtype, reason)
         except NotCaptured as error:
-            self._warn_once(f"LDCP: {name} runs unpruned, because it has {error}")
+            self.record.note_block(name, "unpruned", f"it has {error}")
             selected = None
         self._compacts[name, owners] = selected
         if selected is None:
             return
+        if selected.rows_only:
+            self.record.note_block(name, "with a part of the savings", selected.rows_only)
         reason = self._keeps_full(model, name)
         if not reason and self.parking is not None:
             parked = [part for part in selected.replaced if self.parking.park(model, part)]
@@ -222,10 +315,11 @@ class Run:
         self.record.full_bytes = sum(nbytes(part) for part in pruned)
         self.record.resident_bytes = max(self.record.resident_bytes, resident)
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            log.warning(message)
+    def _log_notes(self) -> None:
+        """Log what has been noted since the last time."""
+        for note in self.record.notes[self._logged :]:
+            log.warning("LDCP: %s", note)
+        self._logged = len(self.record.notes)
 
 
 def _compute_dtype(model: Any) -> torch.dtype:

@@ -9,22 +9,29 @@ import re
 import folder_paths
 from comfy_api.latest import io
 
-from ..ldcp_core import Gates, save_gates
+from ..ldcp_core import Gates, one_line, save_gates
 from .apply_node import show_on_node
 from .io_types import CATEGORY, GatesType
 from .load_node import FOLDER
 from .schema import schema
 
 #: what Windows refuses in file names; refused everywhere, so that a workflow works on any system.
-#: The last range is half of a surrogate pair, which has no UTF-8 form
-RESERVED = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]')
+#: And what steers a terminal, breaks a line or turns its direction, and half of a surrogate pair,
+#: which has no UTF-8 form
+RESERVED = re.compile(
+    r'[<>:"|?*\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]'
+)
 DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])[ .]*(\..*)?", re.IGNORECASE)
+#: characters; no file system takes as many in one name
+LONGEST = 1000
 
 log = logging.getLogger("ldcp")
 
 
 def prefix_problem(prefix: str) -> str | None:
     """Why files cannot be named with this prefix; None when they can."""
+    if len(prefix) > LONGEST:
+        return f"it has {len(prefix):,} characters, at most {LONGEST:,} are taken"
     for part in re.split(r"[/\\]", prefix):
         if part == "..":
             return "'..' leads outside the folder"
@@ -35,7 +42,7 @@ def prefix_problem(prefix: str) -> str | None:
         if part[-1] in " .":
             return "a name in it ends with a dot or a space"
         if DEVICES.fullmatch(part):
-            return f"{part!r} is the name of a device on Windows"
+            return f"{one_line(repr(part))} is the name of a device on Windows"
     return None
 
 
@@ -44,9 +51,9 @@ def checked(prefix: str) -> list[str]:
     problem = prefix_problem(prefix)
     if problem:
         raise ValueError(
-            f"LDCP: gates cannot be saved as {prefix!r}: {problem}. Files go into ComfyUI's "
-            f"models/{FOLDER} folder; write a name such as 'gates', or 'portraits/gates' for a "
-            "subfolder of it"
+            f"LDCP: gates cannot be saved as {one_line(repr(prefix))}: {problem}. Files go into "
+            f"ComfyUI's models/{FOLDER} folder; write a name such as 'gates', or 'portraits/gates' "
+            "for a subfolder of it"
         )
     return re.split(r"[/\\]", prefix)
 
@@ -64,14 +71,9 @@ def save_numbered(gates: Gates, folder: str, prefix: str) -> str:
         number += 1
         path = os.path.join(folder, f"{name}_{number:05}.safetensors")
         try:
-            open(path, "x").close()  # takes the name: nobody's file is overwritten
+            save_gates(gates, path, overwrite=False)
         except FileExistsError:
             continue
-        try:
-            save_gates(gates, path)
-        except BaseException:
-            os.remove(path)
-            raise
         return "/".join([*subfolders, os.path.basename(path)])
 
 
@@ -120,8 +122,9 @@ class LDCPSaveGates(io.ComfyNode):
             name = save_numbered(gates, folder, filename_prefix)
         except OSError as error:
             raise OSError(
-                f"LDCP: gates cannot be saved as {filename_prefix!r} in {folder}: {error}; choose "
-                "another prefix, or make room and allow writing there"
+                f"LDCP: gates cannot be saved as {one_line(repr(filename_prefix), 400)} in "
+                f"{folder}: {one_line(error, 400)}; choose another prefix, or make room and allow "
+                "writing there"
             ) from error
         log.info("LDCP: gates saved as %s in %s", name, folder)
         show_on_node(f"saved as {name}", cls.hidden.unique_id if cls.hidden else None)

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from ..ldcp_core import Schedule, ScheduleError
+from ..ldcp_core import Schedule
+from .choice import check_offered, check_share, check_text
 from .io_types import CATEGORY, ScheduleType
+from .queued import inputs_of
 from .schema import schema
 
 MODES = ["steps", "percent"]
+WIDGETS = ("mode", "steps", "start_percent", "end_percent")
 
 
 def parse(mode: str, steps: str, start_percent: float, end_percent: float) -> Schedule:
-    """The schedule that the widgets describe; raises ScheduleError when they cannot be meant."""
+    """The schedule that the widgets describe; raises ValueError when they cannot be meant."""
+    check_offered("mode", mode, MODES)
     if mode == "steps":
+        check_text("steps", steps)
         return Schedule.steps(steps)
+    check_share("start_percent", start_percent)
+    check_share("end_percent", end_percent)
     return Schedule.percent(start_percent, end_percent)
+
+
+def problem(mode: Any, steps: Any, start_percent: Any, end_percent: Any) -> str | None:
+    """Why these widgets cannot be meant, as far as they are known (None: not yet)."""
+    used = {"steps": (steps,), "percent": (start_percent, end_percent)}
+    if mode is None or None in used.get(mode, ()):
+        return None
+    try:
+        parse(mode, steps, start_percent, end_percent)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class LDCPStepSchedule(io.ComfyNode):
@@ -41,7 +62,7 @@ class LDCPStepSchedule(io.ComfyNode):
                     tooltip="Mode steps: ranges such as '0-4, 10-19' or '5-' (to the end), 0-based "
                     "and inclusive. Counted from the first step this sampler runs, also with "
                     "denoise below 1 or a start step. A range past the last step prunes nothing; "
-                    "the log says so.",
+                    "Apply Dynamic Pruning says so after the run.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -71,25 +92,14 @@ class LDCPStepSchedule(io.ComfyNode):
                     tooltip="When to prune, for Apply Dynamic Pruning or another schedule.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        mode: str | None,
-        steps: str | None,
-        start_percent: float | None,
-        end_percent: float | None,
-    ) -> bool | str:
-        if None in (mode, steps, start_percent, end_percent):
-            return True  # a widget is connected to another node, its value not known yet
-        if mode not in MODES:
-            return f"unknown mode {mode!r}: choose one of {', '.join(MODES)}"
-        try:
-            parse(mode, steps, start_percent, end_percent)
-        except ScheduleError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, steps: str | None = None) -> bool | str:
+        """Names one input, because ComfyUI repeats the answer for each (see `queued`)."""
+        widgets = {"steps": steps, **inputs_of(cls.hidden.unique_id if cls.hidden else None)}
+        return problem(**{name: widgets.get(name) for name in WIDGETS}) or True
 
     @classmethod
     def execute(

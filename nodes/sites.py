@@ -15,6 +15,8 @@ from torch import nn
 from ..ldcp_core import SUFFIXES, Gates, Topology, block_of, blocks_of
 from .blocks import check_block
 
+LEAVE_OUT = "leave out the node or extension that changes this layer"
+
 
 class ModelError(ValueError):
     """A model that these gates cannot prune; the message is what the user reads."""

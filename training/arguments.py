@@ -11,12 +11,14 @@ from ldcp_core import PADDINGS, SCOPES
 from training.budget import BudgetKind
 from training.config import (
     PRESETS,
+    SEEDS,
     Constant,
     FitConfig,
     Precision,
     Reconstruction,
     RunOptions,
 )
+from training.errors import UserError
 from training.learning import TRAVEL
 
 DEMO = Path(__file__).parent / "demo"
@@ -100,11 +102,6 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         help="less memory, more time: evaluate blocks again for the gradient",
     )
     add(
-        "--compile",
-        action="store_true",
-        help="torch.compile for the parts that hold no gate: minutes first, then faster steps",
-    )
-    add(
         "--sample-every",
         type=int,
         metavar="STEPS",
@@ -122,6 +119,14 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
         parser.error(f"{', '.join(missing)} missing; or try --demo, which needs nothing")
     options = {name: settings.pop(name) for name in run if name in settings}
     return FitConfig(**settings, run=RunOptions(**options))
+
+
+def parse_seed(text: str) -> int:
+    """A seed off a command line; raises UserError for one that generators don't take."""
+    value = int(text)
+    if value not in SEEDS:
+        raise UserError(f"A seed is {value}.", "from 0 up to 2**63", "change the seed")
+    return value
 
 
 def _sparsity(text: str) -> float | None:

@@ -3,13 +3,13 @@
     python -m training.benchmark --quick
     python -m training.benchmark --device cuda --precision fp16 --output benchmark
     python -m training.benchmark training
-    python -m training.benchmark throughput --data faces/
     python -m training.benchmark memory
+    python -m training.benchmark launches
     python -m training.benchmark --gates gates.safetensors --model v1-5-pruned-emaonly.safetensors
 
 Without --model the U-Net has SD1.5's size and random weights, which take as long as trained ones.
-Two tables: one evaluation of the whole U-Net, and (for scope mid) the mid-block ResBlocks by
-themselves. Speed is compared within rounds, and a ratio that does not rise above the noise is
+Two tables: one evaluation of the whole U-Net, and (for scope mid) one mid-block ResBlock by
+itself. Speed is compared within rounds, and a ratio that does not rise above the noise is
 refused.
 """
 
@@ -37,11 +37,10 @@ from ldcp_core import (
     Padding,
     load_gates,
     savings,
-    write_atomically,
 )
+from training.arguments import parse_seed
 from training.benchmarking import machine
 from training.benchmarking.markdown import render
-from training.benchmarking.peers import peer_variants
 from training.benchmarking.timing import (
     CRITERION,
     DENSE,
@@ -51,14 +50,12 @@ from training.benchmarking.timing import (
     summary,
 )
 from training.benchmarking.variants import (
+    BLOCK,
     Inputs,
     Pruning,
-    block_stopwatch,
     block_variants,
     layer_bytes,
-    mid_resnets,
     pruned_name,
-    pruned_variants,
     random_pruning,
     random_unet,
     unet_bytes,
@@ -68,6 +65,7 @@ from training.console import explaining, log_progress
 from training.errors import UserError
 from training.gating import topology_of
 from training.models import DTYPES, load_model
+from training.output import output_file, report_of, write
 
 log = logging.getLogger("training.benchmark")
 
@@ -150,12 +148,9 @@ def check(config: BenchmarkConfig) -> None:
             "a gate file made by training.fit",
             f"check the spelling; the path is taken from {Path.cwd()}",
         )
-    if config.output is not None and not Path(config.output).absolute().parent.is_dir():
-        raise UserError(
-            f"The folder of --output {config.output} does not exist.",
-            "an existing folder and the start of two file names",
-            f"mkdir -p {shlex.quote(str(Path(config.output).parent))}",
-        )
+    if config.output is not None:
+        for suffix, kind in report_of("ldcp.benchmark").items():
+            output_file("--output", config.output + suffix, kind, (config.model, config.gates))
 
 
 def load_unet(config: BenchmarkConfig) -> UNet2DConditionModel:
@@ -195,10 +190,6 @@ def benchmark(config: BenchmarkConfig, unet: UNet2DConditionModel, command: str)
     Raises UserError when the gate file does not fit ``unet``.
     """
     inputs = Inputs.random(unet, config.batch, config.resolution // PIXELS_PER_LATENT, config.seed)
-    random_inner = [
-        random_pruning(mid_resnets(unet), share, config.seed) for share in config.sparsity
-    ]
-    random_paddings = config.padding or PADDINGS
     result = {
         "format": "ldcp.benchmark",
         "version": 1,
@@ -212,10 +203,7 @@ def benchmark(config: BenchmarkConfig, unet: UNet2DConditionModel, command: str)
     }
     if config.scope != DEFAULT_SCOPE:
         return result
-    return result | {
-        "block_alone": _time_block(config, unet, random_inner, random_paddings),
-        "blocks_inside": _time_inside(config, unet, inputs, random_inner, random_paddings),
-    }
+    return result | {"block": _time_block(config, unet)}
 
 
 def _time_unet(
@@ -226,8 +214,6 @@ def _time_unet(
     variants = unet_variants(unet, inputs, prunings, paddings)
     selection = (time.perf_counter() - start) / (1 + len(prunings) * len(paddings))
     gated = layer_bytes(unet, prunings[0].blocks)
-    peers, absent = peer_variants(unet, inputs, gated)
-    variants += peers
     facts = _facts(variants, unet, unet_bytes(unet) - gated)
     side = config.resolution // PIXELS_PER_LATENT
     latent = Latent(side, side, config.batch)
@@ -236,70 +222,41 @@ def _time_unet(
         facts[pruned_name(pruning, padding)]["flops_left"] = 1 - cost.flop_share
     log.info("the whole U-Net, %d variants", len(variants))
     times = interleaved(variants, config.rounds, config.seed, stopwatch(unet.device))
-    return {"rows": _rows(times, facts), "absent": absent, "selection_seconds": selection}
+    return {"rows": _rows(times, facts), "selection_seconds": selection}
 
 
 def _facts(
     variants: Sequence[Variant], unet: UNet2DConditionModel, elsewhere: int
 ) -> dict[str, dict[str, Any]]:
     """What is not a time: bytes, and whether the output is dense's. Also warms everything up."""
-    reference: torch.Tensor | None = None
     facts: dict[str, dict[str, Any]] = {}
     for variant in variants:
         with variant.prepare():
             with variant.park():
                 output, memory = machine.with_memory(variant.evaluate, unet.device)
-        reference = output if variant.name == DENSE else reference
-        comparable = reference is not None and isinstance(output, torch.Tensor)
+        if variant.name == DENSE:  # which comes first
+            reference = output
         facts[variant.name] = {
             "changes": variant.changes,
-            "steps": variant.steps,
             "weight_bytes": variant.weight_bytes,
             "unet_bytes": elsewhere + variant.weight_bytes,
             "memory_bytes": memory,
-            "identical": torch.equal(output, reference) if comparable else None,
+            "identical": torch.equal(output, reference),
         }
     return facts
 
 
-def _time_block(
-    config: BenchmarkConfig,
-    unet: UNet2DConditionModel,
-    prunings: Sequence[Pruning],
-    paddings: Sequence[Padding],
-) -> dict[str, Any]:
+def _time_block(config: BenchmarkConfig, unet: UNet2DConditionModel) -> dict[str, Any]:
+    sites = topology_of(unet).sites(f"{BLOCK}.conv1")
+    prunings = [random_pruning(sites, share, config.seed) for share in config.sparsity]
     shape = (config.batch, BLOCK_MAP, BLOCK_MAP)
-    variants = block_variants(unet, prunings, paddings, shape, config.seed)
+    variants = block_variants(unet, prunings, config.padding or PADDINGS, shape, config.seed)
     seconds = stopwatch(unet.device)
     for variant in variants:
         seconds(variant)
     times = interleaved(variants, BLOCK_ROUNDS * config.rounds, config.seed, seconds)
-    return _block_result(unet, BLOCK_MAP, times)
-
-
-def _time_inside(
-    config: BenchmarkConfig,
-    unet: UNet2DConditionModel,
-    inputs: Inputs,
-    prunings: Sequence[Pruning],
-    paddings: Sequence[Padding],
-) -> dict[str, Any]:
-    def run() -> torch.Tensor:
-        return inputs.run(unet)
-
-    variants = [Variant(DENSE, "nothing", run)]
-    variants += pruned_variants(unet, run, prunings, paddings)
-    log.info("the mid block inside the U-Net, %d variants", len(variants))
-    times = interleaved(variants, config.rounds, config.seed, block_stopwatch(unet))
-    side = config.resolution // PIXELS_PER_LATENT
-    return _block_result(unet, side // 2 ** (len(unet.config.block_out_channels) - 1), times)
-
-
-def _block_result(
-    unet: UNet2DConditionModel, side: int, times: dict[str, list[float]]
-) -> dict[str, Any]:
-    channels = unet.config.block_out_channels[-1]
-    return {"map": [side, side], "channels": channels, "rows": _rows(times, {})}
+    channels = sites[0].channels
+    return {"name": BLOCK, "channels": channels, "map": BLOCK_MAP, "rows": _rows(times, {})}
 
 
 def _rows(times: dict[str, list[float]], facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -311,7 +268,7 @@ def save(result: dict[str, Any], prefix: str) -> list[Path]:
     texts = {".json": json.dumps(result, indent=1) + "\n", ".md": render(result)}
     paths = [Path(prefix + suffix) for suffix in texts]
     for path, text in zip(paths, texts.values(), strict=True):
-        write_atomically(path, text.encode("utf-8"))
+        write(path, text.encode("utf-8"))
     return paths
 
 
@@ -344,7 +301,7 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
     add("--padding", choices=PADDINGS, nargs="+", help="(default: both, or the gate file's)")
     add("--rounds", type=int, help=f"(default {default.rounds}; at least 6 for ratios)")
     add("--output", metavar="PREFIX", help="write PREFIX.json and PREFIX.md")
-    add("--seed", type=int, help=f"weights, inputs, order (default {default.seed})")
+    add("--seed", type=parse_seed, help=f"weights, inputs, order (default {default.seed})")
     given = vars(parser.parse_args(argv))
     if given.pop("quick", False):
         given = QUICK | given
@@ -361,14 +318,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from training.benchmarking import training
 
         return training.main(typed[1:])
-    if typed[:1] == ["throughput"]:
-        from training.benchmarking import throughput
-
-        return throughput.main(typed[1:])
     if typed[:1] == ["memory"]:
         from training.benchmarking import memory
 
         return memory.main(typed[1:])
+    if typed[:1] == ["launches"]:
+        from training.benchmarking import launches
+
+        return launches.main(typed[1:])
     config = parse(argv)
     log_progress(logging.WARNING)
     log.setLevel(logging.INFO)

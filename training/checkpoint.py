@@ -166,9 +166,10 @@ def read(path: Path) -> Checkpoint:
             f"{metadata.get('format')} version {metadata.get('version')}, expected {FORMAT} "
             f"version {VERSION}"
         )
-    if metadata.get("checksum") != _checksum(metadata["content"], tensors):
+    text = metadata.get("content", "")
+    if metadata.get("checksum") != _checksum(text, tensors):
         raise ValueError("its checksum does not match its contents")
-    content = json.loads(metadata["content"])
+    content = json.loads(text)
     state = _unpacked(content["state"], tensors)
     return Checkpoint(path, content["step"], content["identity"], state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any, Literal, get_args
 
 from ldcp_core import DEFAULT_FLOOR, DEFAULT_SCOPE, PADDINGS, Padding
@@ -18,6 +19,8 @@ PRESETS: dict[str, dict[str, float]] = {
     "quality": {"target_sparsity": 0.1, "sparsity_weight": 0.003},
     "balanced": {"target_sparsity": 0.3, "sparsity_weight": 0.01},
 }
+#: what every generator takes as a seed, also with a little added
+SEEDS = range(2**63)
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -39,7 +42,6 @@ class RunOptions:
     sample_every: int = 0  # steps between sample images; 0: none
     tensorboard: bool = False
     gradient_checkpointing: bool = False  # less memory, more time: blocks are evaluated again
-    compile: bool = False  # parts of the U-Net without gates: see `training.compiling`
 
     def __post_init__(self) -> None:
         every = self.checkpoint_every
@@ -48,12 +50,6 @@ class RunOptions:
         _require(keep >= 1, "keep_checkpoints", keep, "1 or more")
         _require(self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more")
         _require(self.sample_every >= 0, "sample_every", self.sample_every, "0 or more")
-        if self.compile and self.gradient_checkpointing:
-            raise UserError(
-                "--gradient-checkpointing and --compile were given.",
-                "one of the two: compiled parts are not evaluated again",
-                "leave out one of them",
-            )
 
 
 @dataclass(frozen=True)
@@ -94,11 +90,13 @@ class FitConfig:
         self._require(self.padding in PADDINGS, "padding", f"one of {', '.join(PADDINGS)}")
         target = self.target_sparsity
         self._require(target is None or 0 < target < 1, "target_sparsity", "between 0 and 1")
-        self._require(self.sparsity_weight >= 0, "sparsity_weight", "0 or more")
+        self._require(0 <= self.sparsity_weight < inf, "sparsity_weight", "0 or more")
         self._require(0 <= self.validation_fraction < 1, "validation_fraction", "from 0 up to 1")
         rate = self.learning_rate
-        self._require(rate is None or rate > 0, "learning_rate", "more than 0")
-        self._require(self.epochs is None or self.epochs > 0, "epochs", "more than 0")
+        self._require(rate is None or 0 < rate < inf, "learning_rate", "more than 0")
+        epochs = self.epochs
+        self._require(epochs is None or 0 < epochs < inf, "epochs", "more than 0")
+        self._require(self.seed in SEEDS, "seed", "from 0 up to 2**63")
         for name in (
             "batch_size",
             "gradient_accumulation",

@@ -6,14 +6,17 @@ would be thousands of lines, a line every few seconds.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TextIO
 
 from tqdm import tqdm
 
+from ldcp_core import printable
 from training.errors import UserError
 
 P = ParamSpec("P")
@@ -27,9 +30,16 @@ LINE_EVERY = 5.0
 
 def log_progress(level: int = logging.INFO) -> None:
     """Show log lines as they are, and of the noisy libraries only errors."""
+    take_any_name()
     logging.basicConfig(level=level, format="%(message)s")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def take_any_name() -> None:
+    """Make printing a path escape what the terminal's encoding lacks, instead of ending the run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def progress(
@@ -87,6 +97,7 @@ def explaining(main: Callable[P, int]) -> Callable[P, int]:
 
     @wraps(main)
     def explained(*args: P.args, **kwargs: P.kwargs) -> int:
+        take_any_name()
         try:
             return main(*args, **kwargs)
         except (UserError, ValueError, OSError) as error:
@@ -94,3 +105,8 @@ def explaining(main: Callable[P, int]) -> Callable[P, int]:
             return 1
 
     return explained
+
+
+def name_of(path: str) -> str:
+    """What a path ends in, `printable`: its folders are nobody else's business."""
+    return printable(Path(path).name)

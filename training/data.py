@@ -9,20 +9,31 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ldcp_core import printable
 from training.console import progress
 from training.errors import UserError
-from training.sources import Record, list_images
+from training.sources import KINDS, Record, list_images
+from training.stamps import FileStamps
 
 log = logging.getLogger(__name__)
+
+#: what is decoded, whatever a file is called: Pillow knows many more formats, and starts programs
+#: for some of them
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+#: pixels of an image, a quarter of a GiB as RGB; a small file may claim any number of them, and
+#: every worker decodes one
+MAX_PIXELS = 2**30 // 12
 
 
 class BrokenImage(Exception):
@@ -84,8 +95,17 @@ class ImageData:
         """Decode one image.
 
         Raises:
-            BrokenImage: it can't be read; also noted in `broken`.
+            BrokenImage: it or its caption can't be read; also noted in `broken`.
         """
+        pixels = self.pixels(index)
+        captions = self.captions([index])
+        if index not in captions:
+            id = self.records[index].id
+            raise BrokenImage(f"{id}: {self.broken[id]}")
+        return Item(pixels, captions[index], self.records[index].id)
+
+    def pixels(self, index: int) -> Tensor:
+        """Decode one image, float32 [3, R, R] in [-1, 1]; raises as `data[index]`."""
         if self.resolution is None:
             raise ValueError("set ImageData.resolution before reading images")
         record = self.records[index]
@@ -103,10 +123,10 @@ class ImageData:
                 *image.size,
                 self.resolution,
             )
-        return Item(to_pixels(image, self.resolution), record.caption(), record.id)
+        return to_pixels(image, self.resolution)
 
     def _note_broken(self, id: str, error: Exception) -> BrokenImage:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         if not self.broken:
             log.warning("Skipping the broken image %s: %s", id, reason)
         self.broken[id] = reason
@@ -121,13 +141,29 @@ class ImageData:
             self.broken[id] = reason
 
     def captions(self, indices: Iterable[int] | None = None) -> dict[int, str]:
-        """Index -> caption of the given images, or of all."""
-        chosen = range(len(self)) if indices is None else indices
-        return {index: self.records[index].caption() for index in chosen}
+        """Index -> caption of the given images, or of all.
 
-    def stamps(self) -> list[str]:
-        """What tells each image's content apart (see `Record`)."""
-        return [record.stamp() for record in progress(self.records, "looking at images")]
+        An image whose caption can't be had is noted in `broken`, and left out.
+        """
+        found: dict[int, str] = {}
+        for index in range(len(self)) if indices is None else indices:
+            record = self.records[index]
+            try:
+                found[index] = record.caption()
+            except (OSError, ValueError) as error:
+                self._note_broken(record.id, error)
+        return found
+
+    def stamps(self, folder: Path) -> list[str]:
+        """What tells each image's content apart (see `Record`).
+
+        Files are read whole, those apart that ``folder`` remembers (see `FileStamps`).
+        """
+        stamps = FileStamps(folder, self.source)
+        bar = progress(self.records, "looking for changes", unit="image")
+        found = [record.stamp(stamps) for record in bar]
+        stamps.save()
+        return found
 
     def broken_report(self) -> str:
         """Return how many images were skipped and which, or "" when none were."""
@@ -277,24 +313,27 @@ def open_dataset(source: str, *, resolution: int | None = None) -> ImageData:
     return ImageData(source, list_images(source), resolution)
 
 
+def reason_of(error: Exception) -> str:
+    """Why an image can't be read, in one line."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
 # --- decoding -------------------------------------------------------------------------------------
 
 
 def decode_image(data: bytes) -> Image.Image:
     """Decode `data` into an upright image of mode RGB, or F in [0, 255] where it had 16 bits.
 
-    Transparency is laid over white; colour profiles are ignored.
+    Transparency is laid over white; colour profiles are ignored. Raises ValueError and whatever the
+    decoders raise where there is no image of `FORMATS` with at most `MAX_PIXELS` pixels.
     """
     if not data:
         raise ValueError("the file is empty")
     if data.startswith(b"version https://git-lfs"):
         raise ValueError("a Git LFS pointer, not the image (run `git lfs pull`)")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:  # its own text is the address of the BytesIO
-        raise ValueError("not an image, whatever its name says") from error
+    image = open_image(io.BytesIO(data))
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
         if values.min() < 0 or values.max() > 65535:
@@ -306,7 +345,22 @@ def decode_image(data: bytes) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(file: BinaryIO | Path) -> Image.Image:
+    """Open an image without decoding it; raises ValueError as `decode_image`."""
+    where = f"{file}: " if isinstance(file, Path) else ""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:  # its own text is the address of a BytesIO
+        raise ValueError(f"{where}not a {KINDS} image, whatever its name says") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where}more than {MAX_PIXELS:,} pixels") from error
+    if math.prod(image.size) > MAX_PIXELS:
+        width, height = image.size
+        raise ValueError(f"{where}{width} x {height} pixels; at most {MAX_PIXELS:,} in all")
+    return image
 
 
 def to_pixels(image: Image.Image, resolution: int) -> Tensor:

@@ -20,11 +20,11 @@ from ldcp_core.gates import Padding
 from training.console import progress
 from training.data import Batch, ImageData
 from training.encoding import EncodedBatch, EncodedImages
-from training.frozen import thrifty_layers
+from training.frozen import frozen_layers
 from training.gating import masked
 from training.kernels import fast_layers
 from training.models import DiffusionModel, embed_prompts, encode_images
-from training.thrift import recording, replaying
+from training.replay import recording, replaying
 
 
 @dataclass(frozen=True)
@@ -161,21 +161,12 @@ class Denoising:
         """
         unet = self.model.unet
         with (
-            thrifty_layers(self._layers),
+            frozen_layers(self._layers),
             fast_layers(self._layers),
             replaying(unet, answered.shared),
             masked(unet, gates, padding),
         ):
             yield self._predict(answered.problem)
-
-    @contextmanager
-    def compared(
-        self, problem: Problem, gates: Mapping[str, SoftGate], padding: Padding
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The predictions without and with gates: `answered` and `pruned` in one."""
-        answered = self.answered(problem, gates)
-        with self.pruned(answered, gates, padding) as output:
-            yield answered.dense, output
 
     def _predict(self, problem: Problem) -> Tensor:
         result: Tensor = self.model.unet(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from training.cache import TensorCache, digest, weights_digest
-from training.data import BrokenImage, ImageData, Item, Position
+from training.data import BrokenImage, ImageData, Position
 from training.errors import UserError
 from training.models import DiffusionModel, embed_prompts, encode_images
 
@@ -58,7 +58,7 @@ class EncodedImages:
         embeddings = digest(
             [weights_digest(text), str(sorted(model.tokenizer.get_vocab().items()))]
         )
-        self.latents = TensorCache(folder / f"latents-{latents}", data.stamps())
+        self.latents = TensorCache(folder / f"latents-{latents}", data.stamps(folder))
         self.embeddings = TensorCache(folder / f"prompts-{embeddings}", self._prompts)
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class EncodedImages:
             for found in _ahead(self._decoded, indices, workers):
                 # one by one: a latent must not depend on what it was computed together with
                 broken = isinstance(found, str)
-                yield found if broken else encode_images(model, found.pixels[None])[0].cpu()
+                yield found if broken else encode_images(model, found[None])[0].cpu()
 
         def embeddings(indices: Sequence[int]) -> Iterator[Tensor | str]:
             for index in indices:
@@ -105,7 +105,7 @@ class EncodedImages:
         for chosen in self._data.index_batches(
             indices,
             batch_size,
-            lambda index: index not in self.latents.broken,
+            lambda index: index in self._prompt and index not in self.latents.broken,
             seed=seed,
             epochs=epochs,
             position=position,
@@ -121,10 +121,10 @@ class EncodedImages:
                 rows,
             )
 
-    def _decoded(self, index: int) -> Item | str:
+    def _decoded(self, index: int) -> Tensor | str:
         id = self._data.records[index].id
         try:
-            return self._data[index]
+            return self._data.pixels(index)
         except BrokenImage:
             return self._data.broken[id]
         except BaseException as error:
@@ -136,11 +136,11 @@ class EncodedImages:
 
 
 def _ahead(
-    read: Callable[[int], Item | str], indices: Sequence[int], workers: int
-) -> Iterator[Item | str]:
+    read: Callable[[int], Tensor | str], indices: Sequence[int], workers: int
+) -> Iterator[Tensor | str]:
     """``read`` of each index in order, a few ahead of what is asked for."""
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Item | str]] = deque()
+        waiting: deque[Future[Tensor | str]] = deque()
         try:
             for index in indices:
                 waiting.append(pool.submit(read, index))

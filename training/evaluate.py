@@ -30,14 +30,14 @@ from typing import Any
 
 import torch
 
-from ldcp_core import Gates, Latent, savings, write_atomically
-from training.arguments import DEMO_SETTINGS
+from ldcp_core import Gates, Latent, markdown, one_line, savings
+from training.arguments import DEMO_SETTINGS, parse_seed
 from training.baselines import baselines
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
 from training.cache import default_cache
-from training.console import explaining, log_progress
+from training.console import explaining, log_progress, name_of
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
 from training.errors import UserError
@@ -48,7 +48,8 @@ from training.evaluation.reference import Reference
 from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
-from training.models import DiffusionModel, check_resolution, load_model
+from training.models import DiffusionModel, check_resolution, load_model, usable_device
+from training.output import PICTURE, output_file, output_folder, report_of, write
 from training.precision import PRECISIONS, storage_of
 from training.provenance import is_number, is_text, read
 from training.sample import (
@@ -57,6 +58,7 @@ from training.sample import (
     Settings,
     Shot,
     check_fits,
+    image_paths,
     named_gates,
     read_prompts,
     sample,
@@ -136,7 +138,7 @@ def evaluate(
             elif candidate.precision in rounding and candidate.precision != Candidate.precision:
                 found["rounding"] = rounding[candidate.precision]
         rows.append(found)
-        log.info("%s: deviation %.3g, %.0f ms", name, deviation.mean(), 1000 * seconds)
+        log.info("%s: deviation %.3g, %.0f ms", one_line(name), deviation.mean(), 1000 * seconds)
     places = ranks(deviations)
     for found in rows[1:]:
         found["rank"] = places[found["name"]]
@@ -156,8 +158,9 @@ def evaluate(
 def notes_on_rounding(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for every row whose deviation is hardly more than that of its precision alone."""
     return [
-        f"{r['name']}: {r['precision']} moves the output of the dense model by {r['rounding']:.1e} "
-        "already, so that its deviation says little about what is pruned; compare in fp32"
+        f"{markdown(r['name'])}: {r['precision']} moves the output of the dense model by "
+        f"{r['rounding']:.1e} already, so that its deviation says little about what is "
+        "pruned; compare in fp32"
         for r in rows
         if "rounding" in r and r["deviation"]["mean"] < ABOVE_ROUNDING * r["rounding"]
     ]
@@ -218,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="the images that the fits held a part of out")
     add("--demo", action="store_true", help="the embedded demo model and faces")
     add("--samples", type=int, default=96, help="held-out samples (images × timesteps)")
-    add("--seed", type=int, default=1000, help="of noise and timesteps")
+    add("--seed", type=parse_seed, default=1000, help="of noise and timesteps")
     add("--resolution", type=int, help="pixels (default: the model's own)")
     add(
         "--precision",
@@ -286,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(given.cache or default_cache())
     networks = None
     if given.images is not None:  # a wrong path shows before anything is computed
+        image_paths(Path(given.images), candidates, shots_of(prompts, given.seeds))
         images = open_dataset(given.reference or given.data)
         networks = load_networks(
             given.inception, given.vgg, given.clip, folder / "metrics", given.device
@@ -309,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result |= {"images": found.single, "sets": found.sets}
         result["notes"] += found.notes
         result["reference"] = {
-            "source": Path(images.source).name,
+            "source": name_of(images.source),
             "images": len(images) - len(images.broken),
             "resolution": model.resolution,
         }
@@ -325,6 +329,7 @@ def check(given: argparse.Namespace) -> None:
     for name in ("samples", "seeds", "steps"):
         if getattr(given, name) < 1:
             raise UserError(f"--{name} is {getattr(given, name)}.", "1 or more", f"change --{name}")
+    usable_device(given.device)
     if not given.gates and not given.unstructured and len(set(given.precision)) < 2:
         raise UserError(
             "There is nothing to compare the dense model with.",
@@ -339,6 +344,14 @@ def check(given: argparse.Namespace) -> None:
             "a folder to draw images into",
             "add --images FOLDER",
         )
+    inputs = [*given.gates, given.model, given.data, *(getattr(given, name) for name in of_images)]
+    if given.output is not None:
+        kinds = report_of("ldcp.evaluation") | {".png": PICTURE, ".grid.png": PICTURE}
+        for suffix, kind in kinds.items():
+            output_file("--output", given.output + suffix, kind, inputs)
+    for name in ("images", "cache"):
+        if getattr(given, name) is not None:
+            output_folder(f"--{name}", getattr(given, name), inputs)
 
 
 def shots_of(prompts: Sequence[str], seeds: int) -> list[Shot]:
@@ -357,8 +370,8 @@ def save(
 ) -> None:
     """Write the report, its numbers and its pictures."""
     files = {
-        ".md": render(result).encode("utf-8"),
         ".json": (json.dumps(result, indent=1) + "\n").encode("utf-8"),
+        ".md": render(result).encode("utf-8"),
         ".png": plot(result["rows"]),
     }
     if paths:
@@ -366,7 +379,7 @@ def save(
         grid(paths, prompts).save(buffer, format="png", optimize=True)
         files[".grid.png"] = buffer.getvalue()
     for suffix, content in files.items():
-        write_atomically(Path(prefix + suffix), content)
+        write(Path(prefix + suffix), content)
     print(f"written: {', '.join(prefix + suffix for suffix in files)}")
 
 

@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,11 @@ from ldcp_core import (
     fingerprint,
     least_kept,
 )
-from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import parse_arguments
 from training.budget import Budget
 from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
-from training.compiling import compile_
 from training.config import FitConfig
 from training.console import log_progress
 from training.data import Position, open_dataset
@@ -44,10 +42,17 @@ from training.denoising import Denoising
 from training.encoding import WORKERS, EncodedImages
 from training.errors import UserError
 from training.gating import topology_of
-from training.learning import GateLearner
+from training.learning import TARGET_TOLERANCE, GateLearner
 from training.loop import Learning, run
-from training.models import DTYPES, DiffusionModel, check_resolution, load_model
+from training.models import (
+    DTYPES,
+    DiffusionModel,
+    check_resolution,
+    load_model,
+    usable_device,
+)
 from training.outcome import FitResult, finish
+from training.output import GATES, HISTORY, PAGE, PICTURE, claimed, output_file, output_folder
 from training.processes import Processes
 from training.samples import Samples
 from training.splits import Split
@@ -70,8 +75,13 @@ def fit(config: FitConfig) -> FitResult | None:
 
     Of several processes the first one writes and returns the result, the others None.
     """
-    output = _checked_output(config.output)
+    output = _checked_output(config)
     processes = Processes.launched(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    with claimed(output) if processes.first else nullcontext():
+        return _fit(config, output, processes)
+
+
+def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | None:
     if not processes.first:
         logging.getLogger("training").setLevel(logging.ERROR)
     if config.run.tensorboard:
@@ -101,13 +111,8 @@ def fit(config: FitConfig) -> FitResult | None:
     samples = _samples(config, data, held_out or train, model) if processes.first else None
     if isinstance(images, EncodedImages):
         model = model.without_encoders()
-        give_back_memory()
-    if device.type == "cpu":
-        keep_freed_memory()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    if config.run.compile:
-        compile_(model.unet, [site.name for site in sites])
     denoising = Denoising(model, config.seed)
     position = Position()
     shared = {} if processes.world == 1 else {"share": processes.share}
@@ -119,6 +124,7 @@ def fit(config: FitConfig) -> FitResult | None:
 
     if resumed is None:
         learning.begin(calibrate(config, denoising, sites, stream, processes))
+        _say_if_short(config, learning)
     else:
         learning.load_state_dict(resumed.state["learning"])
         data.broken |= resumed.state["broken"]
@@ -267,6 +273,21 @@ def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
         )
 
 
+def _say_if_short(config: FitConfig, learning: Learning) -> None:
+    """Say at the start what learning can't reach, and the cut at the end has to make up for."""
+    target, reach = config.target_sparsity, learning.reach()
+    if target is not None and reach < target - TARGET_TOLERANCE:
+        log.warning(
+            "Too short: %d steps can bring the sparsity to at most %.1f%% of the %.1f%% asked for. "
+            "The cut at the end will rather go by what each channel does alone than by what was "
+            "learned. Give it more --max-steps%s.",
+            learning.steps,
+            100 * reach,
+            100 * target,
+            "" if config.learning_rate is None else ", or a larger --learning-rate",
+        )
+
+
 def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
     if config.epochs is None:
         return config.max_steps
@@ -274,31 +295,31 @@ def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
     return max(1, min(config.max_steps, round(config.epochs * per_epoch)))
 
 
-def _checked_output(output: str) -> Path:
-    path = Path(output)
-    if path.suffix != ".safetensors" or path.is_dir():
+def _checked_output(config: FitConfig) -> Path:
+    """The gate file to write; raises UserError where it, or what lies beside it, can't be."""
+    output, inputs = Path(config.output), (config.model, config.data)
+    if output.suffix != ".safetensors":
         raise UserError(
             f"--output is {output}.", "a file name ending in .safetensors", "change --output"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path.parent} can't be created: {error}.", "", "change --output"
-        ) from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path.parent.resolve()} is not writable.", "", "change --output")
-    return path
+    output_file("--output", output, GATES, inputs)
+    pictures = {".curves.png": PICTURE, ".scores.png": PICTURE}
+    for suffix, kind in ({".history.csv": HISTORY, ".html": PAGE} | pictures).items():
+        output_file("--output", output.with_suffix(suffix), kind, inputs)
+    for suffix in (".checkpoints", ".samples", ".tensorboard"):
+        folder = output.with_suffix(suffix)
+        if folder.exists():
+            output_folder("--output", folder, inputs)
+    for picture in output.with_suffix(".samples").glob("step-*.png"):
+        output_file("--output", picture, PICTURE, inputs)
+    if config.run.cache is not None:
+        output_folder("--cache", config.run.cache, inputs)
+    return output
 
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        try:
-            return torch.zeros(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"--device {name} can't be used: {error}", "auto, cpu, cuda or mps", ""
-            ) from error
+        return usable_device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

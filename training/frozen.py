@@ -67,7 +67,7 @@ class _FrozenGEGLU(torch.autograd.Function):
         return torch.cat([grad * F.gelu(gate), of_gate], dim=-1)
 
 
-def thrifty_layers(modules: Iterable[nn.Module]) -> Any:
+def frozen_layers(modules: Iterable[nn.Module]) -> Any:
     """Context in which those that are frozen keep no more for backward than they need."""
     modules = list(modules)
     convolutions = [

@@ -74,6 +74,7 @@ class DiffusersResBlock:
         self.block = block
         self.groups: int = block.norm2.num_groups
         self.eps: float = block.norm2.eps
+        self._affine = block.norm2.weight.float(), block.norm2.bias.float()
 
     def norm1(self, x: Tensor) -> Tensor:
         return self.block.nonlinearity(self.block.norm1(x))
@@ -82,7 +83,7 @@ class DiffusersResBlock:
         return self.block.nonlinearity(self.block.norm2(h))
 
     def norm2_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.block.norm2.weight, self.block.norm2.bias
+        return self._affine
 
     def conv1(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.block.conv1._conv_forward(x, weight, bias)
@@ -123,8 +124,6 @@ def _adapter(name: str, block: Any) -> DiffusersResBlock | DiffusersFeedForward:
 CompactBlock = CompactResBlock | CompactFeedForward
 #: the forward of a block of the U-Net, in its own signature
 BlockForward = Callable[..., Tensor]
-#: a module, the name of one of its methods, and what to call instead
-Method = tuple[torch.nn.Module, str, Callable[..., Any]]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ldcp_core import Gates, gates_report
+from ldcp_core import Gates, gates_report, one_line
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -19,15 +19,18 @@ tfoot td { font-weight: 600; }
 img { max-width: 100%; }
 .samples { image-rendering: pixelated; min-width: 60%; }
 """
+#: characters of a setting, such as a list of all sites by name
+LONGEST = 4000
 
 
 def html_report(
     gates: Gates, curves: bytes, scores: bytes, samples: bytes | None, notes: Sequence[str] = ()
 ) -> str:
     """The page; pictures are PNG files, ``notes`` lines to say at the top."""
+    lines = [*gates_report(gates).gates_lines(), *"\n".join(notes).splitlines()]
     parts = [
         "<h1>Pruning gates</h1>",
-        *(f"<p>{escape(line)}</p>" for line in (*gates_report(gates).gates_lines(), *notes)),
+        *(f"<p>{escape(one_line(line, LONGEST))}</p>" for line in lines),
         "<h2>What it saves</h2>",
         _costs(gates),
         "<h2>Course of the fit</h2>",
@@ -89,7 +92,8 @@ def _text(value: object) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]], foot: Iterable[str] = ()) -> str:
     def cells(row: Iterable[str], tag: str = "td") -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        shown = (escape(one_line(cell, LONGEST)) for cell in row)
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in shown) + "</tr>"
 
     body = "\n".join(cells(row) for row in rows)
     foot = cells(foot) if foot else ""

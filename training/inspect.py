@@ -13,9 +13,10 @@ import io
 import sys
 from pathlib import Path
 
-from ldcp_core import Latent, gates_report, load_gates, report_image, write_atomically
+from ldcp_core import Latent, gates_report, load_gates, report_image
 from training.console import explaining
 from training.errors import UserError
+from training.output import PICTURE, output_file, write
 
 #: pixels of the image per position of the latent (SD1.5's VAE)
 SCALE = 8
@@ -47,12 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     latent = latent_of(arguments.resolution, arguments.batch)
+    if arguments.image:
+        output_file("--image", arguments.image, PICTURE, (arguments.gates,))
     report = gates_report(load_gates(arguments.gates), latent)
     print(report.text())
     if arguments.image:
         buffer = io.BytesIO()
         report_image(report).save(buffer, "PNG")
-        write_atomically(Path(arguments.image), buffer.getvalue())
+        write(Path(arguments.image), buffer.getvalue())
         print(f"\nwrote {arguments.image}")
     return 0
 

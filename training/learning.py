@@ -143,14 +143,14 @@ class GateLearner(nn.Module):
         """
         ordered = torch.cat([gate.logits for gate in self.gates]).sort().values
         cuts = range(len(ordered))
-        after = bisect_left(cuts, target, key=lambda cut: self._pruned_by(ordered[cut]))
+        after = bisect_left(cuts, target, key=lambda cut: self.pruned_by(ordered[cut]))
         around = [cut for cut in (after - 1, after) if cut in cuts]
-        nearest = min(around, key=lambda cut: abs(self._pruned_by(ordered[cut]) - target))
+        nearest = min(around, key=lambda cut: abs(self.pruned_by(ordered[cut]) - target))
         for gate in self.gates:
             gate.logits -= ordered[nearest]
         self._keep_floor_()
 
-    def _pruned_by(self, cut: Tensor) -> float:
+    def pruned_by(self, cut: Tensor) -> float:
         """The pruned share of the budget if channels up to the logit ``cut`` were pruned."""
         pairs = zip(self.sites, self.gates, strict=True)
         above = {site: int((gate.logits > cut).sum()) for site, gate in pairs}

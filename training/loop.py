@@ -89,6 +89,15 @@ class Learning:
         self.learner.start_(found.effects, self._price)
         self._problems.begin()
 
+    def reach(self) -> float:
+        """The most that the steps which are left can prune: Adam's are at most the learning rate.
+
+        Beyond it the cut at the end goes by what each channel does alone, where the logits began.
+        """
+        rate, steps = self._optimizer.defaults["lr"], range(self.step, self.steps)
+        travel = rate * sum(learning_rate_factor(step, self.steps) for step in steps)
+        return self.learner.pruned_by(torch.tensor(travel))
+
     def _use(self, found: Calibration) -> None:
         self._calibration = found
         target = self._config.target_sparsity

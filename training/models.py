@@ -35,7 +35,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -104,6 +104,7 @@ def load_model(
     Raises:
         UserError: the source can't be found, reached or read, or is not SD1.5.
     """
+    device = usable_device(device)
     path = Path(source).expanduser()
     if not path.exists():
         path = _download(source)
@@ -125,6 +126,20 @@ def check_resolution(resolution: int, vae_scale_factor: int) -> None:
             f"a multiple of {multiple} pixels for this model",
             f"use --resolution {max(multiple, resolution // multiple * multiple)}",
         )
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name; raises UserError where it computes nothing."""
+    try:
+        found = torch.ones(1, device=name)
+        found.item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} can't be used: {single_file.first_line(error)}",
+            "cpu, cuda or mps",
+            "change --device",
+        ) from error
+    return found.device
 
 
 @torch.no_grad()
@@ -184,9 +199,11 @@ def _load_folder(root: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
             tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True),
             scheduler=DDPMScheduler.from_pretrained(root / "scheduler", local_files_only=True),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # odd files make the libraries raise nearly anything
         raise UserError(
-            f"{root} can't be loaded: {error}", folder.EXPECTED, single_file.FETCH_AGAIN
+            f"{root} can't be loaded: {single_file.first_line(error)}",
+            folder.EXPECTED,
+            single_file.FETCH_AGAIN,
         ) from error
 
 
@@ -268,9 +285,16 @@ def _read_tensors(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tens
     if path.suffix.lower() != ".safetensors":
         state = single_file.read_pickled(path)
         return {k: v.to(dtype, copy=True) for k, v in state.items() if k.startswith(prefix)}
-    with safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith(prefix)]
-        return {key: file.get_tensor(key).to(dtype, copy=True) for key in keys}
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]
+            return {key: file.get_tensor(key).to(dtype, copy=True) for key in keys}
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged ({single_file.first_line(error)}).",
+            single_file.EXPECTED,
+            single_file.FETCH_AGAIN,
+        ) from error
 
 
 def _clip_tokenizer() -> CLIPTokenizer:

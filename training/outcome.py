@@ -16,11 +16,10 @@ from ldcp_core import (
     fingerprint,
     gates_report,
     save_gates,
-    write_atomically,
 )
 from training.budget import Budget
-from training.compiling import uncompiled
 from training.config import FitConfig
+from training.console import name_of
 from training.denoising import Denoising, HeldOut
 from training.encoding import EncodedImages
 from training.errors import UserError
@@ -28,6 +27,7 @@ from training.gating import compact_blocks, topology_of
 from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, aligned_scores
 from training.loop import Learning
+from training.output import write
 from training.precision import in_precision
 from training.provenance import provenance
 from training.report import History, curves_png, scores_png
@@ -83,9 +83,9 @@ def finish(
     page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
     try:
         save_gates(gates, output)
-        write_atomically(output.with_suffix(".curves.png"), curves)
-        write_atomically(output.with_suffix(".scores.png"), scores)
-        write_atomically(output.with_suffix(".html"), page.encode())
+        write(output.with_suffix(".curves.png"), curves)
+        write(output.with_suffix(".scores.png"), scores)
+        write(output.with_suffix(".html"), page.encode())
     except OSError as error:
         raise UserError(
             f"The results can't be written beside {output}: {error}.",
@@ -110,19 +110,18 @@ def _validate(
     """
     unet = denoising.model.unet
     constants = {site: gates.constant(site) for site in gates.scores}
-    with uncompiled(unet):
-        with in_precision(unet, "fp32", {}):
-            heldout = HeldOut(
-                denoising,
-                data,
-                indices,
-                config.validation_samples,
-                config.batch_size,
-                config.seed + 1,
-            )
-        blocks = compact_blocks(unet, gates.keep_sets(), constants, gates.padding, torch.float32)
-        with in_precision(unet, "fp32", blocks):
-            deviations, losses = heldout.as_it_is("held-out images, pruned")
+    with in_precision(unet, "fp32", {}):
+        heldout = HeldOut(
+            denoising,
+            data,
+            indices,
+            config.validation_samples,
+            config.batch_size,
+            config.seed + 1,
+        )
+    blocks = compact_blocks(unet, gates.keep_sets(), constants, gates.padding, torch.float32)
+    with in_precision(unet, "fp32", blocks):
+        deviations, losses = heldout.as_it_is("held-out images, pruned")
     dense, pruned = heldout.dense_losses.mean().item(), losses.mean().item()
     error = deviations.std().item() / math.sqrt(len(deviations)) if len(deviations) > 1 else 0.0
     log.info(
@@ -155,16 +154,27 @@ def _say_result(
     if budget.kind != "channels":
         print(f"Of the gated layers' {budget.kind} {achieved:.1%} are pruned.")
     if target is not None and abs(achieved - target) > TARGET_TOLERANCE:
-        print(
-            f"The sparsity is {achieved:.1%}, not within one point of the target "
-            f"{target:.1%}: learning ended at {alignment.learned:.1%}. Give it more --max-steps "
-            "(or a larger --learning-rate); if the widths are small, multiples of 8 may not allow "
-            "a closer value."
-        )
+        print(advice(target, achieved))
     if broken := data.broken_report():
         print(broken)
     for suffix in (".safetensors", ".history.csv", ".curves.png", ".scores.png", ".html"):
         print(f"wrote {output.with_suffix(suffix)}")
+
+
+def advice(target: float, achieved: float) -> str:
+    """What to do about a target that was missed: the cut is at the target, so alignment missed it.
+
+    >>> print(advice(0.3, 0.25))
+    25.0% are pruned, over a point less than the target of 30.0%: kept counts are multiples of 8,
+    and widths as small as these allow no closer value. Raise --target-sparsity to come to the next,
+    or give it a larger --scope.
+    """
+    less, change = ("less", "Raise") if achieved < target else ("more", "Lower")
+    return (
+        f"{achieved:.1%} are pruned, over a point {less} than the target of {target:.1%}: kept "
+        "counts are multiples of 8,\nand widths as small as these allow no closer value. "
+        f"{change} --target-sparsity to come to the next,\nor give it a larger --scope."
+    )
 
 
 def _info(
@@ -183,7 +193,7 @@ def _info(
         "steps": len(history.sparsity),
         "changed_channels": history.changed,
         "held_out": Split.of(config).to_json(),
-        "data": {"source": Path(data.source).name, "images": _count(data)},
+        "data": {"source": name_of(data.source), "images": _count(data)},
         "fingerprint": fingerprint(weights),
     }
 

@@ -9,11 +9,11 @@ import reprlib
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeGuard
 
-from ldcp_core import Gates
+from ldcp_core import Gates, one_line
 from training.budget import Budget
+from training.console import name_of
 from training.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
@@ -27,7 +27,7 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     >>> without_folders({"model": "/home/me/sd15.safetensors", "seed": 0})
     {'model': 'sd15.safetensors', 'seed': 0}
     """
-    return {k: Path(value).name if k in PATHS else value for k, value in settings.items()}
+    return {k: name_of(value) if k in PATHS else value for k, value in settings.items()}
 
 
 def provenance(
@@ -70,7 +70,7 @@ def read(
         return default
     if not holds(found):
         raise UserError(
-            f"{name} says that its {key} is {reprlib.repr(found)}.",
+            f"{one_line(name)} says that its {key} is {reprlib.repr(found)}.",
             expected,
             "make this gate file again",
         )

@@ -15,7 +15,7 @@ import argparse
 import io
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,14 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldcp_core import Gates, load_gates, write_atomically
-from training.arguments import DEMO_SETTINGS
+from ldcp_core import Gates, load_gates, one_line
+from training.arguments import DEMO_SETTINGS, parse_seed
 from training.cache import digest
-from training.console import explaining, log_progress, progress
+from training.console import explaining, log_progress, name_of, progress
 from training.errors import UserError
 from training.gating import compact_blocks, topology_of
 from training.models import DiffusionModel, load_model
+from training.output import PICTURE, output_file, output_folder, write
 from training.precision import PRECISIONS, in_precision
 
 log = logging.getLogger("training.sample")
@@ -160,14 +161,11 @@ def sample(
     from accelerate import PartialState
 
     pipe, state = pipeline_of(model), PartialState()
-    paths = {}
+    paths = image_paths(output, chosen, shots)
     for candidate in chosen.values():
         check_fits(model, candidate.gates)
     for name, candidate in chosen.items():
-        facts = {"model": Path(model.source).name, "gates": name, "candidate": candidate.stamp()}
-        folder = output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        paths[name] = [folder / shot.file(number) for number, shot in enumerate(shots)]
+        facts = {"model": name_of(model.source), "gates": name, "candidate": candidate.stamp()}
         missing = [
             (path, shot)
             for path, shot in zip(paths[name], shots, strict=True)
@@ -175,10 +173,19 @@ def sample(
         ]
         with state.split_between_processes(missing) as mine, candidate.running(model.unet):
             images = draw(pipe, [shot for _, shot in mine], settings)
-            drawn = progress(images, f"drawing {name}", len(mine), unit="image")
+            drawn = progress(images, f"drawing {one_line(name)}", len(mine), unit="image")
             for image, (path, shot) in zip(drawn, mine, strict=True):
                 _save(image, path, _facts(shot, settings) | facts)
     state.wait_for_everyone()
+    return paths
+
+
+def image_paths(output: Path, names: Iterable[str], shots: Sequence[Shot]) -> dict[str, list[Path]]:
+    """Where every model's images go; raises UserError where something else lies there."""
+    paths = {}
+    for name in names:
+        files = [output / name / shot.file(number) for number, shot in enumerate(shots)]
+        paths[name] = [output_file("the folder for images", file, PICTURE, ()) for file in files]
     return paths
 
 
@@ -193,10 +200,11 @@ def _facts(shot: Shot, settings: Settings) -> dict[str, str]:
 
 def _is_there(path: Path, facts: Mapping[str, str]) -> bool:
     """Whether this very image lies there already."""
-    if not path.exists():
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = getattr(image, "text", {})
+    except OSError:  # not there, or torn
         return False
-    with Image.open(path) as image:
-        found = getattr(image, "text", {})
     return all(found.get(key) == value for key, value in facts.items())
 
 
@@ -206,7 +214,7 @@ def _save(image: Image.Image, path: Path, facts: Mapping[str, str]) -> None:
         metadata.add_text(key, value)
     buffer = io.BytesIO()
     image.save(buffer, format="png", pnginfo=metadata)
-    write_atomically(path, buffer.getvalue())
+    write(path, buffer.getvalue())
 
 
 def read_prompts(path: str | None) -> tuple[str, ...]:
@@ -248,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--demo", action="store_true", help="the embedded demo model")
     parser.add_argument("--gates", nargs="*", default=[], help="gate files")
     parser.add_argument("--prompts", help="a text file, a prompt per line (default: nine faces)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[42])
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--guidance", type=float, default=default.guidance)
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
@@ -260,12 +268,14 @@ def main(argv: list[str] | None = None) -> int:
     source = given.model or (DEMO_SETTINGS["model"] if given.demo else None)
     if source is None:
         parser.error("--model is missing; or use --demo")
+    output = output_folder("--output", given.output, (source,))
     prompts, gates = read_prompts(given.prompts), named_gates(given.gates)
-    model = load_model(source, device=given.device)
     shots = [Shot(prompt, seed) for prompt in prompts for seed in given.seeds]
+    image_paths(output, (DENSE, *gates), shots)  # before the model loads
+    model = load_model(source, device=given.device)
     settings = Settings(given.steps, given.guidance, given.batch_size)
     chosen = {name: Candidate(of, given.precision) for name, of in {DENSE: None, **gates}.items()}
-    paths = sample(model, chosen, shots, settings, Path(given.output))
+    paths = sample(model, chosen, shots, settings, output)
     print(f"{sum(map(len, paths.values()))} images in {given.output}")
     return 0
 

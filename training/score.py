@@ -49,13 +49,15 @@ from ldcp_core import (
 from training import criteria
 from training.arguments import DEMO_SETTINGS
 from training.budget import Budget, BudgetKind
-from training.console import explaining, log_progress, progress
+from training.config import SEEDS
+from training.console import explaining, log_progress, name_of, progress
 from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising
 from training.errors import UserError
 from training.gating import ChannelMeans, topology_of
 from training.models import DTYPES, check_resolution, load_model
+from training.output import GATES, claimed, output_file
 from training.provenance import provenance
 from training.splits import Split
 
@@ -105,6 +107,7 @@ class ScoreConfig:
         require(self.ranking in RANKINGS, "ranking", f"one of {', '.join(RANKINGS)}")
         require(0 <= self.target_sparsity < 1, "target_sparsity", "from 0 up to 1")
         require(0 <= self.floor < 1, "floor", "from 0 up to 1")
+        require(self.seed in SEEDS, "seed", "from 0 up to 2**63")
         require(0 < self.loss_threshold < 1, "loss_threshold", "between 0 and 1")
         require(
             self.threshold is None or self.criterion in THRESHOLDS,
@@ -141,6 +144,12 @@ def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
     output = Path(config.output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
+    output_file("--output", output, GATES, (config.model, config.data))
+    with claimed(output):
+        return _score(config, output, found)
+
+
+def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gates:
     found = found or measure(config)
     budget = Budget(config.budget, found.sites, config.padding, found.latent)
     scores = pruned_scores(config, found.importances, budget)
@@ -151,7 +160,6 @@ def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
         **found.facts,
     }
     gates = Gates(scores, found.constants, config.padding, found.topology, info, found.importances)
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_gates(gates, output)
     print(gates_report(gates).text())
     if config.criterion in THRESHOLDS:
@@ -188,7 +196,7 @@ def measure(config: ScoreConfig) -> Measurement:
     weights = {site.name: model.unet.get_parameter(site.weight) for site in sites}
     facts |= {
         "seconds": round(time.perf_counter() - start, 2),
-        "data": {"source": Path(data.source).name, "images": len(data)},
+        "data": {"source": name_of(data.source), "images": len(data)},
         "held_out": Split().to_json(),
         "fingerprint": fingerprint(weights),
     }

@@ -4,30 +4,38 @@ Folders of images are listed here directly instead of through `datasets`' imagef
 subfolders called train or test as splits (dropping the rest), can't use one `.txt` caption per
 image, ends a run at the first unreadable file and writes an index of the folder into the user's
 cache. Everything that is a table (a hub id, `save_to_disk`, parquet, arrow, webdataset tars) goes
-through `datasets`. Nothing is decoded here (see `training.data`).
+through `datasets`. Nothing is decoded here (see `training.data`), and no file is opened but those
+of the data set (see `training.files`).
 """
 
 from __future__ import annotations
 
 import copy
 import csv
-import hashlib
+import io
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ldcp_core import printable
+from training.cache import digest
 from training.errors import UserError
+from training.files import CAPTION_LIMIT, checked, read_inside
+from training.stamps import FileStamps
 
 log = logging.getLogger(__name__)
 
+KINDS = "png, jpg, webp, bmp or tiff"
 EXPECTED = (
-    "a folder with png, jpg or webp images (such as FFHQ), a data set saved by `datasets`, "
-    "parquet, arrow or webdataset tar files, or a hub data set id"
+    f"a folder with {KINDS} images (such as FFHQ), a data set saved by `datasets`, parquet, arrow "
+    "or webdataset tar files, or a hub data set id"
 )
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
@@ -36,8 +44,6 @@ FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 METADATA = ("metadata.jsonl", "metadata.csv")
 # An FFHQ tree holds every picture up to three times; the first of these that is there is used.
 FFHQ_RENDITIONS = ("images1024x1024", "thumbnails128x128", "in-the-wild-images")
-#: bytes read at each of three places of a file, to tell its content
-STAMP_SAMPLE = 4096
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 
@@ -46,20 +52,23 @@ _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 class Record:
     """One listed image: a stable id, how to get its bytes, and its caption (often empty).
 
-    ``stamp`` tells its content apart from another one, cheaply: without reading all of it.
+    ``read`` and ``caption`` raise ValueError or OSError, which say why there is none. ``stamp``
+    tells the image's content apart from another one (see `training.stamps`).
     """
 
     id: str
     read: Callable[[], bytes]
     caption: Callable[[], str]
-    stamp: Callable[[], str]
+    stamp: Callable[[FileStamps], str]
 
 
 def list_images(source: str) -> Sequence[Record]:
     """List the images of `source` without decoding any.
 
     Captions come from `metadata.jsonl` or `metadata.csv`, else from a `.txt` file of the image's
-    name, else they are empty; of a table, from its first column named in `CAPTION_COLUMNS`.
+    name, else they are empty; of a table, from its first column of text that `CAPTION_COLUMNS`
+    names. An image file has at most `FILE_LIMIT` bytes, a caption `CAPTION_LIMIT`
+    (`training.files`), and links that lead out of the folder are not followed.
 
     Args:
         source: see `EXPECTED`. Folders are searched to any depth.
@@ -68,10 +77,10 @@ def list_images(source: str) -> Sequence[Record]:
         UserError: there is nothing at `source`, it can't be reached, or holds no images.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         records = _list_folder(path)
-    elif path.is_file():
-        records = _list_file(path)
+    elif os.path.isfile(path):
+        records = _list_file(path.resolve())
     else:
         records = _list_hub(source)
     if not records:
@@ -89,13 +98,16 @@ def _list_folder(root: Path) -> Sequence[Record]:
     files = [file for file in _walk(root) if file.relative_to(root).parts[0] not in other]
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if images:
-        captions = _read_captions(files, set(images))
+        captions = _read_captions(root, files, set(images))
+        named = {image.with_suffix("") for image in images}
+        text = {file for file in files if file.suffix == ".txt" and file.with_suffix("") in named}
+        text |= {file for file in files if file.name in METADATA}
+        _mention_left_out(root, files, text.union(images))
         return [_file_record(root, file, captions) for file in images]
-    for suffix in _TABLES:
-        tables = [file for file in files if file.suffix.lower() == suffix]
-        if tables:
-            return _list_tables(tables)
-    found = ", ".join(sorted({file.suffix.lower() or file.name for file in files})[:6])
+    if tables := _tables(files):
+        _mention_left_out(root, files, set(tables))
+        return _list_rows(str(root), root, _load_tables(root, tables))
+    found = ", ".join(sorted({_kind(file) for file in files})[:6])
     raise UserError(
         f"{root} holds no images ({f'only {found} files' if found else 'no files at all'}).",
         EXPECTED,
@@ -107,10 +119,29 @@ def _list_file(path: Path) -> Sequence[Record]:
     if path.suffix.lower() in SUFFIXES:
         return [_file_record(path.parent, path, {})]
     if path.suffix.lower() in _TABLES:
-        return _list_tables([path])
+        return _list_rows(str(path), path.parent, _load_tables(path.parent, [path]))
     raise UserError(
         f"{path} is a {path.suffix or 'nameless'} file.", EXPECTED, "unpack archives, pass a folder"
     )
+
+
+def _tables(files: Sequence[Path]) -> list[Path]:
+    """The files of the first kind of table that there is."""
+    for suffix in _TABLES:
+        if tables := [file for file in files if file.suffix.lower() == suffix]:
+            return tables
+    return []
+
+
+def _kind(file: Path) -> str:
+    return printable(file.suffix.lower() or file.name)
+
+
+def _mention_left_out(root: Path, files: Iterable[Path], used: set[Path]) -> None:
+    kinds = Counter(_kind(file) for file in files if file not in used)
+    if kinds:
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+        log.warning("Not read in %s: %s. Images are %s.", root, found, KINDS)
 
 
 def _other_renditions(root: Path) -> list[str]:
@@ -127,15 +158,22 @@ def _other_renditions(root: Path) -> list[str]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield files in an order that is the same on every platform, following links once."""
+    """Yield files in an order that is the same on every platform, following links once.
+
+    Links to folders outside ``root`` are not followed.
+    """
 
     def mention(error: OSError) -> None:
-        log.warning("Skipping the folder %s: %s", error.filename, error.strerror)
+        log.warning("Skipping the folder %s: %s", printable(error.filename), error.strerror)
 
     seen: set[str] = set()
+    inside = os.path.realpath(root)
     for folder, folders, files in os.walk(root, onerror=mention, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:
+        if not Path(real).is_relative_to(inside):
+            where = printable(folder)
+            log.warning("Skipping the folder %s: a link out of %s (copy it there).", where, root)
+        if real in seen or not Path(real).is_relative_to(inside):
             folders.clear()
             continue
         seen.add(real)
@@ -148,45 +186,34 @@ def _walk(root: Path) -> Iterator[Path]:
 # --- captions -------------------------------------------------------------------------------------
 
 
-def _file_record(root: Path, file: Path, captions: Mapping[Path, str]) -> Record:
+def _file_record(root: Path, file: Path, captions: Mapping[Path, object]) -> Record:
     def caption() -> str:
         if file in captions:
-            return captions[file]
+            return as_caption(captions[file])
         text = file.with_suffix(".txt")
-        if not text.is_file():
+        if not os.path.lexists(text):
             return ""
-        return text.read_text(encoding="utf-8-sig", errors="replace").strip()
+        try:
+            content = read_inside(root, text, CAPTION_LIMIT)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"its caption {printable(text.name)}: {error}") from error
+        return as_caption(content.decode("utf-8-sig", errors="replace"))
 
-    name = file.relative_to(root).as_posix()
-    printable = name.encode(errors="backslashreplace").decode()  # POSIX names may not be UTF-8
-    return Record(printable, file.read_bytes, caption, lambda: file_stamp(file))
-
-
-def file_stamp(file: Path) -> str:
-    """Size and a hash of three samples, of a file's start, middle and end.
-
-    Of the content alone, so that it is the same for a copy elsewhere. The end of a PNG holds a
-    checksum of all its pixels.
-    """
-    found = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            for start in (0, size // 2, max(size - STAMP_SAMPLE, 0)):
-                stream.seek(start)
-                found.update(stream.read(STAMP_SAMPLE))
-    except OSError as error:
-        return f"unreadable: {error}"
-    return f"{size} {found.hexdigest()}"
+    return Record(
+        printable(file.relative_to(root).as_posix()),
+        lambda: read_inside(root, file),
+        caption,
+        lambda stamps: stamps(root, file),
+    )
 
 
-def _read_captions(files: Sequence[Path], images: set[Path]) -> dict[Path, str]:
+def _read_captions(root: Path, files: Sequence[Path], images: set[Path]) -> dict[Path, object]:
     """Return captions from metadata files; a file name in one is relative to its folder."""
-    captions: dict[Path, str] = {}
+    captions: dict[Path, object] = {}
     for file in files:
         if file.name not in METADATA:
             continue
-        rows = _read_rows(file)
+        rows = _read_rows(root, file)
         columns = {key for row in rows for key in row if isinstance(key, str)}
         name = next((column for column in FILE_COLUMNS if column in columns), None)
         text = next((column for column in CAPTION_COLUMNS if column in columns), None)
@@ -194,16 +221,14 @@ def _read_captions(files: Sequence[Path], images: set[Path]) -> dict[Path, str]:
             log.warning(
                 "%s gives no captions: its columns are %s, expected one of %s and one of %s.",
                 file,
-                ", ".join(sorted(columns)) or "none",
+                printable(", ".join(sorted(columns))) or "none",
                 "/".join(FILE_COLUMNS),
                 "/".join(CAPTION_COLUMNS),
             )
             continue
         paths = [file.parent / str(row.get(name, "")).replace("\\", "/") for row in rows]
         known = {
-            path: as_caption(row.get(text))
-            for path, row in zip(paths, rows, strict=True)
-            if path in images
+            path: row.get(text) for path, row in zip(paths, rows, strict=True) if path in images
         }
         if not known:
             raise UserError(
@@ -217,22 +242,54 @@ def _read_captions(files: Sequence[Path], images: set[Path]) -> dict[Path, str]:
     return captions
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def _read_rows(root: Path, file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    line = ""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            if file.suffix == ".csv":
-                return list(csv.DictReader(stream))
-            return [dict(json.loads(line)) for line in stream if line.strip()]
-    except (ValueError, TypeError, csv.Error) as error:
+        content = read_inside(root, file)
+        text = io.StringIO(_utf_8(content), newline="")
+        if file.suffix == ".csv":
+            table = csv.DictReader(text)
+            line = f"line {1 + bool(table.fieldnames)}: "
+            for row in table:
+                rows.append(row)
+                line = f"line {table.line_num + 1}: "
+        else:
+            for number, found in enumerate(text, 1):
+                line = f"line {number}: "
+                if found.strip():
+                    rows.append(_json_object(found))
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(
-            f"{file} can't be read ({error}).",
+            f"{printable(str(file))} can't be read ({line}{error}).",
             "one JSON object per line, or a CSV file with a header, in UTF-8",
             "correct the file, or remove it to train without its captions",
         ) from error
+    return rows
+
+
+def _utf_8(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: not UTF-8") from error
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:  # which calls it line 1
+        raise ValueError(f"{error.msg} at character {error.colno}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON {type(found).__name__}")
+    return found
 
 
 def as_caption(value: object) -> str:
-    """Return one caption from whatever a column holds.
+    """Return one caption from whatever a column holds; halves of a character become U+FFFD.
+
+    Raises ValueError for one of more than `CAPTION_LIMIT` characters.
 
     >>> as_caption(["a face", "a person"]), as_caption(b"a cat "), as_caption(None)
     ('a face', 'a cat', '')
@@ -243,7 +300,10 @@ def as_caption(value: object) -> str:
         return as_caption(next((value[name] for name in CAPTION_COLUMNS if value.get(name)), None))
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
-    return str(value).strip() if value is not None else ""
+    text = re.sub("[\ud800-\udfff]", "\ufffd", str(value)).strip() if value is not None else ""
+    if len(text) > CAPTION_LIMIT:
+        raise ValueError(f"a caption of {len(text):,} characters; at most {CAPTION_LIMIT:,}")
+    return text
 
 
 # --- tables, through `datasets` -------------------------------------------------------------------
@@ -253,24 +313,59 @@ def _list_saved(root: Path) -> Sequence[Record]:
     import datasets
 
     try:
-        return _list_rows(str(root), _choose_split(datasets.load_from_disk(str(root))))
-    except (OSError, ValueError, KeyError) as error:
+        _check_saved(root)
+        table = _choose_split(datasets.load_from_disk(str(root.absolute())))
+    except Exception as error:  # `datasets` takes files at their word, whatever they hold
         raise UserError(
             f"{root} is a saved data set that can't be read ({error}).", EXPECTED, "save it again"
         ) from error
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return _list_rows(str(root), root, table, files)
 
 
-def _list_tables(files: Sequence[Path]) -> Sequence[Record]:
-    return _list_rows(str(files[0].parent), _load_tables(files))
+def _check_saved(root: Path) -> None:
+    """Raises ValueError or OSError where a file of a saved data set is not one (see `checked`)."""
+    if "::" in str(root.absolute()):
+        raise ValueError("'::' in a path has a meaning of its own")
+    parts = [root]
+    if (root / "dataset_dict.json").is_file():
+        parts = [root / name for name in _read_json(root, root / "dataset_dict.json")["splits"]]
+    for part in parts:
+        _read_json(root, part / "dataset_info.json")
+        for entry in _read_json(root, part / "state.json")["_data_files"]:
+            try:
+                checked(root, part / entry["filename"], None)
+            except ValueError as error:
+                raise ValueError(f"{printable(entry['filename'])}: {error}") from error
 
 
-def _load_tables(files: Sequence[Path], streaming: bool = False) -> Any:
+def _read_json(root: Path, file: Path) -> Any:
+    try:
+        return json.loads(read_inside(root, file))
+    except ValueError as error:
+        raise ValueError(f"{printable(file.name)}: {error}") from error
+
+
+def _load_tables(root: Path, files: Sequence[Path], streaming: bool = False) -> Any:
     import datasets
 
     kind = _TABLES[files[0].suffix.lower()]
+    for file in files:
+        try:
+            checked(root, file, None)
+        except (OSError, ValueError) as error:
+            found = f"{printable(str(file))} can't be read: {error}."
+            raise UserError(found, EXPECTED, "remove it") from error
+        if special := re.search(r"::|[*?\[\]]", str(file.absolute())):
+            raise UserError(
+                f"{printable(str(file))} can't be opened: {special.group()!r} in the path of a "
+                "table has a meaning of its own.",
+                "a path without *, ?, [, ] and ::",
+                "rename the file or folder",
+            )
     try:
         return datasets.load_dataset(
-            kind, data_files=[str(f) for f in files], split="train", streaming=streaming
+            kind, data_files=[str(f.absolute()) for f in files], split="train", streaming=streaming
         )
     except Exception as error:  # builders wrap whatever their file format raises
         raise UserError(
@@ -281,7 +376,14 @@ def _load_tables(files: Sequence[Path], streaming: bool = False) -> Any:
 
 
 def _list_hub(source: str) -> Sequence[Record]:
-    return _list_rows(source, _load_hub(source))
+    return _list_rows(source, _hub_folder(source), _load_hub(source))
+
+
+def _hub_folder(source: str) -> Path:
+    """Where the files of a hub data set lie once they are downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE, f"datasets--{source.replace('/', '--')}")
 
 
 def _load_hub(source: str, **options: Any) -> Any:
@@ -318,11 +420,16 @@ def _load_hub(source: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Stream:
-    """A table that is read as it comes: ``table`` is an `IterableDataset` of undecoded images."""
+    """A table that is read as it comes: ``table`` is an `IterableDataset` of undecoded images.
 
+    ``folder`` holds the files that rows may name.
+    """
+
+    source: str
     table: Any
     image: str
     text: str | None
+    folder: Path
 
     def table_at(self, epoch: int, state: Mapping[str, Any] | None) -> Any:
         """The table, to be read from where ``state`` was taken, or from its start."""
@@ -332,11 +439,24 @@ class Stream:
             table.load_state_dict(dict(state))
         return table
 
+    def rows(self, table: Any) -> Iterator[Mapping[str, Any]]:
+        """The rows of `table_at`; raises UserError where the table ends in damage or silence."""
+        try:
+            yield from table
+        except Exception as error:  # of arrow, of tar, of the network
+            raise UserError(
+                f"The stream of {self.source} broke: {printable(str(error))}.",
+                "intact tables, and a connection to the hub for one of its data sets",
+                "try again, with --resume where the run has a checkpoint; if it breaks again, "
+                "download or pack the files again",
+            ) from error
+
     def read(self, row: Mapping[str, Any]) -> bytes:
-        """The bytes of a row's image; raises ValueError where it has none."""
-        return _image_bytes(row[self.image])
+        """The bytes of a row's image; raises ValueError or OSError where it has none."""
+        return _image_bytes(row[self.image], self.folder)
 
     def caption(self, row: Mapping[str, Any]) -> str:
+        """A row's caption; raises ValueError where it is too long."""
         return as_caption(row[self.text]) if self.text else ""
 
 
@@ -346,21 +466,32 @@ def open_stream(source: str) -> Stream:
     Raises UserError as `list_images`, and for a folder of image files, which needs no streaming.
     """
     path = Path(source).expanduser()
-    if path.is_dir() or path.is_file():
-        table = _local_tables(path)
+    if os.path.isdir(path):
+        folder, table = path, _local_tables(path)
+    elif os.path.isfile(path):
+        folder, table = path.resolve().parent, _local_tables(path.resolve())
     else:
-        table = _load_hub(source, streaming=True)
-    features = table.features or table._resolve_features().features or {}
-    image, text = _columns(source, features)
+        folder, table = _hub_folder(source), _load_hub(source, streaming=True)
+    image, text = _columns(source, _features(source, table))
     columns = [image, text] if text else [image]
-    return Stream(_undecoded(source, table.select_columns(columns), image), image, text)
+    undecoded = _undecoded(source, table.select_columns(columns), image)
+    return Stream(source, undecoded, image, text, folder)
+
+
+def _features(source: str, table: Any) -> Mapping[str, Any]:
+    try:
+        return table.features or table._resolve_features().features or {}
+    except Exception as error:  # the first rows are read for it
+        raise UserError(
+            f"The data set {source} can't be read: {printable(str(error))}.", EXPECTED, "try again"
+        ) from error
 
 
 def _local_tables(path: Path) -> Any:
-    files = sorted(_walk(path)) if path.is_dir() else [path]
-    for suffix in _TABLES:
-        if tables := [file for file in files if file.suffix.lower() == suffix]:
-            return _load_tables(tables, streaming=True)
+    root, files = (path, list(_walk(path))) if path.is_dir() else (path.parent, [path])
+    if tables := _tables(files):
+        _mention_left_out(root, files, set(tables))
+        return _load_tables(root, tables, streaming=True)
     raise UserError(
         f"--streaming was given, and {path} holds no tables.",
         f"a hub data set, or files that end in {', '.join(_TABLES)}",
@@ -378,19 +509,42 @@ def _choose_split(data: Any) -> Any:
     return data[name]
 
 
-def _list_rows(source: str, table: Any) -> Sequence[Record]:
+def _list_rows(
+    source: str, folder: Path, table: Any, files: Sequence[Path] = ()
+) -> Sequence[Record]:
+    """The rows of a table, which may name files in ``folder``.
+
+    ``files`` are those it is made of, where its own fingerprint does not tell that one was edited.
+    """
+    import pyarrow.compute
+
     column, text = _columns(source, table.features)
+    table = table.with_format(None)
     images = _undecoded(source, table.select_columns([column]), column)
     captions = table.select_columns([text]) if text else None
+    stored = pyarrow.compute.struct_field(images.data.column(column), "bytes").is_valid()
+
+    @lru_cache(maxsize=1)
+    def version(stamps: FileStamps) -> str:
+        parts = [stamps(folder, file, None) for file in files]
+        return digest([table._fingerprint, *parts])
 
     def record(row: int) -> Record:
         def read() -> bytes:
-            return _image_bytes(images[row][column])
+            return _image_bytes(images[row][column], folder)
 
         def caption() -> str:
             return as_caption(captions[row][text]) if captions is not None else ""
 
-        return Record(f"row {row}", read, caption, lambda: f"{table._fingerprint} {row}")
+        def stamp(stamps: FileStamps) -> str:
+            if stored[row].as_py():
+                return f"{version(stamps)} {row}"
+            try:
+                return stamps(folder, _named_file(images[row][column], folder))
+            except ValueError as error:
+                return f"unreadable: {error}"
+
+        return Record(f"row {row}", read, caption, stamp)
 
     return [record(row) for row in range(len(table))]
 
@@ -403,12 +557,28 @@ def _columns(source: str, features: Mapping[str, Any]) -> tuple[str, str | None]
     column = column or next((name for name in IMAGE_COLUMNS if name in features), None)
     if column is None:
         raise UserError(
-            f"{source} has no image column, only {', '.join(features)}.",
+            f"{source} has no image column, only {printable(', '.join(features))}.",
             f"a column of type Image, or named {'/'.join(IMAGE_COLUMNS)}",
             "rename the column",
         )
-    text = next((name for name in (*CAPTION_COLUMNS, "json") if name in features), None)
-    return column, text
+    for name in (*CAPTION_COLUMNS, "json"):
+        if name in features and _is_text(features[name]):
+            return column, name
+        if name in features:
+            log.warning("No captions from the column %s of %s: it is no text.", name, source)
+    return column, None
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a column is read as it is stored; `datasets` opens files to decode others."""
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return all(map(_is_text, feature.values()))
+    if isinstance(feature, (list, tuple)):
+        return all(map(_is_text, feature))
+    inner = getattr(feature, "feature", None)  # lists
+    return isinstance(feature, datasets.Value) or (inner is not None and _is_text(inner))
 
 
 def _undecoded(source: str, table: Any, column: str) -> Any:
@@ -425,12 +595,30 @@ def _undecoded(source: str, table: Any, column: str) -> Any:
         ) from error
 
 
-def _image_bytes(value: Mapping[str, Any] | None) -> bytes:
-    if value is None:
-        raise ValueError("the row has no image")
-    if value["bytes"]:
-        return bytes(value["bytes"])
-    import fsspec
+def _image_bytes(value: Mapping[str, Any] | None, folder: Path) -> bytes:
+    """The bytes that a row holds, or those of the file that it names in ``folder``.
 
-    with fsspec.open(value["path"], "rb") as file:
-        return bytes(file.read())
+    Raises ValueError or OSError where there are none.
+    """
+    if value is not None and value["bytes"] is not None:
+        return bytes(value["bytes"])
+    return read_inside(folder, _named_file(value, folder))
+
+
+def _named_file(value: Mapping[str, Any] | None, folder: Path) -> Path:
+    """The file that a row names instead of holding an image; raises ValueError where it may not.
+
+    Only a hub data set of image files, whose rows `datasets` writes, may name them absolutely: in
+    that data set's own part of the hub's cache.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if value is None or not value["path"]:
+        raise ValueError("the row has no image")
+    path = Path(value["path"])
+    if path.is_absolute() and folder.parent != Path(HF_HUB_CACHE):
+        raise ValueError(
+            "the row names a file outside the data set instead of holding the image (a table saved "
+            "by `save_to_disk` holds its images)"
+        )
+    return folder / path

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data import ImageData, Position, decode_image, to_pixels
+from training.data import ImageData, Position, decode_image, reason_of, to_pixels
 from training.encoding import EncodedBatch
 from training.errors import UserError
 from training.models import DiffusionModel, embed_prompts, encode_images
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 #: rows whose bytes tell one stream from another
 DIGEST_ROWS = 8
+#: rows without an image after which no image is expected any more
+UNREADABLE = 64
 #: prompt embeddings kept in memory
 PROMPTS = 1024
 
@@ -47,6 +49,7 @@ class StreamedImages:
         self._held_out = held_out
         self._model: DiffusionModel | None = None
         self._embedded: dict[str, Tensor] = {}
+        self._read = False
 
     def split(self) -> tuple[range, range]:
         """Row numbers to train on, without end, and those held out."""
@@ -58,14 +61,25 @@ class StreamedImages:
     def digest(self, indices: Iterable[int] = ()) -> str:
         """A short hash of the first rows' bytes and the number held out."""
         found = hashlib.sha256(str(self._held_out).encode())
-        for row in islice(self._stream.table, DIGEST_ROWS):
-            found.update(hashlib.sha256(self._stream.read(row)).digest())
+        for row in islice(self._stream.rows(self._stream.table), DIGEST_ROWS):
+            try:
+                content = self._stream.read(row)
+            except (OSError, ValueError) as error:  # noted when its turn comes
+                content = reason_of(error).encode()
+            found.update(hashlib.sha256(content).digest())
         return found.hexdigest()[:32]
 
     def captions(self, indices: Sequence[int]) -> dict[int, str]:
-        """Row number -> caption of the given rows among the first ones."""
-        rows = enumerate(islice(self._stream.table, self._held_out or 1))
-        return {number: self._stream.caption(row) for number, row in rows if number in indices}
+        """Row number -> caption of the given rows among the first ones, of those that have one."""
+        found: dict[int, str] = {}
+        rows = self._stream.rows(self._stream.table)
+        for number, row in enumerate(islice(rows, self._held_out or 1)):
+            if number in indices:
+                try:
+                    found[number] = self._stream.caption(row)
+                except ValueError as error:
+                    self._note_broken(f"row {number}", error)
+        return found
 
     def broken_report(self) -> str:
         """How many images were skipped and which, or "" when none were."""
@@ -93,7 +107,7 @@ class StreamedImages:
         """
         position = position or Position()
         while epochs is None or position.epoch < epochs:
-            seen = position.offset > 0
+            seen = begun = position.offset > 0
             for chosen in self._rows(indices, batch_size, position):
                 seen = True
                 yield self._encoded(chosen, share(len(chosen)))
@@ -104,6 +118,8 @@ class StreamedImages:
                     "more images",
                     "use --validation-fraction 0, or another data set",
                 )
+            if self.broken and not (self._read or begun):
+                raise self._unreadable()
             position.epoch, position.offset, position.stream = position.epoch + 1, 0, None
 
     def _rows(
@@ -112,7 +128,7 @@ class StreamedImages:
         """Numbered rows in batches; moves ``position`` behind each batch before it is yielded."""
         table = self._stream.table_at(position.epoch, position.stream)
         batch: list[tuple[int, Mapping[str, Any]]] = []
-        for row in table:
+        for row in self._stream.rows(table):
             number, position.offset = position.offset, position.offset + 1
             if number in indices:
                 batch.append((number, row))
@@ -136,11 +152,13 @@ class StreamedImages:
             number, row = chosen[place]
             try:
                 pixels = to_pixels(decode_image(self._stream.read(row)), self.resolution)
+                caption = self._stream.caption(row)
             except Exception as error:  # damaged bytes make image decoders raise nearly anything
                 self._note_broken(f"row {number}", error)
                 continue
             latents[place] = encode_images(self._model, pixels[None])[0].cpu()
-            context[place] = self._embedding(self._stream.caption(row))
+            context[place] = self._embedding(caption)
+            self._read = True
         if not latents:
             latents[0] = torch.zeros(self._latent_shape())
             context[0] = self._embedding("")
@@ -163,10 +181,21 @@ class StreamedImages:
         return self._embedded[caption]
 
     def _note_broken(self, id: str, error: Exception) -> None:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         if not self.broken:
             log.warning("Skipping the broken image %s: %s", id, reason)
         self.broken[id] = reason
+        if not self._read and len(self.broken) == UNREADABLE:
+            raise self._unreadable()
+
+    def _unreadable(self) -> UserError:
+        id, reason = next(iter(self.broken.items()))
+        return UserError(
+            f"None of the first {len(self.broken)} images of {self.source} can be read, for "
+            f"example {id}: {reason}.",
+            "rows that hold images",
+            "look at that row; make or download the data set again",
+        )
 
 
 #: images to learn from

@@ -23,15 +23,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import RANKINGS, GateFileError, load_gates, write_atomically
+from ldcp_core import RANKINGS, GateFileError, load_gates
 from training import evaluate
-from training.arguments import DEMO_SETTINGS
+from training.arguments import DEMO_SETTINGS, parse_seed
 from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
 from training.fit import fit
+from training.output import GATES, PICTURE, output_file, write
 from training.provenance import without_folders
 from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure, score
 
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--budget", default="parameters", help="what targets are shares of (parameters)")
     add("--steps", type=int, help="optimizer steps of a fit")
     add("--samples", type=int, default=48, help="held-out samples of the evaluation")
-    add("--seed", type=int, default=0)
+    add("--seed", type=parse_seed, default=0)
     add("--output", required=True, help="folder for the gate files and the table")
     given, others = parser.parse_known_args(argv)
     log_progress()
@@ -205,7 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = list(plans(given))
     paths = [str(folder / f"{plan.name}.safetensors") for plan in chosen]
     evaluate.check(evaluate.parser().parse_args([*paths, *options]))  # before the long part
-    folder.mkdir(parents=True, exist_ok=True)
+    outputs = {path: GATES for path in paths} | {str(folder / "heatmap.png"): PICTURE}
+    for path, kind in outputs.items():
+        output_file("--output", path, kind, (given.model, given.data))
     # plans that differ only in where they cut follow each other
     measured = lru_cache(maxsize=1)(measure)
     for plan in chosen:
@@ -216,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status == 0 and several:
         rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
         picture = heat_map(cells(learned, {row["name"]: row for row in rows}))
-        write_atomically(folder / "heatmap.png", picture)
+        write(folder / "heatmap.png", picture)
         print(f"written: {folder / 'heatmap.png'}")
     return status
 

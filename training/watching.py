@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from ldcp_core import write_atomically
 from training.errors import UserError
 from training.loop import Learning
+from training.output import write
 from training.samples import Samples
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class SampleImages:
         path = self._folder / f"step-{learning.step:08d}.png"
         try:
             self._folder.mkdir(exist_ok=True)
-            write_atomically(path, picture)
+            write(path, picture)
         except OSError as error:
             log.warning("%s can't be written: %s.", path, error)
 

@@ -1,9 +1,10 @@
 """Malformed gate files from a seed, and a reader of its own to judge them.
 
-    python tests/core/gatefile_mutations.py 12000 FOLDER
+    python tests/core/gatefile_mutations.py 20000 FOLDER
 
 reads that many in one process that may neither grow by more than `MEMORY` bytes nor take longer
-than `SECONDS` over one file, and prints how many were refused.
+than `SECONDS` over one file, and prints how many were refused, what the process grew to, and the
+length of the longest refusal.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import struct
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +33,11 @@ TINY = Topology(widths=(8, 8, 16, 16), context_width=8)
 SITES = {
     f"mid_block.resnets.{r}.conv{c}": 16 for r in (0, 1) for c in (1, 2)
 }  # of the originals; mutations may name others
-MEMORY = 512 * 2**20
+MEMORY = 200 * 2**20
 SECONDS = 5
-MESSAGE = 1000  # characters of a refusal, without the path
+MESSAGE = 500  # characters of a refusal
+#: of the format, see docs/gate_file.md
+DESCRIPTION, DEPTH, HEADER = 2**20, 64, 2 * 2**20 + 256_000
 
 
 # --- the originals --------------------------------------------------------------------------------
@@ -288,6 +292,68 @@ def wrong_metadata(data: bytes, rng: random.Random) -> bytes:
     return assemble(rng.choice([wrong, less, {}, None, []]), parts.tensors)
 
 
+#: a line break, an escape sequence, a control of 8 bits, a turned direction, Markdown
+HOSTILE = ["a\n| forged | row |", "\x1b[2J\x1b]0;title\x07", "\x9b31m", "\u202egnp.exe", "\u2028"]
+HOSTILE += ["**[x](http://y)** `z`", "<script>alert(1)</script>", "\0", "\r", "\ud800", "\b" * 9000]
+
+
+def hostile_text(data: bytes, rng: random.Random) -> bytes:
+    """What a terminal obeys and what forges a row of a table, wherever a file has words."""
+    parts = Parts(data)
+    text, kind = rng.choice(HOSTILE) * rng.choice([1, 1, 50]), rng.randrange(6)
+    if kind == 0:
+        parts.metadata[rng.choice(["format", "version", text])] = text
+    elif kind == 1:
+        parts.description[rng.choice(["padding", "info", text])] = text
+    elif kind == 2:
+        topology = parts.description["topology"]
+        topology[rng.choice([*topology, text])] = rng.choice([text, [text] * 4])
+    elif kind == 3:
+        name = rng.choice(list(parts.tensors))
+        parts.tensors[rng.choice([text, f"{text}.score", f"{name}{text}"])] = parts.tensors[name]
+    elif kind == 4:
+        return parts.pack(text)
+    else:
+        parts.description["info"] = {"criterion": text, text: [text, {text: math.inf}]}
+    return parts.pack()
+
+
+def twice(data: bytes, rng: random.Random) -> bytes:
+    """A key that is there twice, in the header or in the description: readers would disagree."""
+    parts = Parts(data)
+    text = json.dumps(parts.description)
+    if rng.random() < 0.5:
+        key = rng.choice(["padding", "info", "topology", "note"])
+        return parts.pack(text[:-1] + f', "{key}": {json.dumps(parts.description.get(key))}}}')
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    key = rng.choice(list(header))
+    again = f"{data[8:end].decode().rstrip()[:-1]},{json.dumps(key)}:{json.dumps(header[key])}}}"
+    return prefixed(again.encode(), data[end:])
+
+
+COSTLY = ["[],", "{},", "[[]],", '{"a":{}},', "1e9,", '"",', "[[[[[[[[]]]]]]]],", "null,"]
+
+
+def costly(data: bytes, rng: random.Random) -> bytes:
+    """Notes and headers around the bounds, of what takes the most memory for its length."""
+    parts, item = Parts(data), rng.choice(COSTLY).encode()
+    sizes = [2_000, 20_000, 50_000] * 4 + [10**6, 2**20, 2_300_000]
+    items = b"[" + item * (rng.choice(sizes) // len(item)) + b"0]"
+    text = json.dumps(parts.description)[:-1] + ', "more": '
+    kind = rng.randrange(4)
+    if kind == 0:
+        return parts.pack(text + items.decode() + "}")
+    if kind == 1:
+        room = DESCRIPTION - len(text) - 3
+        return parts.pack(f'{text}"{"x" * (room + rng.choice([-1, 0, 1]))}"}}')
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    if kind == 2:
+        entry = b',"more":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":' + items + b"}}"
+        return prefixed(data[8:end].rstrip()[:-1] + entry, data[end:])
+    return data + bytes(rng.choice([10**5, 10**5, 10**5, 16 * 2**20]))
+
+
 def missing_parts(data: bytes, rng: random.Random) -> bytes:
     """Without some tensors: an orphaned constant is refused, fewer sites are another valid file."""
     parts = Parts(data)
@@ -343,6 +409,9 @@ KINDS: dict[str, Mutation] = {
         wrong_description,
         broken_description,
         wrong_metadata,
+        hostile_text,
+        twice,
+        costly,
         missing_parts,
         other_values,
         another_kind,
@@ -383,7 +452,7 @@ def as_text(value: Any) -> str:
 
 
 def independently_read(data: bytes) -> Contents | None:
-    """What a valid gate file holds, by the format's description in docs/gate_file.md; None: not valid."""
+    """What a valid gate file holds, by docs/gate_file.md; None: not valid."""
     try:
         return _read(data)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
@@ -394,9 +463,16 @@ def _read(data: bytes) -> Contents | None:
     end = 8 + struct.unpack("<Q", data[:8])[0]
     if end > len(data):
         return None
-    header = json.loads(data[8:end].decode())
+    if end > 8 + HEADER:
+        return None
+    header = json.loads(data[8:end].decode(), object_pairs_hook=every_key_once)
+    json.dumps(header, ensure_ascii=False).encode()  # no half of a surrogate pair
     metadata, body = header.pop("__metadata__"), data[end:]
-    description = json.loads(metadata["gates"])
+    if len(metadata["gates"].encode()) > DESCRIPTION:
+        return None
+    description = json.loads(metadata["gates"], object_pairs_hook=every_key_once)
+    if depth(description) > DEPTH:
+        return None
     topology, info = description["topology"], description["info"]
     if (metadata["format"], metadata["version"]) != ("ldcp.gates", "1"):
         return None
@@ -433,6 +509,20 @@ def _read(data: bytes) -> Contents | None:
     return description["padding"], as_text(kept), as_text(info), raw
 
 
+def every_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key is there twice")
+    return dict(pairs)
+
+
+def depth(value: Any) -> int:
+    """How many lists and objects lie in one another."""
+    if not isinstance(value, (dict, list)):
+        return 0
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max((depth(item) for item in inner), default=0)
+
+
 def has_16_channels(site: str, layers: int) -> bool:
     """Whether a convolution of the two deepest levels, the only ones this wide, has this name."""
     stages = r"(down_blocks\.[23]|mid_block|up_blocks\.[01])"
@@ -462,24 +552,24 @@ def plain_topology(topology: dict[str, Any]) -> bool:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def judge(path: Path, data: bytes, known: list[Contents | None]) -> str:
-    """What became of one file; raises when that is not right."""
+def judge(path: Path, data: bytes, known: list[Contents | None]) -> tuple[str, int]:
+    """What became of one file, and the length of the message; raises when that is not right."""
     path.write_bytes(data)
     try:
         found = contents(load_gates(path))
     except GateFileError as error:
-        message = str(error).replace(str(path), "")
-        if not str(error).startswith(f"{path}: ") or len(message) > MESSAGE:
-            raise AssertionError(
-                f"a refusal of {len(message)} characters: {error}"[:500]
-            ) from error
+        message = str(error)
+        if not message.startswith(f"{path}: ") or len(message) > MESSAGE:
+            raise AssertionError(f"a refusal of {len(message)} characters: {message!r}") from error
+        if not message.isprintable():
+            raise AssertionError(f"a refusal that is not printable: {message!r}") from error
         if independently_read(data) is not None:
             raise AssertionError(f"a valid file was refused: {error}"[:500]) from error
-        return "refused"
+        return "refused", len(message)
     expected = independently_read(data)
     if found != expected:
         raise AssertionError(f"taken for something else: {found}, {expected}"[:2000])
-    return "same" if found in known else "another valid file"
+    return "same" if found in known else "another valid file", 0
 
 
 def main(count: int, folder: Path) -> None:
@@ -487,18 +577,26 @@ def main(count: int, folder: Path) -> None:
     import signal
 
     known = [independently_read(data) for data in originals()]
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    pages = [int(found) for found in Path("/proc/self/statm").read_text().split()[:2]]
+    used, resident = (count * resource.getpagesize() for count in pages)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     counts: Counter[str] = Counter()
+    longest, start = 0, time.monotonic()
     path = folder / "gates.safetensors"
     for number, data in enumerate(files(count)):
-        signal.alarm(SECONDS)  # ends the process, also inside a library
+        # of computing, whatever else the machine does; ends the process, also inside a library
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
-            counts[judge(path, data, known)] += 1
+            verdict, length = judge(path, data, known)
         except BaseException as error:
             kind = list(KINDS)[number % len(KINDS)]
             raise SystemExit(f"file {number} ({kind}): {error!r}") from error
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        counts[verdict] += 1
+        longest = max(longest, length)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
+    print(f"{grown / 2**20:.0f} MiB more at the peak, {longest} characters in the longest message,")
+    print(f"{time.monotonic() - start:.0f} seconds")
     print(json.dumps(counts))
 
 

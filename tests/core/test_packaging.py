@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,47 @@ def test_a_release_is_a_new_version_and_never_one_with_placeholders(tmp_path: Pa
         assert code == 1 and "PublisherId is empty" in message and "placeholder" in message
 
 
+#: the first versions without the holes that pyproject.toml names
+SAFE = {
+    "torch": (2, 13),
+    "pillow": (13, 0),
+    "fsspec": (2026, 6),
+    "pyarrow": (23, 0, 1),
+    "diffusers": (0, 38),
+    "transformers": (5, 10),
+    "datasets": (5, 2),
+    "tqdm": (4, 66, 3),
+    "pytest": (9, 0, 3),
+}
+
+
+def test_no_version_with_a_published_hole_is_allowed_nor_one_above_what_is_tested(
+    pyproject: dict[str, Any],
+) -> None:
+    def number(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
+
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = {n: number(v) for n, _, v in (line.partition("==") for line in lines) if v}
+    extras = pyproject["project"]["optional-dependencies"].values()
+    wanted = [line.partition(">=") for lines in extras for line in lines if "ldcp[" not in line]
+    floors = {name: number(version) for name, _, version in wanted}
+    assert {name: floors[name] for name in SAFE if floors[name] < SAFE[name]} == {}
+    assert SAFE.keys() <= tested.keys()
+    assert {name for name in floors.keys() & tested.keys() if floors[name] > tested[name]} == set()
+
+
+def test_the_origin_of_every_asset_is_stated() -> None:
+    text = (ROOT / "ASSETS.md").read_text(encoding="utf-8")
+    stated = [*re.findall(r"`([^`]+)`", "".join(re.findall(r"(?m)^\|(.*?)\|", text)))]
+    files = {file for pattern in stated for file in ROOT.glob(pattern)}
+    kinds = {".png", ".svg", ".gz", ".safetensors", ".json", ".jsonl", ".txt"}
+    folders = ("locales", "nodes", "tests/core", "training", "workflows")
+    assets = {f for name in folders for f in (ROOT / name).rglob("*") if f.suffix in kinds}
+    missing = [f for f in assets if not files & {f, *f.parents}]
+    assert len(assets) > 290 and missing == []
+
+
 def test_the_changelog_knows_the_version(pyproject: dict[str, Any]) -> None:
     version = pyproject["project"]["version"]
     assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -128,6 +170,14 @@ def test_the_workflows_of_the_forge_can_be_read(name: str) -> None:
         publish = steps[-1]
         assert publish["uses"].startswith("Comfy-Org/publish-node-action@")
         assert publish["if"] == "steps.release.outputs.publish == 'true'"
+
+
+def test_actions_of_others_are_pinned_by_commit() -> None:
+    workflows = [*(ROOT / ".github" / "workflows").glob("*.yml")]
+    used = [re.findall(r"uses:\s*(\S+)", file.read_text(encoding="utf-8")) for file in workflows]
+    assert all(used) and len(used) == 2
+    loose = [name for names in used for name in names if not re.search(r"@[0-9a-f]{40}$", name)]
+    assert loose == []
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:

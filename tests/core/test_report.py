@@ -37,6 +37,7 @@ class Run:
     full_bytes: int = 100 * 2**20
     resident_bytes: int = 64 * 2**20
     kept_full: str = ""
+    sampled: bool = True
 
 
 def layer(kept, padding="zero", topology=SMALL, schedule=None):
@@ -154,14 +155,19 @@ def test_a_site_the_unet_lacks_is_refused():
             ["no step of 20 ran pruned (0 of 20 evaluations)"],
         ),
         (
-            Run(None, set(), 3, 2, "cpu", 1024, 1024),
+            Run(None, set(), 3, 2, "cpu", 1024, 1024, sampled=False),
             [
                 "2 of 3 evaluations ran pruned, without a sampler",
                 "gated layers on cpu: 1.0 KiB in full, 1.0 KiB resident (the same)",
             ],
         ),
+        (
+            Run(None, set(), 0, 0, "", 0, 0),
+            ["sampled, but the model was never asked: nothing was pruned"],
+        ),
+        (Run(None, set(), 3, 0, "", 0, 0), ["0 of 3 evaluations ran pruned"]),
     ],
-    ids=["less", "more", "none", "no sampler"],
+    ids=["less", "more", "none", "no sampler", "never asked", "no schedule"],
 )
 def test_a_run_is_described_as_it_was(run, lines):
     found = build_report([layer({CONV2: 64})], SMALL, run=run)

@@ -18,7 +18,7 @@ What is pruned is made important (its rows and columns of conv2 are large) so th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -28,6 +28,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from ldcp_core import (
     PADDINGS,
@@ -58,6 +59,13 @@ thorough = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_derivatives() -> Iterator[None]:
+    """As models are sampled; where a derivative may be asked for, less is written in place."""
+    with torch.no_grad():
+        yield
 
 
 # --- hosts ----------------------------------------------------------------------------------------
@@ -461,6 +469,19 @@ def test_weights_too_large_for_one_piece_give_the_same(
     assert rows == [16, 16]  # three pieces of 11 rows, rounded up to a multiple of 8
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_one_block_runs_on_maps_of_several_sizes_and_types(padding: Padding) -> None:
+    case = make_case(19, inner=torch.arange(8) % 3 > 0, padding=padding)
+    block = case.block.to(torch.float32)
+    compact = CompactResBlock(case.gate, block.first, block.second)
+    for size in ((4, 4), (7, 5), (5, 7), (4, 4)):
+        x, emb = torch.randn(2, 8, *size), torch.randn(2, 8)
+        expected = block.masked(x, emb, case.gate)
+        assert deviation(compact(block, x, emb), expected, torch.float32) <= 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert deviation(compact(block, x, emb), expected, torch.bfloat16) <= 2e-2
+
+
 def test_the_rules_agree_inside_and_differ_at_the_border() -> None:
     """A 3x3 window at least one position away from the border never sees the padding."""
     keep = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0]).bool()
@@ -685,6 +706,92 @@ def test_masked_and_compact_agree_with_explicit_loops(data: st.DataObject) -> No
     assert deviation(case.run("compact"), truth, torch.float64) < 1e-5
 
 
+# --- where it runs --------------------------------------------------------------------------------
+
+
+def one_pass(maps: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`torch.batch_norm_stats`, which only GPUs have, by its meaning: float32 per channel."""
+    assert maps.dim() == 4 and maps.shape[0] == 1 and maps.is_contiguous() and eps > 0
+    variance, mean = torch.var_mean(maps.float(), (0, 2, 3), correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+@thorough
+@given(cases([torch.float32, *HALF]))
+def test_the_moments_of_a_gpu_give_the_same(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldcp_core.groupnorm.GPU", ("cpu",))
+        patch.setattr(torch, "batch_norm_stats", one_pass)
+        assert_compact_equals_masked(case)
+
+
+@settings(thorough, max_examples=50)
+@given(cases(), st.booleans())
+def test_with_derivatives_or_on_another_device_it_is_the_same(case: Case, other: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if other:
+            patch.setattr("ldcp_core.groupnorm._may_overwrite", lambda h: False)
+            assert_compact_equals_masked(case)
+        else:
+            with torch.enable_grad():
+                assert_compact_equals_masked(case)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("size", [(4, 4), (1, 1)])
+def test_the_derivative_is_that_of_the_masked_reference(
+    size: tuple[int, int], folds: bool, padding: Padding
+) -> None:
+    keep = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0]).bool()
+    case = make_case(
+        47, size=size, inner=keep, residual=keep.flip(0), padding=padding, folds=folds,
+        dtype=torch.float64,
+    )  # fmt: skip
+    case.block.conv = torch_conv if folds else circular_conv
+    found = []
+    for how in (case.block.compact, case.block.masked):
+        x, emb = case.x.clone().requires_grad_(), case.emb.clone().requires_grad_()
+        with torch.enable_grad():
+            y = how(x, emb, case.gate)
+            found.append(torch.autograd.grad((y * y.detach().cos()).sum(), (x, emb)))
+    for compact, masked in zip(*found, strict=True):
+        assert torch.allclose(compact, masked, rtol=1e-4, atol=1e-4 * float(masked.abs().max()))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("residual", [True, False])
+def test_autocast_computes_the_convolutions_in_half_precision(
+    residual: bool, padding: Padding
+) -> None:
+    keep = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0]).bool()
+    case = make_case(
+        53, size=(7, 5), inner=keep, residual=keep.flip(0) if residual else None, padding=padding
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        compact, masked = case.run("compact"), case.run("masked")
+    assert compact.dtype == masked.dtype and compact.shape == masked.shape
+    case.dtype = torch.bfloat16
+    assert_half_equals_masked(case, compact, masked)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("folds", [True, False])
+def test_torch_compile_takes_it_whole_and_once(folds: bool, padding: Padding) -> None:
+    keep = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0]).bool()
+    case = make_case(59, size=(7, 5), inner=keep, residual=keep.flip(0), padding=padding)
+    case.block, x, emb = case.block.to(torch.float32), case.x.float(), case.emb.float()
+    compact = CompactResBlock(case.gate, case.block.first, case.block.second, folds=folds)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(lambda x, emb: compact(case.block, x, emb), backend=graphs, fullgraph=True)
+    eager = compact(case.block, x, emb)
+    for _ in range(2):
+        assert deviation(run(x, emb), eager, torch.float32) <= 1e-6
+        assert deviation(compact(case.block, x, emb), eager, torch.float32) == 0
+    assert graphs.frame_count == 1
+
+
 # --- what is held ---------------------------------------------------------------------------------
 
 
@@ -748,7 +855,8 @@ def test_the_mask_passes_its_gradient_to_the_gate() -> None:
     """d/dm of m·h + (1 − m)·μ is h − μ, summed over the map."""
     mask = torch.tensor([1.0, 0.0], requires_grad=True)
     h = torch.arange(8.0).view(1, 2, 2, 2)
-    SoftGate(mask, torch.tensor([0.5, 2.0]))(h).sum().backward()
+    with torch.enable_grad():
+        SoftGate(mask, torch.tensor([0.5, 2.0]))(h).sum().backward()
     # channel 0: (0 + 1 + 2 + 3) − 4 · 0.5 = 4; channel 1: (4 + 5 + 6 + 7) − 4 · 2 = 14
     assert mask.grad is not None and mask.grad.tolist() == [4.0, 14.0]
 

@@ -52,6 +52,18 @@ def test_step_ranges_are_read(text: str, ranges: tuple[StepRange, ...]) -> None:
     assert Schedule.steps(text).ranges == ranges
 
 
+@pytest.mark.parametrize("text", ["x" * 9_000, "1," * 10**6, "9" * 400, "\x1b[2J"])
+def test_a_text_that_cannot_be_meant_is_not_echoed_at_length(text: str) -> None:
+    with pytest.raises(ScheduleError, match="write .*such as '0-4, 10-19'") as error:
+        Schedule.steps(text)
+    assert len(str(error.value)) < 250 and str(error.value).isprintable()
+
+
+def test_of_many_ranges_the_text_names_the_first() -> None:
+    many = Schedule.steps(",".join(map(str, range(0, 1000, 2))))
+    assert str(many) == "steps 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 488 more"
+
+
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
 def test_no_text_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ScheduleError, match="empty.*'0-4, 10-19'.*unconnected"):

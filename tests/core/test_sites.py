@@ -141,11 +141,41 @@ def test_every_named_scope_is_a_scope() -> None:
 
 
 @pytest.mark.parametrize(
-    "scope", ["sides", "", "mid+sides", "mid,up", "mid_block.resnets.2.conv1", "mid_block.*,x.*"]
+    "scope", ["sides", "", "mid+sides", '""', "mid_block.resnets.2.conv1", "mid_block.*,x.*"]
 )
 def test_an_unknown_scope_names_itself_and_what_there_is(scope: str) -> None:
     with pytest.raises(ValueError, match="unknown scope or site '.*'; a scope is mid, up"):
         SD15.sites(scope)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("mid, up", "mid+up"),
+        ("mid,up,", "mid+up"),
+        ("mid up", "mid+up"),
+        ("MID", "mid"),
+        ('"mid"', "mid"),
+        ("'mid' + 'ff'", "mid+ff"),
+        ("\u201cmid\u201d", "mid"),
+        ("mid, ff", "mid+ff"),
+        ("Mid_Block.Resnets.0.Conv1;\n", "mid_block.resnets.0.conv1"),
+    ],
+)
+def test_a_scope_may_be_written_as_people_write_lists(typed: str, meant: str) -> None:
+    assert SD15.sites(typed) == SD15.sites(meant)
+
+
+def test_a_scope_may_hold_parts_and_names() -> None:
+    names = [site.name for site in SD15.sites("mid, up_blocks.0.resnets.0.conv1")]
+    assert names == [*(s.name for s in SD15.sites("mid")), "up_blocks.0.resnets.0.conv1"]
+
+
+@pytest.mark.parametrize("scope", ["x" * 10**6, "x" * 9_000, "mid," * 10**6, "\x1b[2J"])
+def test_a_scope_is_not_echoed_at_length_nor_with_control_characters(scope: str) -> None:
+    with pytest.raises(ValueError, match="a scope is mid, up") as error:
+        SD15.sites(scope)
+    assert len(str(error.value)) < 400 and str(error.value).isprintable()
 
 
 def test_the_blocks_and_sites_of_each_other() -> None:

@@ -100,6 +100,40 @@ TITLE = """([type, number]) => {
             box.y + (node.pos[1] + offset[1] - 15) * scale];
 }"""
 
+#: turns Nodes 2.0 on or off; whether the page has them (an older frontend hides what it began)
+NODES_2 = """async ([on]) => {
+    const name = "Comfy.VueNodes.Enabled";
+    if (window.app.ui.settings.settingsLookup[name]?.type === "hidden") return !on;
+    await window.app.extensionManager.setting.set(name, on);
+    return true;
+}"""
+
+#: for every node the id, and the room it takes in the graph: left, top, right, bottom
+ROOM = """() => window.app.graph.nodes.map(node => {
+    const {scale} = window.app.canvas.ds, drawn = document.querySelector(
+        `[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+    const [x, y] = node.pos;
+    if (drawn && window.LiteGraph.vueNodesMode)
+        return [node.id, x, y - 30, x + drawn.width / scale, y - 30 + drawn.height / scale];
+    return [node.id, x, y - 30, x + node.size[0], y + node.size[1]];
+})"""
+
+#: the lines that a node's text is drawn in, and by how many pixels they are cut off
+TEXT = """([start]) => {
+    const has = element => element.innerText?.trim().startsWith(start);
+    const found = [...document.querySelectorAll("body div, body p, body span")].filter(has).at(-1);
+    if (!found) return null;
+    const range = document.createRange();
+    range.selectNodeContents(found);
+    const bottom = range.getBoundingClientRect().bottom;
+    const frame = found.closest(".dom-widget, [data-node-id]");
+    let cut = 0;
+    for (let part = found; part !== frame.parentElement; part = part.parentElement)
+        if (part === frame || getComputedStyle(part).overflowY !== "visible")
+            cut = Math.max(cut, bottom - part.getBoundingClientRect().bottom);
+    return {lines: found.innerText.trim().split(/\\n+/), cut};
+}"""
+
 #: a mark of an error stays on a node until the next run that is accepted
 FORGIVE = """() => {
     window.app.lastNodeErrors = null;
@@ -171,6 +205,22 @@ class Browser:
         """Set widgets of all nodes of a class."""
         for number in range([n["type"] for n in self.state()["nodes"]].count(node_type)):
             self.set_widgets(node_type, number, **values)
+
+    def use_nodes_2(self, on: bool) -> bool:
+        """Draw nodes as Nodes 2.0 or in the classic canvas; False where the page cannot."""
+        return self.page.evaluate(NODES_2, [on])
+
+    def room(self) -> list[list[float]]:
+        """For every node its id, and left, top, right and bottom of what it takes in the graph."""
+        self.page.evaluate(FIT)
+        self.page.wait_for_timeout(700)
+        return self.page.evaluate(ROOM)
+
+    def text(self, start: str) -> dict[str, Any]:
+        """The lines of the text that begins so, as drawn, and by how many pixels they are cut."""
+        self.page.evaluate(FIT)
+        self.page.wait_for_timeout(700)
+        return self.page.evaluate(TEXT, [start])
 
     def add(self, node_type: str) -> None:
         """Empty the canvas, and put one node on it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import socket
 import struct
@@ -37,7 +38,7 @@ class Failed(Exception):
 class Result:
     #: prefix of the file name -> content of the image or latent
     files: dict[str, bytes] = field(default_factory=dict)
-    #: node id -> the line shown on it
+    #: node id -> what it shows at the end
     status: dict[str, str] = field(default_factory=dict)
 
 
@@ -152,7 +153,9 @@ async def follow(events: aiohttp.ClientWebSocketResponse, prompt_id: str, result
             kind, length = struct.unpack(">II", event.data[:8])
             if kind == TEXT_EVENT:
                 node, line = event.data[8 : 8 + length], event.data[8 + length :]
-                result.status[node.decode()] = line.decode()
+                # as both frontends draw it: line breaks and references undone
+                shown = html.unescape(line.decode()).replace("  \n", "\n")
+                result.status[node.decode()] = shown
             continue
         message = event.json()
         if message["data"].get("prompt_id") != prompt_id:

@@ -46,7 +46,7 @@ def comfy(comfyui_path, report_note):
         pytest.skip(message)
     assert asyncio.run(nodes.load_custom_node(str(REPOSITORY)))
     pack = str(REPOSITORY).replace(".", "_x_")  # the name that ComfyUI gives it
-    parts = ("sites", "blocks", "patch", "identity", "schema")
+    parts = ("sites", "blocks", "patch", "identity", "schema", "display", "queued")
     parts = (*parts, "load_node", "schedule_node", "apply_node")
     return SimpleNamespace(
         root=comfy,

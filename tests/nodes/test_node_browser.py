@@ -8,6 +8,7 @@ had never run anything else. ``LDCP_TEST_PICTURES`` names a folder to keep the s
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -52,8 +53,8 @@ def expected(start):
     """Name -> pixels of the basic workflow on a fresh server, asked without a browser."""
     changes = {
         "pruned": {},
-        "nothing pruned": {APPLY: {"sparsity": 0.0}},
-        "80%": {APPLY: {"sparsity": 0.8}},
+        "nothing pruned": {APPLY: {"sparsity": 0.0, "channels": "a share"}},
+        "80%": {APPLY: {"sparsity": 0.8, "channels": "a share"}},
         "two steps": {"KSampler": {"steps": 2}},
     }
     found = {}
@@ -84,6 +85,7 @@ def server(start):
 @pytest.fixture
 def page(server):
     with browser.Browser(server) as opened:
+        opened.use_nodes_2(False)
         yield opened
 
 
@@ -107,6 +109,15 @@ def make_small(page, steps=1):
     page.set_all("EmptyLatentImage", width=PIXELS, height=PIXELS)
     page.set_all("KSampler", steps=steps)
     page.set_all("LDCPCalibrateGates", steps=steps)
+
+
+def apart(page):
+    """No node lies on another one."""
+    boxes = page.room()
+    for i, (one, left, top, right, bottom) in enumerate(boxes):
+        for other, x0, y0, x1, y1 in boxes[:i]:
+            separate = right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
+            assert separate, f"nodes {one} and {other} overlap: {boxes}"
 
 
 def in_order(state):
@@ -147,11 +158,11 @@ def test_what_happens_between_two_runs_does_not_show_in_the_images(expected, pag
     assert mode() == 0
     assert difference(queued(), expected["pruned"]) == 0
 
-    page.set_widgets(APPLY, sparsity=0.8)
+    page.set_widgets(APPLY, sparsity=0.8, channels="a share")
     assert difference(queued(), expected["80%"]) == 0
     page.set_widgets(APPLY, sparsity=0.0)
     assert difference(queued(), expected["nothing pruned"]) == 0
-    page.set_widgets(APPLY, sparsity=-1)
+    page.set_widgets(APPLY, channels="as learned")
     assert difference(queued(), expected["pruned"]) == 0
 
     page.set_widgets("KSampler", steps=2)
@@ -203,6 +214,7 @@ def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep
     make_small(page)
     run = page.queue()
     in_order(page.state())
+    apart(page)
     saved = [n for n in workflow["nodes"] if n["type"] == "SaveImage"]
     images = page.images(run)
     for node in saved:
@@ -211,12 +223,60 @@ def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep
     if "LDCP_TEST_PICTURES" in os.environ:
         for own in {n["type"] for n in state["nodes"] if n["type"].startswith("LDCP")}:
             keep(page, own, own)
+    if page.use_nodes_2(True):
+        apart(page)
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+def test_every_line_on_a_node_is_seen_also_what_the_run_noticed(page, keep, nodes_2):
+    if not page.use_nodes_2(nodes_2):
+        pytest.skip("this frontend has no Nodes 2.0")
+    page.drop(ui_workflow.FOLDER / "ldcp_step_schedule.json")
+    make_small(page, steps=2)
+    page.set_widgets("LDCPStepSchedule", steps="0, 99")
+    page.set_all("KSampler", seed=int(nodes_2))  # Apply may be cached; a run is not
+    page.queue()
+    text = page.text("4 sites")
+    assert [line.split(" ", 2)[:2] for line in text["lines"][:2]] == [
+        ["4", "sites,"],
+        ["113.8", "MiB"],
+    ]
+    assert text["lines"][2:] == [
+        "steps 0, 99",
+        "this run has 2 steps (0 to 1); the range 99 lies past the last one and prunes nothing",
+    ]
+    assert text["cut"] <= 1
+    apart(page)
+    keep(page, f"notes_{'nodes_2' if nodes_2 else 'classic'}")
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+def test_a_workflow_without_channels_opens_as_it_was_meant(page, tmp_path, nodes_2):
+    if not page.use_nodes_2(nodes_2):
+        pytest.skip("this frontend has no Nodes 2.0")
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_basic.json")
+    (apply,) = (node for node in workflow["nodes"] if node["type"] == APPLY)
+    for saved, sparsity, channels in (
+        ([-1, "auto", ""], 0.3, "as learned"),
+        ([0.5, "keep", "mid"], 0.5, "a share"),
+        # ComfyUI 0.3.64 saves what the node shows as if it were a widget
+        ([-1, "auto", "", "4 sites, 50.0% pruned"], 0.3, "as learned"),
+        ([0, "auto", "", "4 sites, 0.0% pruned"], 0, "a share"),
+        ([0.5, "auto", "", "as learned"], 0.5, "as learned"),
+    ):
+        apply["widgets_values"] = saved
+        path = tmp_path / "old.json"
+        path.write_text(json.dumps(workflow), encoding="utf-8")
+        page.drop(path)
+        (opened,) = (n["widgets"] for n in page.state()["nodes"] if n["type"] == APPLY)
+        rest = dict(zip(("full_weights", "sites"), saved[1:3], strict=True))
+        assert opened == {"sparsity": sparsity, **rest, "channels": channels}
 
 
 def test_a_refusal_reaches_the_user(page):
     page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
-    page.set_widgets(APPLY, sparsity=-0.5)
-    with pytest.raises(RuntimeError, match="-1 prunes as learned"):
+    page.set_widgets(APPLY, sparsity=-0.5, channels="a share")
+    with pytest.raises(RuntimeError, match="sparsity -0.5 is outside 0.0 to 1.0"):
         page.queue()
 
 

@@ -168,7 +168,7 @@ def test_the_node_shows_what_came_out(comfy, model, estimate, shown, monkeypatch
     node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPEstimateGates"]
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
     estimate(model, "l2", 0.3, "per layer")
-    text = "4 sites, 31.2% pruned (30.0% requested)\nl2, per layer, rule 'zero'"
+    text = "4 sites, 31.2% pruned (30.0% requested)  \nl2, per layer, rule 'zero'"
     assert shown == [(text, "7", "browser")]
 
 
@@ -359,6 +359,19 @@ def test_a_name_taken_at_the_last_moment_is_left_alone(make_gates, folder, save,
     assert (folder / "gates_00001.safetensors").read_text() == "of another ComfyUI"
 
 
+def test_a_name_is_there_when_the_file_is_whole(comfy, make_gates, folder, save, monkeypatch):
+    """A kill at any earlier moment leaves nothing that the dropdown offers."""
+    load, sync, seen = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"], os.fsync, []
+
+    def spy(file):
+        seen.append(load.INPUT_TYPES()["required"]["gates_name"][1]["options"])
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    assert save(make_gates()) == ["gates_00001.safetensors"]
+    assert seen == [[]]
+
+
 @pytest.mark.parametrize(
     ("prefix", "reason"),
     [
@@ -379,6 +392,10 @@ def test_a_name_taken_at_the_last_moment_is_left_alone(make_gates, folder, save,
         ("a\nb", "it contains '\\n'"),
         ("a\0b", "it contains '\\x00'"),
         ("a\ud800b", "it contains '\\ud800'"),
+        ("a\x9b31mb", "it contains '\\x9b'"),
+        ("a\u202egnp.b", "it contains '\\u202e'"),
+        pytest.param("x" * 20_000_000, "it has 20,000,000 characters", id="20 MB"),
+        pytest.param("nul." + "x\n" * 400, "it contains '\\n'", id="many lines"),
         ("...", "ends with a dot or a space"),
         ("dir /gates", "ends with a dot or a space"),
         ("nul/gates", "'nul' is the name of a device"),
@@ -389,13 +406,16 @@ def test_a_name_taken_at_the_last_moment_is_left_alone(make_gates, folder, save,
 def test_a_prefix_that_leads_elsewhere_is_refused(comfy, make_gates, folder, save, prefix, reason):
     message = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPSaveGates"].validate_inputs(prefix)
     assert reason in message and "write a name such as 'gates'" in message
+    assert message.isprintable() and len(message) <= 500
     with pytest.raises(ValueError) as error:  # also where the prefix comes from another node
         save(make_gates(), prefix)
     assert str(error.value) == message
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("prefix", ["gates", "a b/c.d", "门控", "console", "sub\\gates", None])
+@pytest.mark.parametrize(
+    "prefix", ["gates", "a b/c.d", "门控\u3000一", "console", "sub\\gates", None]
+)
 def test_other_prefixes_pass(comfy, prefix):
     assert comfy.nodes.NODE_CLASS_MAPPINGS["LDCPSaveGates"].validate_inputs(prefix) is True
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import logging
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ NODE_IDS = [
     "LDCPCalibrateGates",
     "LDCPSaveGates",
 ]
+APPLY = "LDCPApplyDynamicPruning"
 
 
 @pytest.fixture
@@ -149,6 +152,70 @@ def test_a_file_trained_again_is_read_again(comfy, make_gates, folder):
     assert node.fingerprint_inputs("a.safetensors") != before
 
 
+def test_another_file_of_equal_size_and_time_is_read_again(comfy, make_gates, folder):
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+    found = set()
+    for seed in (1, 2):
+        comfy.core.save_gates(make_gates(seed=seed), folder / "a.safetensors")
+        os.utime(folder / "a.safetensors", ns=(1, 1))
+        found.add(node.fingerprint_inputs("a.safetensors"))
+    assert len(found) == 2 and len({p.stat().st_size for p in folder.iterdir()}) == 1
+
+
+def test_a_folder_that_is_gone_is_a_missing_file_and_not_an_exception(
+    comfy, make_gates, folder, monkeypatch
+):
+    import execution
+
+    gone, there = folder / "gone", folder / "there"
+    entry = ([str(gone), str(there)], comfy.load_node.EXTENSIONS)
+    monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "ldcp_gates", entry)
+    for path in (gone, there):
+        path.mkdir()
+        comfy.core.save_gates(make_gates(), path / f"{path.name}.safetensors")
+    load = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+
+    def offered():
+        return load.INPUT_TYPES()["required"]["gates_name"][1]["options"]
+
+    assert offered() == ["gone.safetensors", "there.safetensors"]
+    shutil.rmtree(gone)
+    graph = {
+        "1": {"class_type": "LDCPLoadGates", "inputs": {"gates_name": "gone.safetensors"}},
+        "2": {
+            "class_type": "LDCPSaveGates",
+            "inputs": {"gates": ["1", 0], "filename_prefix": "gates"},
+        },
+    }
+    valid, _, _, errors = asyncio.run(execution.validate_prompt("id", graph, None))
+    assert not valid and "no gate file 'gone.safetensors'" in str(errors)
+    assert "Exception" not in str(errors)
+    assert offered() == ["there.safetensors"]
+    comfy.nodes.NODE_CLASS_MAPPINGS["LDCPSaveGates"].execute(make_gates(), "gates")
+    assert offered() == ["gates_00001.safetensors", "there.safetensors"]
+
+
+def test_what_killed_savers_left_goes_when_the_pack_is_loaded(comfy, make_gates, folder):
+    left = folder / "portraits" / ".gates_00001.safetensors.0123abcd.ldcp"
+    left.parent.mkdir()
+    left.write_bytes(b"a part")
+    os.utime(left, (0, 0))
+    load = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+    assert load.INPUT_TYPES()["required"]["gates_name"][1]["options"] == []
+    comfy.load_node.register_folder()
+    assert not left.exists()
+
+
+def test_a_message_shows_names_as_a_line_and_not_all_of_them(comfy, folder):
+    odd = "a\x1b[31m\n\u202e" if os.name == "posix" else "a"
+    for number in range(50):
+        (folder / f"{odd}{number}{'b' * 150}.safetensors").touch()
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
+    message = node.validate_inputs(odd + "x" * 20_000_000)
+    assert message.isprintable() and len(message) < 3000
+    assert "and 40 more" in message
+
+
 def test_a_missing_file_is_named_before_the_run(comfy, folder):
     message = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"].validate_inputs("gone.safetensors")
     assert "no gate file 'gone.safetensors'" in message and str(folder) in message
@@ -228,59 +295,148 @@ def test_a_truncated_file_is_refused(comfy, make_gates, folder):
         comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"].execute("a.safetensors")
 
 
+class Sink:
+    """An output node of the old kind that takes anything."""
+
+    FUNCTION, RETURN_TYPES, OUTPUT_NODE = "run", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"anything": ("*",)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+
+@pytest.fixture
+def queue(comfy, monkeypatch):
+    """What ComfyUI answers before a run to a node with these widgets: its errors' details."""
+    import execution
+
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "TestSink", Sink)
+
+    def send(node_id, **widgets):
+        graph = {
+            "1": {"class_type": node_id, "inputs": widgets},
+            "2": {"class_type": "TestSink", "inputs": {"anything": ["1", 0]}},
+        }
+        comfy.queued.remember({"prompt": graph})  # as the server does
+        valid, _, _, errors = asyncio.run(execution.validate_prompt("id", graph, None))
+        found = [e["details"] for node in errors.values() for e in node["errors"]]
+        assert valid == (not found)
+        return found
+
+    yield send
+    comfy.queued.remember({})
+
+
+def queue_schedule(queue, mode="steps", steps="0-", start_percent=0.0, end_percent=1.0):
+    widgets = {"mode": mode, "steps": steps}
+    widgets |= {"start_percent": start_percent, "end_percent": end_percent}
+    return queue("LDCPStepSchedule", **widgets)
+
+
 @pytest.mark.parametrize(
     ("widgets", "message"),
     [
         (("steps", "", 0.0, 1.0), "the step ranges are empty"),
-        (("steps", "9-4", 0.0, 1.0), "is reversed: write '4-9'"),
-        (("steps", "1;2", 0.0, 1.0), "cannot read the step range"),
-        (("percent", "0-", 0.5, 0.5), "is empty"),
-        (("percent", "0-", 0.8, 0.2), "is reversed"),
-        (("sometimes", "0-", 0.0, 1.0), "choose one of steps, percent"),
+        (("steps", "9-4", 0.0, 1.0), "step range '9-4' is reversed: write '4-9'"),
+        (("steps", "0-4, 1;2", 0.0, 1.0), "cannot read the step range '1;2'"),
+        (("percent", "0-", 0.5, 0.5), "percent range 0.5 to 0.5 is empty"),
+        (("percent", "0-", 0.8, 0.2), "percent range 0.8 to 0.2 is reversed"),
+        (("percent", "0-", float("nan"), 0.2), "start_percent nan is outside 0.0 to 1.0"),
+        (("steps", "x" * 10**6, 0.0, 1.0), "step ranges of 1,000,000 characters"),
     ],
 )
-def test_a_range_that_cannot_be_meant_is_shown_before_the_run(comfy, widgets, message):
-    assert message in comfy.nodes.NODE_CLASS_MAPPINGS["LDCPStepSchedule"].validate_inputs(*widgets)
+def test_a_range_that_cannot_be_meant_is_refused_before_the_run_once(queue, widgets, message):
+    (found,) = queue_schedule(queue, *widgets)
+    assert message in found and len(found) < 300
 
 
-def test_comfyui_shows_the_message_when_the_graph_is_queued(comfy, monkeypatch):
-    import execution
-
-    class Sink:
-        FUNCTION, RETURN_TYPES, OUTPUT_NODE = "run", (), True
-
-        @classmethod
-        def INPUT_TYPES(cls):
-            return {"required": {"schedule": ("LDCP_SCHEDULE",)}}
-
-    def queue(steps):
-        widgets = {"mode": "steps", "steps": steps, "start_percent": 0.0, "end_percent": 1.0}
-        graph = {
-            "1": {"class_type": "LDCPStepSchedule", "inputs": widgets},
-            "2": {"class_type": "TestSink", "inputs": {"schedule": ["1", 0]}},
-        }
-        valid, _, _, errors = asyncio.run(execution.validate_prompt("id", graph, None))
-        return valid, str(errors)
-
-    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "TestSink", Sink)
-    assert queue("0-4, 7-") == (True, "{}")
-    valid, errors = queue("9-4")
-    assert not valid and "is reversed: write '4-9'" in errors
+def test_good_ranges_pass_and_the_unused_mode_is_not_judged(queue):
+    assert queue_schedule(queue, "steps", "0-4, 10-19, 25-", 0.9, 0.1) == []
+    assert queue_schedule(queue, "percent", "", 0.0, 0.6) == []
+    assert queue_schedule(queue, "percent", "typo", 0.0, 0.6) == []
 
 
-def test_good_ranges_pass_and_the_unused_mode_is_not_judged(comfy):
+def test_prompts_that_are_checked_at_once_do_not_mix(comfy, queue):
+    async def send(steps):
+        comfy.queued.remember({"prompt": {"1": {"inputs": {"steps": steps}}}})
+        await asyncio.sleep(0.01)
+        return comfy.queued.inputs_of("1")["steps"]
+
+    async def both():
+        return await asyncio.gather(send("a"), send("b"))
+
+    assert asyncio.run(both()) == ["a", "b"]
+
+
+def test_a_linked_value_is_judged_when_it_is_known(comfy):
     node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPStepSchedule"]
-    assert node.validate_inputs("steps", "0-4, 10-19, 25-", 0.9, 0.1) is True
-    assert node.validate_inputs("percent", "", 0.0, 0.6) is True
-    assert node.validate_inputs("steps", None, 0.0, 1.0) is True  # connected, not known yet
+    assert node.validate_inputs(None) is True  # what is not known yet
+    for widgets, message in (
+        (("steps", "9-4", 0.0, 1.0), "is reversed"),
+        (("steps", None, 0.0, 1.0), "steps is None"),
+        (("steps", 7, 0.0, 1.0), "steps is 7"),
+        (("sometimes", "0-", 0.0, 1.0), "mode is 'sometimes'; choose one of steps, percent"),
+        (("percent", "0-", "a", 1.0), "start_percent 'a' is outside"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            node.execute(*widgets)
 
 
-@pytest.mark.parametrize("sparsity", [-0.5, -0.01, -1.5, 1.1])
-def test_a_sparsity_without_meaning_is_refused(comfy, model, make_gates, apply, sparsity):
-    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPApplyDynamicPruning"]
-    assert "-1 prunes as learned" in node.validate_inputs(sparsity)
-    with pytest.raises(ValueError, match="-1 prunes as learned"):
+@pytest.mark.parametrize("sparsity", [-0.5, -0.01, -1.5, 1.1, float("nan")])
+def test_a_sparsity_without_meaning_is_refused_once(
+    comfy, model, make_gates, apply, queue, sparsity
+):
+    # its model and gates are missing as well, which ComfyUI says by itself
+    found = [text for text in queue(APPLY, sparsity=sparsity) if "sparsity" in text]
+    assert len(found) == 1 and f"sparsity {sparsity:g} is outside 0.0 to 1.0" in found[0]
+    with pytest.raises(ValueError, match="is outside 0.0 to 1.0"):
         apply(model, make_gates(), sparsity)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "message"),
+    [
+        ({"full_weights": "nothing"}, "full_weights is 'nothing'; choose one of auto, offload"),
+        ({"full_weights": None}, "full_weights is None"),
+        ({"full_weights": ["auto"]}, "full_weights is .'auto'."),
+        ({"channels": "all"}, "channels is 'all'; choose one of as learned, a share"),
+        ({"channels": "a share", "sparsity": "0.3"}, "sparsity '0.3' is outside"),
+        ({"channels": "a share", "sparsity": None}, "sparsity None is outside"),
+        ({"sites": 7}, "sites is 7; connect or write a text"),
+        ({"sites": "mid_block.resnets.1" + "x" * 10**6}, "a scope of 1,000,019 characters is none"),
+        ({"sites": "x" * 9_000}, "unknown scope or site"),
+    ],
+)
+def test_a_value_that_no_widget_offers_is_refused_and_not_echoed(
+    comfy, model, make_gates, widgets, message
+):
+    node = comfy.nodes.NODE_CLASS_MAPPINGS[APPLY]
+    with pytest.raises(ValueError, match=message) as error:
+        node.execute(model, make_gates(), **{"sparsity": 0.3, **widgets})
+    assert len(str(error.value)) < 400
+
+
+def test_as_learned_or_a_share_is_chosen_by_name_and_old_prompts_mean_what_they_meant(
+    comfy, model, make_gates
+):
+    def counts(**widgets):
+        node = comfy.nodes.NODE_CLASS_MAPPINGS[APPLY]
+        (patched,) = node.execute(model, gates, **widgets).args
+        (layer,) = comfy.patch.attached(patched).layers
+        return {site: int(keep.sum()) for site, keep in layer.keep_sets.items()}
+
+    gates = make_gates()
+    learned = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
+    share = {site: int(keep.sum()) for site, keep in gates.keep_sets_at(0.25).items()}
+    assert learned != share
+    assert counts(sparsity=0.25, channels="as learned") == learned
+    assert counts(sparsity=0.25, channels="a share") == share
+    assert counts(sparsity=-1.0) == learned and counts(sparsity=0.25) == share  # an old prompt
+    assert counts(sparsity=-1.0, channels="a share") == learned  # its sparsity came over a link
 
 
 def test_the_default_prunes_as_learned_and_zero_nothing(model, make_gates, apply, sample):
@@ -290,24 +446,86 @@ def test_the_default_prunes_as_learned_and_zero_nothing(model, make_gates, apply
     assert not torch.equal(learned, plain) and not torch.equal(learned, half)
 
 
-def test_the_status_counts_what_is_saved(comfy, model, make_gates, apply, monkeypatch):
+@pytest.fixture
+def screen(comfy, monkeypatch):
+    """What nodes show on a server: (lines, node, client), the latest last; Apply has the id 7."""
     shown = []
-    server = SimpleNamespace(
-        client_id="browser", send_progress_text=lambda *message: shown.append(message)
-    )
+
+    def send(text, *where):
+        shown.append((html.unescape(text).split("  \n"), *where))
+
+    server = SimpleNamespace(client_id="browser", last_prompt_id="a", send_progress_text=send)
     fake = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
     monkeypatch.setitem(sys.modules, "server", fake)
-    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPApplyDynamicPruning"]
+    node = comfy.nodes.NODE_CLASS_MAPPINGS[APPLY]
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
+    return SimpleNamespace(shown=shown, server=server)
+
+
+def test_the_status_counts_what_is_saved(comfy, model, make_gates, screen):
+    node = comfy.nodes.NODE_CLASS_MAPPINGS[APPLY]
     schedule = comfy.core.Schedule.steps("0-4")
     node.execute(model, make_gates(["mid_block.resnets.0.conv2"]), 0.3, schedule)
-    ((text, node_id, client),) = shown
+    ((lines, node_id, client),) = screen.shown
     assert (node_id, client) == ("7", "browser")
     # 128 channels at 30%: keep round(89.6) = 90, aligned to 88, so 40 = 31.25% pruned. Each row is
     # 9 * 128 weights and a bias, of which a constant stays: 40 * 1152 * 4 bytes = 0.18 MiB
-    assert text == (
-        "1 site, 31.2% pruned (30.0% requested)\n0.2 MiB of weights left out (counted)\nsteps 0-4"
-    )
+    assert lines == [
+        "1 site, 31.2% pruned (30.0% requested)",
+        "0.2 MiB of weights left out (counted)",
+        "steps 0-4",
+    ]
+
+
+def test_a_range_past_the_end_is_said_on_the_node_after_the_run(
+    comfy, model, make_gates, apply, sample, screen
+):
+    patched = apply(model, make_gates(), -1.0, comfy.core.Schedule.steps("0, 9-"))
+    before = screen.shown[-1][0]
+    sample(patched, 2)
+    note = "this run has 2 steps (0 to 1); the range 9- lies past the last one and prunes nothing"
+    assert screen.shown[-1] == ([*before, note], "7", "browser")
+    # another sampler of the same prompt: both are told
+    sample(patched, 3)
+    assert len(screen.shown[-1][0]) == len(before) + 2
+    # the next prompt starts anew
+    screen.server.last_prompt_id = "b"
+    sample(patched, 12)
+    assert screen.shown[-1][0] == before
+
+
+def test_what_runs_unpruned_is_said_on_the_node_and_in_the_report(
+    comfy, small_model, make_gates, apply, sample, screen
+):
+    model = small_model()
+    patched = apply(apply(model, make_gates()), make_gates(seed=2), -1.0)
+    for block in (model.model.diffusion_model.middle_block[0],):
+        conv = block.in_layers[2]
+        conv.forward = lambda x, conv=conv: type(conv).forward(conv, x) + 1
+    sample(patched, 1)
+    notes = comfy.patch.attached(patched).record.notes
+    assert len(notes) == 1 and notes[0].startswith("mid_block.resnets.0 runs unpruned, because")
+    assert [lines[-1] for lines, *_ in screen.shown[-2:]] == notes * 2  # on both nodes
+    report = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPPruningReport"]
+    text, _ = report.execute(patched).args
+    assert f"note      {notes[0]}" in text
+
+
+def test_of_many_notes_the_node_shows_the_first(comfy, screen):
+    status = comfy.apply_node.Status(["a"], "7")
+    record = SimpleNamespace(notes=[f"block {number} runs unpruned" for number in range(22)])
+    status.after_run(record)
+    lines, *_ = screen.shown[-1]
+    assert len(lines) == 5 and lines[-1] == "and 19 more: see Pruning Report, or the log"
+
+
+def test_text_is_shown_as_it_is_and_never_read_as_markup(comfy, screen):
+    text = "<img src=x onerror=alert(1)> & *a* _b_ __c__ `d` [[e|f]] # g"
+    comfy.display.show_on_node(f"{text}\n{text}", "7")
+    assert screen.shown[-1][0] == [text, text]
+    sent = comfy.display.as_markup(text)
+    assert not set(sent) & set("<>*_`[]|") and sent.count("&") == sent.count("&#")
+    assert comfy.display.as_markup("mid_block.resnets.0") == "mid_block.resnets.0"
 
 
 def test_without_a_server_the_node_runs(model, make_gates, apply, monkeypatch):
@@ -315,15 +533,21 @@ def test_without_a_server_the_node_runs(model, make_gates, apply, monkeypatch):
     apply(model, make_gates())
 
 
-def test_other_base_weights_are_a_warning(comfy, model, make_gates, apply, caplog):
+def test_other_base_weights_are_a_warning_on_the_node_and_in_the_report(
+    comfy, model, make_gates, apply, caplog, screen
+):
     plain = make_gates()
     own = comfy.core.fingerprint(comfy.identity.base_weights(model, plain))
     with caplog.at_level(logging.WARNING, "ldcp"):
         apply(model, plain)
         apply(model, make_gates(info={"fingerprint": own}))
         assert not caplog.records
-        apply(model, make_gates(info={"fingerprint": "0" * 32}))
+        patched = apply(model, make_gates(info={"fingerprint": "0" * 32}))
     assert "trained on other base weights" in caplog.text
+    (lines, *_) = screen.shown[-1]
+    assert lines[-1].startswith("these gates were trained on other base weights")
+    text, _ = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPPruningReport"].execute(patched).args
+    assert f"note      {lines[-1]}" in text
 
 
 def test_a_lora_merged_into_the_weights_does_not_change_the_fingerprint(

@@ -84,7 +84,7 @@ def test_the_node_shows_the_facts_in_lines(node, model, attach, gated, monkeypat
     node.execute(attach(model, gated(88)))
     ((text, node_id, client),) = shown
     assert (node_id, client) == ("7", "browser")
-    lines = text.splitlines()
+    lines = text.split("  \n")
     assert lines[0] == "1 site, 31.2% of 128 channels pruned, rule 'zero', all steps"
     assert lines[1].startswith("weights: 0.2 MiB of") and lines[2].startswith("compute: 11.8 MFLOP")
     assert lines[3].startswith("not measured: no run of this model yet; connect 'after'")

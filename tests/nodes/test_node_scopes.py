@@ -162,7 +162,7 @@ def test_the_share_of_an_override_is_of_the_chosen_sites(comfy, gates_of):
 )
 def test_sites_that_cannot_be_meant_are_refused(comfy, gates_of, sites, message):
     with pytest.raises(ValueError, match=message):
-        comfy.apply_node.chosen_keep_sets(gates_of("mid"), -1.0, sites)
+        comfy.apply_node.chosen_keep_sets(gates_of("mid"), None, sites)
 
 
 def test_a_feed_forward_changed_by_another_extension_runs_unpruned_and_says_so(

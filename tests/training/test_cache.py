@@ -5,19 +5,23 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import os
+import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from pictures import draw, png
 from torch import Tensor
 
 from ldcp_core import load_gates
 from training import cache as cache_module
 from training import data as data_module
-from training import encoding, fit
+from training import encoding, fit, stamps
 from training.cache import SHARD, TensorCache, default_cache
 from training.data import open_dataset
 from training.denoising import Denoising, Encoder
@@ -206,7 +210,9 @@ def test_a_broken_image_is_known_without_reading_it_again(
         found = EncodedImages(data, model, tmp_path / "c")
         found.build(model)
         assert [b.ids for b in found.batches(range(3), 3)] == [["00000.png", "00002.png"]]
-        assert data.broken == {"00001.png": "not an image, whatever its name says"}, attempt
+        assert data.broken == {
+            "00001.png": "not a png, jpg, webp, bmp or tiff image, whatever its name says"
+        }, attempt
         monkeypatch.setattr(encoding, "encode_images", FORBIDDEN)
 
 
@@ -234,7 +240,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(
     assert len(list(tmp_path.glob("c/latents-*/*"))) == 1
     read: list[int] = []
     again = EncodedImages(data, model, tmp_path / "c")
-    monkeypatch.setattr(again, "_decoded", lambda i: read.append(i) or data[i])
+    monkeypatch.setattr(again, "_decoded", lambda i: read.append(i) or data.pixels(i))
     again.build(model, workers=workers)
     assert sorted(read) == list(range(8, 20))
 
@@ -285,6 +291,77 @@ def test_the_address_is_of_the_content_and_not_of_the_place(
     assert first(copy) != first(images)
 
 
+@pytest.mark.parametrize("suffix", [".bmp", ".tiff", ".png"])
+def test_an_image_edited_in_place_gets_another_address(
+    model: DiffusionModel, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamps, "SETTLED", -1)  # as if the file had been there for long
+    folder = tmp_path / "faces"
+    picture = draw(folder / f"a{suffix}", size=(200, 200))
+
+    def stamp() -> list[str]:
+        return open_dataset(str(folder)).stamps(tmp_path / "c")
+
+    before, content, times = stamp(), bytearray(picture.read_bytes()), picture.stat()
+    content[len(content) // 3] ^= 1
+    picture.write_bytes(content)
+    if os.name != "nt":  # which has no time of change beside the time of modification
+        os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert stamp() != before
+
+
+def test_a_saved_data_set_edited_in_place_gets_another_address(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"png": [png(size=(300, 300))] * 2})
+    table.save_to_disk(tmp_path / "faces")
+    before = open_dataset(str(tmp_path / "faces")).stamps(tmp_path / "c")
+    shutil.copytree(tmp_path / "faces", tmp_path / "copy")
+    assert open_dataset(str(tmp_path / "copy")).stamps(tmp_path / "c") == before
+    file = next((tmp_path / "copy").glob("*.arrow"))
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"IDAT", b"IDAX", 1))
+    assert open_dataset(str(tmp_path / "copy")).stamps(tmp_path / "c") != before
+
+
+def test_files_that_did_not_change_are_not_read_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stamps, "SETTLED", -1)
+    before = open_dataset(str(images)).stamps(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(stamps, "_stamp", FORBIDDEN)
+        assert open_dataset(str(images)).stamps(tmp_path) == before
+    (file,) = tmp_path.glob("stamps-*.json")
+    file.write_text("junk")
+    assert open_dataset(str(images)).stamps(tmp_path) == before
+    assert "reading all images again" in caplog.text
+    monkeypatch.setattr(stamps, "SETTLED", 10**18)  # a file that is being written
+    file.unlink()
+    open_dataset(str(images)).stamps(tmp_path)
+    assert not file.exists()
+
+
+def test_an_image_without_a_caption_to_read_is_skipped_until_it_has_one(
+    model: DiffusionModel, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for file in sorted(images.rglob("*.png"))[:3]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "00000.png", "text": "half of \\ud83d"}\n'
+        f'{{"file_name": "00001.png", "text": "{"x" * 70_000}"}}\n'
+    )
+    for shown in (["00000.png", "00002.png"], ["00000.png", "00001.png", "00002.png"]):
+        data = open_dataset(str(folder), resolution=16)
+        found = EncodedImages(data, model, tmp_path / "c")
+        found.build(model)
+        assert [b.ids for b in found.batches(range(3), 3)] == [shown]
+        assert [b.ids for b in data.batches(range(3), 3)] == [shown]
+        assert ("a caption of 70,000" in data.broken_report()) == (len(shown) == 2)
+        (folder / "metadata.jsonl").unlink(missing_ok=True)
+        monkeypatch.setattr(encoding, "encode_images", FORBIDDEN)
+
+
 # --- a fit ----------------------------------------------------------------------------------------
 
 
@@ -316,6 +393,22 @@ def test_a_fit_from_the_cache_equals_one_without(
     for found in (built, load_gates(file)):
         assert all(torch.equal(found.scores[site], plain.scores[site]) for site in plain.scores)
         assert found.info["history"] == plain.info["history"]
+
+
+def test_a_folder_whose_name_is_not_utf_8_goes_through(
+    run: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    try:
+        shutil.copytree(images, folder)
+    except OSError:  # APFS and NTFS: such a name can't come up there
+        pytest.skip("this file system takes UTF-8 names only")
+    output = folder / "gates.safetensors"
+    assert run("--data", str(folder), "--output", str(output)) == 0
+    shutil.copy(output, tmp_path / "gates.safetensors")  # safetensors opens no such path
+    assert load_gates(tmp_path / "gates.safetensors").info["data"]["source"] == "f\\udcff"
+    assert "f\\udcff" in output.with_suffix(".html").read_text(encoding="utf-8")
+    assert "f\\udcff" in capsys.readouterr().out
 
 
 def test_vae_and_text_encoder_leave_memory_before_learning(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from ldcp_core import GateFileError
-from training import console
+from training import benchmark, console, evaluate, sample, score, sweep
 from training.console import explaining, progress
 from training.errors import UserError
 
@@ -75,3 +77,31 @@ def test_progress_goes_on_line_by_line_while_it_lasts(
 def test_progress_is_silent_where_the_log_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress(range(3), "counting")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
+
+
+OPTIONS: dict[Callable[[list[str]], int], list[str]] = {
+    score.main: ["--criterion", "random", "--seed"],
+    sample.main: ["--seeds"],
+    evaluate.main: ["--precision", "fp32", "int8", "--seed"],
+    sweep.main: ["--seed"],
+    benchmark.main: ["--seed"],
+}
+
+
+@pytest.mark.parametrize("main", OPTIONS, ids=lambda main: main.__module__)
+def test_a_seed_beyond_every_generator_is_told(
+    main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = [] if main is benchmark.main else ["--demo"]
+    output = ["--output", str(tmp_path / "a.safetensors")]
+    assert main([*demo, *output, *OPTIONS[main], str(2**70)]) == 1
+    assert str(2**70) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [score.main, sample.main, evaluate.main])
+def test_a_device_that_is_none_is_told(
+    main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--demo", "--output", str(tmp_path / "a.safetensors"), "--device", "nonsense"]
+    assert main([*output, *OPTIONS[main][:-1]]) == 1
+    assert "--device nonsense can't be used" in capsys.readouterr().err

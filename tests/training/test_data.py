@@ -9,9 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import RED, draw, ids, png
-from PIL import Image
+from PIL import Image, ImageFile
 
-from training.data import BrokenImage, ImageData, decode_image, open_dataset, to_pixels
+from training import data as data_module
+from training.data import (
+    BrokenImage,
+    ImageData,
+    decode_image,
+    open_dataset,
+    open_image,
+    to_pixels,
+)
 from training.errors import UserError
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -74,6 +82,40 @@ def test_exif_rotation_is_applied() -> None:
     assert upright.getpixel((2, 6)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "MPO"])
+def test_the_documented_formats_are_decoded(format: str) -> None:
+    stream = io.BytesIO()  # MPO: what many cameras write as jpg
+    Image.new("RGB", (16, 16), RED).save(stream, format)
+    assert pixel(decode_image(stream.getvalue())) == pytest.approx([1, -1, -1], abs=0.03)
+
+
+@pytest.mark.parametrize("format", ["EPS", "GIF", "PPM", "TGA", "ICO", "PCX", "PDF"])
+def test_no_other_decoder_is_reached_whatever_a_file_is_called(format: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 16), RED).save(path, format)
+    for file in (path.read_bytes(), path):
+        with pytest.raises(ValueError, match="not a png, jpg, webp, bmp or tiff image"):
+            decode_image(file) if isinstance(file, bytes) else open_image(file)
+
+
+def test_images_are_opened_in_one_place() -> None:
+    root = Path(data_module.__file__).parents[1]
+    sources = [
+        f for room in ("training", "nodes", "ldcp_core") for f in (root / room).rglob("*.py")
+    ]
+    opening = {f.relative_to(root).as_posix() for f in sources if "Image.open(" in f.read_text()}
+    assert opening == {"training/data.py"}
+
+
+@pytest.mark.parametrize("side", [9_500, 13_500])  # from twice the limit on Pillow itself refuses
+def test_the_size_is_checked_before_decoding(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = png(0, "1", (side, side))
+    assert len(content) < 100_000
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match="9500 x 9500 pixels; at most 89,|more than 89,"):
+        decode_image(content)
+
+
 def _truncated_png() -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -92,8 +134,8 @@ BROKEN = {
     "truncated png": (_truncated_png(), "truncated"),
     "truncated jpeg": (_truncated_jpeg(), "truncated"),
     "empty": (b"", "the file is empty"),
-    "text": (b"hello", "not an image"),
-    "web page": (b"<!DOCTYPE html><html></html>", "not an image"),
+    "text": (b"hello", "not a png, jpg"),
+    "web page": (b"<!DOCTYPE html><html></html>", "not a png, jpg"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "png of nothing": (png()[:20], ""),
 }

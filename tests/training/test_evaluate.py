@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from training import evaluate, fit, sample, score
 from training.data import open_dataset
 from training.denoising import HeldOut
 from training.evaluation.plots import panels_of
-from training.evaluation.statistics import bootstrap, by_timestep, ranks
+from training.evaluation.report import COLUMNS
+from training.evaluation.statistics import PARTS, bootstrap, by_timestep, ranks
 
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
 
@@ -163,6 +166,31 @@ def test_unstructured_pruning_stands_beside_the_gates(
     assert zeros == pytest.approx(0.3 * sum(row["parameters"] for row in l1["layers"]), abs=1)
     assert {row["rank"] for row in found["rows"][1:]} <= {1, 2, 3, 4}
     assert "saves neither time nor memory" in capsys.readouterr().out
+
+
+def test_what_a_gate_file_says_and_is_called_forges_no_row_and_draws_no_formula(
+    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = "x | | dense | fp32 | 0 | [a](http://b) <b> `c` $\\frac{$" + "y" * 9000
+    gates = load_gates(half)
+    name = "a|b\x1b[31m\n**c**" if os.name == "posix" else "a"
+    path = tmp_path / f"{name}.safetensors"
+    save_gates(replace(gates, info={**gates.info, "criterion": bad, "scope": bad}), path)
+    output = tmp_path / "found"
+    options = ["--samples", "2", "--output", str(output)]
+    assert evaluate.main([str(path), *source, *options]) == 0
+    text = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.startswith(text)
+    lines = text.split("\n")
+    assert all(line.isprintable() and len(line) < 2000 for line in lines)
+    rows = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("|")]
+    assert [len(row) for row in rows] == [len(COLUMNS) + 2] * 4 + [PARTS + 3] * 4
+    assert not re.search(r"(?<!\\)[<`\[*]", text.partition("| gates |")[2].partition("%)")[0])
+    save_gates(replace(gates, info={**gates.info, "criterion": f"{bad}\n\x1b[2J"}), path)
+    assert evaluate.main([str(path), *source, *options]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "says that its criterion is" in said[-3]
+    assert all(line.isprintable() and len(line) < 500 for line in said[-3:])
 
 
 def test_panels_show_equal_sparsity_and_bytes() -> None:

@@ -54,7 +54,7 @@ def test_a_fit_meets_its_target_and_says_what_it_did(
     for suffix in (".curves.png", ".scores.png"):
         assert output.with_suffix(suffix).read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
-    assert "not within one point" not in said
+    assert "than the target" not in said
     assert "mid_block.resnets.1.conv2" in said and "share of the whole U-Net" in said
     assert "of 128 channels changed state through learning since the start" in said
 
@@ -149,13 +149,33 @@ def test_every_option_runs(pipeline: Path, images: Path, tmp_path: Path, more: l
         assert not gates.constants
 
 
-def test_a_target_that_is_not_met_is_said_and_not_faked(
-    pipeline: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("more", "short"),
+    [(["--max-steps", "3", "--learning-rate", "0.01"], True), (["--max-steps", "20"], False)],
+)
+def test_a_run_too_short_for_its_target_says_so_at_the_start(
+    pipeline: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    no_pictures: None,
+    more: list[str],
+    short: bool,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO")
+    assert main(arguments(pipeline, images, tmp_path / "gates.safetensors", *more)) == 0
+    said = "Too short: 3 steps can bring the sparsity to at most 0.0% of the 30.0% asked for"
+    assert (said in caplog.text) == short
+    if short:
+        assert caplog.text.index(said) < caplog.text.index("learning ended at a sparsity of 0.0%")
+
+
+@pytest.mark.parametrize(
+    ("achieved", "direction", "change"), [(0.35, "more", "Lower"), (0.2, "less", "Raise")]
+)
+def test_the_advice_matches_the_direction_of_the_miss(
+    achieved: float, direction: str, change: str
 ) -> None:
-    output = tmp_path / "gates.safetensors"
-    main(arguments(pipeline, images, output, "--max-steps", "3", "--learning-rate", "0.01"))
-    assert load_gates(output).sparsity == 0
-    assert "not within one point of the target 30.0%" in capsys.readouterr().out
+    said = outcome.advice(0.3, achieved)
+    assert f"a point {direction} than the target of 30.0%" in said
+    assert f"{change} --target-sparsity" in said
 
 
 def test_presets_are_those_of_the_original_and_typed_values_win() -> None:
@@ -176,6 +196,12 @@ def test_presets_are_those_of_the_original_and_typed_values_win() -> None:
         (["--output", "gates.pt"], "ending in .safetensors"),
         (["--model", "/no/such/model.safetensors"], "no file or folder"),
         (["--device", "nonsense"], "--device nonsense"),
+        (["--device", "meta"], "--device meta"),
+        (["--seed", str(2**70)], f"--seed is {2**70}"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--epochs", "inf"], "--epochs is inf"),
+        (["--learning-rate", "inf"], "--learning-rate is inf"),
+        (["--sparsity-weight", "inf"], "--sparsity-weight is inf"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_in_words(

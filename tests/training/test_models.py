@@ -528,6 +528,15 @@ BAD_BYTES = {
         struct.pack("<Q", 9) + b'{"a": [1}' + bytes(9),
         "damaged safetensors header",
     ),
+    "odd metadata": (
+        struct.pack("<Q", 20) + b'{"__metadata__": []}' + bytes(9),
+        "damaged safetensors header",
+    ),
+    "odd offsets": (
+        struct.pack("<Q", 53) + b'{"a": {"shape": ["b"], "data_offsets": ["c", "d"]}  }' + bytes(9),
+        "damaged safetensors header",
+    ),
+    "too deep": (struct.pack("<Q", 100_000) + b'{"a":' + b"[" * 99_995, "damaged safetensors"),
     "odd header": (struct.pack("<Q", 8) + b'{"a": 1}' + bytes(9), "damaged safetensors header"),
     "cut off in the header": (struct.pack("<Q", 5000) + b'{"a":', "is cut off"),
 }
@@ -571,9 +580,61 @@ class Payload:
 def test_code_in_a_ckpt_is_never_run(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {}, "callbacks": Payload()}, path)
-    with pytest.raises(UserError, match="plain weights"):
+    with pytest.raises(
+        UserError, match=r"plain weights \(it names (builtins\.)?setattr\)"
+    ) as raised:
         load_model(str(path))
     assert not Payload.ran
+    assert "weights_only" not in str(raised.value)  # PyTorch's advice is to run it
+
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+RECURSIVE: dict[str, object] = {}
+RECURSIVE["state_dict"] = RECURSIVE
+MALFORMED = {
+    "keys that are no names": {1: torch.ones(2), FIRST: torch.ones(1)},
+    "too few dimensions": {FIRST: torch.ones(320)},
+    "a scalar": {FIRST: torch.ones(320, 4, 3, 3), CONTEXT: torch.tensor(1.0)},
+    "itself": RECURSIVE,
+    "a word": {"state_dict": "none"},
+    "more than the file holds": {FIRST: torch.ones(1).expand(2**40)},
+    "nowhere": {FIRST: torch.ones(320, 4, 3, 3, device="meta")},
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_malformed_ckpt_is_explained(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save(MALFORMED[what], path)
+    with pytest.raises(UserError, match="model.ckpt is"):
+        load_model(str(path))
+
+
+def test_a_spanned_zip_under_a_ckpt_name_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save({FIRST: torch.ones(1)}, path)
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"PK\x06\x07")  # the locator of the zip64 directory: "disks" follow
+    content[place + 16] = 9
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(str(path))
+
+
+def test_a_safetensors_file_with_a_hole_is_explained(tmp_path: Path) -> None:
+    path = write_sparse(tmp_path / "model.safetensors", FULL)
+    content = path.open("rb").read(8)
+    (length,) = struct.unpack("<Q", content)
+    with path.open("r+b") as file:
+        file.seek(8)
+        header = json.loads(file.read(length))
+        name = next(key for key in header if key.startswith("model.diffusion_model."))
+        header[name]["data_offsets"] = [0, 0]
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(length)[:length])
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(str(path))
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
@@ -744,6 +805,23 @@ def test_transformer_pipelines_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
         with pytest.raises(UserError, match=message):
             load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer/tokenizer_config.json", "[]"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}'),
+        ("vae/config.json", '{"block_out_channels": []}'),
+    ],
+)
+def test_odd_files_in_a_folder_are_explained(file: str, content: str, folder_copy: Path) -> None:
+    path = folder_copy / file
+    if content.startswith("{"):
+        content = json.dumps(json.loads(path.read_text()) | json.loads(content))
+    path.write_text(content)
+    with pytest.raises(UserError, match="can't be loaded"):
+        load_model(str(folder_copy))
 
 
 def test_folders_that_are_no_pipeline_get_a_hint(tmp_path: Path, tiny_folder: Path) -> None:

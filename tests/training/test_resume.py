@@ -269,7 +269,7 @@ def test_settings_that_cannot_work_are_refused(option: dict[str, int]) -> None:
 # --- what can go wrong ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "pickle"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "key", "pickle"])
 def test_a_damaged_checkpoint_costs_an_interval_and_not_the_run(
     whole: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -285,6 +285,8 @@ def test_a_damaged_checkpoint_costs_an_interval_and_not_the_run(
         content = content[: len(content) // 2]
     elif damage == "flip":
         content[-5] ^= 1
+    elif damage == "key":
+        content[content.index(b'"content":') + 1] ^= 1
     else:
         content = bytearray(b"\x80\x04\x95 this could run anything")
     newest.write_bytes(content)
@@ -292,6 +294,18 @@ def test_a_damaged_checkpoint_costs_an_interval_and_not_the_run(
     assert "step-00000008.safetensors is no usable checkpoint" in caplog.text
     assert "going on after step 4 of 12" in caplog.text
     assert_same(whole, tmp_path / "cut.safetensors")
+
+
+def test_no_damaged_byte_of_a_checkpoint_is_a_crash_or_passes(tmp_path: Path) -> None:
+    state = {"a": torch.arange(3.0), "of": [1, None, {2: torch.ones(2, dtype=torch.uint8)}]}
+    whole = checkpoint.to_bytes(3, {"--seed": 0}, state)
+    file = tmp_path / "step-00000003.safetensors"
+    file.write_bytes(whole)
+    assert checkpoint.read(file).step == 3
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises((ValueError, OSError)):
+            checkpoint.read(file)
 
 
 def test_only_damaged_checkpoints_are_an_error(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 import torch
 from pictures import RED, draw, ids, png
 
 from training.data import ImageData, open_dataset
 from training.errors import UserError
-from training.sources import as_caption
+from training.files import CAPTION_LIMIT, FILE_LIMIT
+from training.sources import as_caption, open_stream
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +188,7 @@ def test_a_broken_row_of_a_table_is_skipped(tmp_path: Path) -> None:
     data = open_dataset(str(tmp_path), resolution=8)
     assert [b.ids for b in data.batches(range(3), 3)] == [["row 2"]]
     assert data.broken == {
-        "row 0": "not an image, whatever its name says",
+        "row 0": "not a png, jpg, webp, bmp or tiff image, whatever its name says",
         "row 1": "the row has no image",
     }
 
@@ -203,6 +206,168 @@ def test_a_hub_data_set_takes_its_train_split(
     assert colours(data) == [(255, 0, 0)]
     assert captions(data) == {"row 0": "a face"}
     assert "Using the split train" in caplog.text
+
+
+# --- files that are not the data set's -----------------------------------------------------------
+
+
+def link(path: Path, target: Path) -> None:
+    try:
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    except OSError:  # Windows without developer mode
+        pytest.skip("links need a privilege here")
+
+
+def broken(data: ImageData) -> dict[str, str]:
+    data.resolution = 8
+    list(data.batches(range(len(data)), 99))
+    return data.broken
+
+
+def table_of_paths(folder: Path, paths: list[str]) -> Path:
+    rows = [{"bytes": None, "path": path} for path in paths]
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    folder.mkdir(exist_ok=True)
+    table = pyarrow.table({"image": pyarrow.array(rows, kind)})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    return folder
+
+
+def test_a_row_may_name_a_file_of_the_data_set_and_no_other(tmp_path: Path) -> None:
+    secret = draw(tmp_path / "secret.png")
+    folder = tmp_path / "faces"
+    draw(folder / "pics" / "b.dat.png").rename(folder / "pics" / "b.dat")
+    paths = ["pics/b.dat", "../secret.png", str(secret), str(folder / "pics" / "b.dat")]
+    paths += [f"file://{secret}", "http://localhost/a.png", "reference://a::data:,{}", "pics", ""]
+    paths += ["a\0b", "gone.png"]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "fifo")
+        link(folder / "link", secret)
+        paths += ["fifo", "link", "/dev/zero"]
+    table_of_paths(folder, paths)
+    expected = {f"row {i}" for i in range(1, len(paths))}
+    reasons = broken(open_dataset(str(folder)))
+    assert set(reasons) == expected
+    assert "save_to_disk" in reasons["row 2"] and "save_to_disk" in reasons["row 3"]
+    stream = open_stream(str(folder))
+    found = 0
+    for row in stream.rows(stream.table):
+        try:
+            assert stream.read(row) == secret.read_bytes()
+            found += 1
+        except (OSError, ValueError):
+            pass
+    assert found == 1
+
+
+def test_a_table_of_paths_alone_says_how_to_save_images(tmp_path: Path) -> None:
+    secret = draw(tmp_path / "secret.png")
+    data = open_dataset(str(table_of_paths(tmp_path / "faces", [str(secret)])), resolution=8)
+    with pytest.raises(UserError, match=r"None of the 1 image.*save_to_disk"):
+        next(data.batches([0], 1))
+
+
+def test_a_hub_data_set_of_image_files_is_read_from_its_part_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    mine = draw(tmp_path / "hub" / "datasets--owner--faces" / "snapshots" / "1" / "a.png")
+    other = draw(tmp_path / "hub" / "datasets--other--faces" / "snapshots" / "1" / "a.png")
+    rows = {"image": [str(mine), str(other)]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda source: table)
+    assert set(broken(open_dataset("owner/faces"))) == {"row 1"}
+
+
+def test_a_column_of_captions_opens_no_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features = datasets.Features({
+        "image": datasets.Image(), "text": datasets.Image(), "caption": datasets.Value("string")
+    })  # fmt: skip
+    rows = {"image": [png()], "text": [str(draw(tmp_path / "secret.png"))], "caption": ["a face"]}
+    (tmp_path / "faces").mkdir()
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(tmp_path / "faces" / "a.parquet")
+    assert captions(open_dataset(str(tmp_path / "faces"))) == {"row 0": "a face"}
+    assert "No captions from the column text" in caplog.text
+
+
+def test_a_saved_data_set_names_no_file_outside_itself(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"png": [png()]})
+    for name in ("mine", "other"):
+        table.save_to_disk(tmp_path / name)
+    state = tmp_path / "mine" / "state.json"
+    content = state.read_text().replace("data-0", "../other/data-0")
+    state.write_text(content)
+    with pytest.raises(UserError, match=r"can't be read \(\.\./other/data.*outside the data set"):
+        open_dataset(str(tmp_path / "mine"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names can't come up there")
+def test_no_part_of_a_path_is_taken_for_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table_of_paths(tmp_path / "reference::data:,x", ["a.png"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'::' in the path of a table"):
+        open_dataset(".")
+
+
+def test_what_a_link_leads_to_outside_the_folder_is_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = draw(tmp_path / "other" / "secret.png")
+    root = tmp_path / "faces"
+    draw(root / "a.png")
+    link(root / "inside.png", root / "a.png")
+    link(root / "link.png", secret)
+    link(root / "more", secret.parent)
+    reasons = broken(open_dataset(str(root)))
+    assert set(reasons) == {"link.png"} and "outside the data set" in reasons["link.png"]
+    assert "Skipping the folder" in caplog.text and "a link out of" in caplog.text
+    link(tmp_path / "all", root)
+    assert ids(open_dataset(str(tmp_path / "all"))) == ["a.png", "inside.png", "link.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
+def test_a_fifo_does_not_stop_a_run(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "c.png")
+    os.mkfifo(tmp_path / "b.txt")
+    reasons = broken(open_dataset(str(tmp_path)))
+    assert reasons == {
+        "b.png": "its caption b.txt: not a regular file",
+        "c.png": "not a regular file",
+    }
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with pytest.raises(UserError, match=r"metadata\.jsonl can't be read \(not a regular file"):
+        open_dataset(str(tmp_path))
+
+
+def test_files_over_the_limit_are_not_read(tmp_path: Path) -> None:
+    for name in ("a.png", "c.png"):
+        draw(tmp_path / name)
+    (tmp_path / "a.txt").write_text("x" * (CAPTION_LIMIT + 1))
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(FILE_LIMIT + 1)
+    assert broken(open_dataset(str(tmp_path))) == {
+        "a.png": "its caption a.txt: 65,537 bytes; at most 65,536 are read",
+        "b.png": "268,435,457 bytes; at most 268,435,456 are read",
+    }
+    (tmp_path / "a.txt").write_text("a face")
+    (tmp_path / "b.png").rename(tmp_path / "metadata.csv")
+    with pytest.raises(UserError, match=r"metadata\.csv can't be read \(268,435,457 bytes"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names can't come up there")
+def test_no_name_reaches_a_terminal_as_a_code(tmp_path: Path) -> None:
+    draw(tmp_path / "a\x1b[2J\n.png")
+    assert ids(open_dataset(str(tmp_path))) == ["a\\x1b[2J\\n.png"]
 
 
 # --- sources that lead nowhere --------------------------------------------------------------------
@@ -241,6 +406,18 @@ def test_what_the_hub_answers_is_told_apart(
     monkeypatch.setattr(datasets, "load_dataset", answer)
     with pytest.raises(UserError, match=message):
         open_dataset("owner/faces")
+
+
+def test_what_is_not_read_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "a.txt", "b.gif", "c.gif", "other.txt", "metadata.csv"):
+        (tmp_path / name).write_text("file_name,text\na.png,a face\n")
+    open_dataset(str(tmp_path))
+    assert "2 .gif, 1 .txt. Images are png, jpg, webp, bmp or tiff" in caplog.text
+    caplog.clear()
+    (tmp_path / "a.png").unlink()
+    datasets.Dataset.from_dict({"png": [png()]}).to_parquet(tmp_path / "a.parquet")
+    open_dataset(str(tmp_path))
+    assert "2 .gif" in caplog.text
 
 
 def test_damaged_tables_are_explained(tmp_path: Path) -> None:
@@ -295,6 +472,25 @@ def test_metadata_that_fits_no_image_is_an_error(tmp_path: Path) -> None:
         open_dataset(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png"}\n\n{"file_name"', "line 3: Expecting ':'"),
+        ("metadata.jsonl", b'{"file_name": "a.png"}\n[["text", "x"]]', "line 2: a JSON list"),
+        ("metadata.jsonl", b"{}\n" + b"[" * 99999, "line 2: "),
+        ("metadata.jsonl", b'{}\n{"text": "\xff"}', "line 2: not UTF-8"),
+        ("metadata.csv", b'file_name,text\na.png,"' + b"x" * 200_000, "line 2: field larger"),
+    ],
+)
+def test_a_bad_line_of_metadata_is_named(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{name} can't be read ({said}")):
+        open_dataset(str(tmp_path))
+
+
 def test_metadata_that_names_missing_images_says_how_many(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,4 +515,7 @@ def test_captions_of_any_kind_become_text() -> None:
     assert as_caption(["first", "second"]) == "first"
     assert as_caption({"caption": ["first", "second"]}) == "first"
     assert as_caption([["first", "second"]]) == "first"
+    assert as_caption("half \ud800 of it") == "half \ufffd of it"
+    with pytest.raises(ValueError, match="a caption of 70,000 characters"):
+        as_caption("x" * 70_000)
     assert as_caption([]) == as_caption(None) == as_caption({"width": 3}) == ""

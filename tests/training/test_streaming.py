@@ -13,7 +13,7 @@ import torch
 from pictures import draw, png
 from test_resume import assert_same, fail_at
 
-from training import encoding, fit
+from training import encoding, fit, streaming
 from training.data import Position, open_dataset
 from training.denoising import Denoising, Encoder
 from training.encoding import EncodedBatch
@@ -128,6 +128,25 @@ def test_a_broken_image_leaves_its_place_empty(tmp_path: Path, model: DiffusionM
     assert torch.equal(problems[0].noise, noise[:1])
 
 
+@pytest.mark.parametrize(("enough", "said"), [(6, 6), (64, 12)])  # after so many, or an epoch
+def test_a_stream_without_a_single_image_is_an_error(
+    tmp_path: Path, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, enough: int, said: int
+) -> None:
+    monkeypatch.setattr(streaming, "UNREADABLE", enough)
+    data = streamed(parquet(tmp_path / "none", broken=tuple(range(ROWS))), model)
+    with pytest.raises(UserError, match=f"None of the first {said} images"):
+        list(islice(data.batches(range(2, ROWS), 2, epochs=None), 99))
+
+
+def test_a_stream_that_breaks_is_explained(faces: Path, model: DiffusionModel) -> None:
+    file = sorted(faces.iterdir())[1]
+    content = bytearray(file.read_bytes())
+    content[4 : len(content) // 3] = bytes(len(content) // 3 - 4)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"The stream of .* broke: "):
+        list(streamed(faces, model).batches(range(2, ROWS), 2))
+
+
 # --- a fit ----------------------------------------------------------------------------------------
 
 
@@ -143,6 +162,19 @@ def run(
         ])  # fmt: skip
 
     return run
+
+
+def test_a_row_without_an_image_is_skipped_and_named(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [None, *({"bytes": png((17 * i, 0, 0)), "path": None} for i in range(8)), None]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    (tmp_path / "some").mkdir()
+    table = datasets.Dataset.from_dict({"image": rows}, features=features)
+    table.to_parquet(tmp_path / "some" / "a.parquet")
+    assert run("a.safetensors", "--data", str(tmp_path / "some")) == 0
+    said = capsys.readouterr().out
+    assert "row 0: the row has no image" in said and "row 9: the row has no image" in said
 
 
 @pytest.mark.parametrize("reuse", ["1", "2"])

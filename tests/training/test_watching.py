@@ -203,6 +203,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.rows: list[list[str]] = []
         self.addresses: list[str] = []
+        self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
@@ -217,6 +218,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        self.text += data
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
 
@@ -224,12 +226,12 @@ class Page(HTMLParser):
 def test_the_page_is_whole_and_says_what_the_report_says() -> None:
     scores = {"mid_block.resnets.0.conv1": torch.tensor([0.9] * 960 + [0.1] * 320)}
     info: dict[str, Any] = {
-        "config": {"data": "<b>faces</b>", "seed": 3},
+        "config": {"data": "<b>faces</b>", "seed": 3, "model": "a\x1b[2J\n\u202eb" + "c" * 9000},
         "history": {"course": []},
     }
     gates = Gates(scores, info=info)
     page = Page()
-    page.feed(html_report(gates, b"curves", b"scores", b"samples", ["a & b"]))
+    page.feed(html_report(gates, b"curves", b"scores", b"samples", ["a & b\n\x9b"]))
     assert page.open == []
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert len(page.addresses) == 3
@@ -237,6 +239,9 @@ def test_the_page_is_whole_and_says_what_the_report_says() -> None:
     row = ["mid_block.resnets.0.conv1", "960 of 1280", "25.0%", f"{saved.parameters:,}"]
     assert row in [found[:4] for found in page.rows]
     assert ["data", "<b>faces</b>"] in page.rows and ["seed", "3"] in page.rows
+    assert page.text.replace("\n", "").isprintable()  # but for the page's own lines
+    (model,) = (row[1] for row in page.rows if row[0] == "model")
+    assert model.startswith("a\\x1b[2J\\n\\u202ebccc") and len(model) <= 4000
 
 
 def test_scores_are_drawn_as_shapes_and_not_channel_by_channel(

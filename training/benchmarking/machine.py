@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "tomesd", "DeepCache")
+PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 #: glibc's allocator gives blocks above 32 MB back at once, unless this is set before the start
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
@@ -72,20 +72,11 @@ def reset_peak() -> None:
 
 def peak() -> int | None:
     """Peak resident bytes since `reset_peak`; None where the system doesn't tell."""
-    return _status("VmHWM")
-
-
-def own_memory() -> int | None:
-    """Resident bytes now without those of mapped files; None where the system doesn't tell."""
-    return _status("RssAnon")
-
-
-def _status(field: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def _cpu_name() -> str:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ldcp_core import markdown, one_line
+
 MIB = 2**20
-#: the tables about single blocks, which only a benchmark of the mid block has
-BLOCK_SECTIONS = {
-    "block_alone": "One mid-block ResBlock on its own",
-    "blocks_inside": "The two mid-block ResBlocks inside the running U-Net, mean of both",
-}
 
 
 def render(result: Mapping[str, Any]) -> str:
     """Markdown of a result as `training.benchmark.benchmark` returns it or its JSON file holds."""
     sections = [_conditions(result), _unet_section(result)]
-    sections += [_block_section(result, key) for key in BLOCK_SECTIONS if key in result]
+    if "block" in result:  # of the scope mid only
+        sections.append(_block_section(result["block"]))
     return "\n\n".join([*sections, f"**Ratios.** {result['criterion']}"]) + "\n"
 
 
@@ -48,12 +46,12 @@ def _conditions(result: Mapping[str, Any]) -> str:
         f"Measured on: {place}; {machine['system']}, Python {machine['python']}, {packages}.",
         f"{options['resolution']} px, batch {options['batch']} (a batch of 2 is one image with "
         f"guidance), {options['precision']}, {options['rounds']} rounds, seed {options['seed']}; "
-        f"model: {result['model']}; gates: {result['gates']}.",
+        f"model: {markdown(result['model'])}; gates: {markdown(result['gates'])}.",
     ]
     if options["device"] == "cpu" and machine["system"].startswith("Linux"):
         threshold = machine["malloc_mmap_threshold"] or "not set"
         lines.append(f"Allocator: MALLOC_MMAP_THRESHOLD_ is {threshold}.")
-    return "\n".join(lines) + f"\n\n    {result['command']}"
+    return "\n".join(lines) + f"\n\n    {one_line(result['command'], 4000)}"
 
 
 def _unet_section(result: Mapping[str, Any]) -> str:
@@ -62,19 +60,18 @@ def _unet_section(result: Mapping[str, Any]) -> str:
     lines = [
         "### One U-Net evaluation",
         "",
-        "| variant | ms per step | ± | × dense | gated blocks, MiB counted | U-Net, MiB counted | "
-        f"{process}, MiB measured | same bits as dense | what it changes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| variant | ms per step | ± | × dense | FLOPs left, counted | gated blocks, MiB counted | "
+        f"U-Net, MiB counted | {process}, MiB measured | same bits as dense | what it changes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in section["rows"]:
-        same = {True: "yes", False: "no", None: "not compared"}[row["identical"]]
+        flops = f"{row['flops_left']:.1%}" if "flops_left" in row else ""
+        same = "yes" if row["identical"] else "no"
         lines.append(
             f"| {row['name']} | {row['median'] * 1e3:.1f} | {row['deviation'] * 1e3:.1f} | "
-            f"{shown_ratio(row)} | {_mib(row['weight_bytes'])} | {_mib(row['unet_bytes'])} | "
-            f"{_mib(row['memory_bytes'])} | {same} | {row['changes']} |"
+            f"{shown_ratio(row)} | {flops} | {_mib(row['weight_bytes'])} | "
+            f"{_mib(row['unet_bytes'])} | {_mib(row['memory_bytes'])} | {same} | {row['changes']} |"
         )
-    for name, reason in section["absent"].items():
-        lines.append(f"| {name} | {reason} | | | | | | | |")
     notes = [
         "ms: median and median absolute deviation over the rounds.",
         "*Counted* bytes are those of the live tensors a variant needs on the compute device; for "
@@ -98,13 +95,12 @@ def _unet_section(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + " ".join(notes)
 
 
-def _block_section(result: Mapping[str, Any], key: str) -> str:
-    section = result[key]
-    height, width = section["map"]
+def _block_section(section: Mapping[str, Any]) -> str:
+    side = section["map"]
     lines = [
-        f"### {BLOCK_SECTIONS[key]}",
+        f"### {section['name']} by itself",
         "",
-        f"{section['channels']} channels, {height}×{width} map, inner gates only.",
+        f"{section['channels']} channels, {side}×{side} map, inner gates only.",
         "",
         "| variant | ms | ± | × dense |",
         "|---|---|---|---|",

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from ldcp_core import DEFAULT_SCOPE, SoftGate, blocks_of
 from training.configs import SD15
-from training.frozen import thrifty_layers
+from training.frozen import frozen_layers
 from training.gating import deviation, masked, topology_of
 from training.models import DTYPES
-from training.thrift import recording, replaying
+from training.replay import recording, replaying
 
 PIXELS_PER_LATENT = 8
 TOKENS = 77
@@ -101,7 +101,7 @@ def step_memory(
             dense = unet(noisy, timesteps, encoder_hidden_states=context).sample
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        with thrifty_layers(unet.modules()), replaying(unet, shared), masked(unet, gates, "zero"):
+        with frozen_layers(unet.modules()), replaying(unet, shared), masked(unet, gates, "zero"):
             output = unet(noisy, timesteps, encoder_hidden_states=context).sample
             kept = live.now
             deviation(output, dense).backward()

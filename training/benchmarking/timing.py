@@ -42,9 +42,8 @@ class Variant:
     """One way of computing the same thing.
 
     ``evaluate`` is what the clock sees; the context of ``prepare`` is entered and left outside
-    of it. ``steps`` evaluations of the model happen in one call, times are per step.
-    ``weight_bytes`` are counted from the live tensors that stand in for the gated blocks'
-    convolutions. The context of ``park`` moves the weights away that this variant does not need.
+    of it. ``weight_bytes`` are counted from the live tensors that stand in for the gated blocks'
+    layers. The context of ``park`` moves the weights away that this variant does not need.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Variant:
     evaluate: Callable[[], Any]
     prepare: Callable[[], AbstractContextManager[Any]] = nullcontext
     park: Callable[[], AbstractContextManager[Any]] = nullcontext
-    steps: int = 1
     weight_bytes: int = 0
 
 
@@ -65,7 +63,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def stopwatch(device: torch.device) -> Callable[[Variant], float]:
-    """A function that runs a variant once and returns seconds per step."""
+    """A function that runs a variant once and returns the seconds it took."""
 
     def seconds(variant: Variant) -> float:
         with variant.prepare():
@@ -73,7 +71,7 @@ def stopwatch(device: torch.device) -> Callable[[Variant], float]:
             start = time.perf_counter()
             variant.evaluate()
             synchronize(device)
-            return (time.perf_counter() - start) / variant.steps
+            return time.perf_counter() - start
 
     return seconds
 

@@ -19,9 +19,7 @@ import math
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from typing import Any
 import torch
 
 from ldcp_core import SoftGate
-from training.allocator import give_back_memory, keep_freed_memory
 from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.budget import Budget
@@ -65,109 +62,56 @@ WARM_UP = 2
 MIB = 2**20
 
 
-class Clock:
-    """CPU seconds per part of a step."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.process_time()
-        try:
-            yield
-        finally:
-            self.parts[name] += time.process_time() - start
-
-    def timed(self, name: Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, on the clock under what ``name`` says when it is called."""
-
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            with self.part(name()):
-                return function(*arguments, **options)
-
-        return wrapped
-
-
 def measure(loop: str, config: FitConfig, steps: int) -> dict[str, Any]:
-    """CPU and wall seconds per step, CPU seconds per part, and peak memory in bytes while so.
+    """CPU and wall seconds per step, and the peak of memory in bytes meanwhile.
 
     Over ``steps`` steps, or as many more as it takes until all problems were met equally often.
     """
-    clock = Clock()
     if loop == "ours, no reuse":
         config = replace(config, reuse=1)
     if loop.startswith("ours"):
         cycle = 1 if config.reuse == 1 else WINDOW * config.reuse
         steps = math.ceil(steps / cycle) * cycle
-        step = _ours(config, clock)
+        step = _ours(config)
     else:
-        step = _original(config, clock, gradients=loop.endswith("weights"))
+        step = _original(config, gradients=loop.endswith("weights"))
     for _ in range(WARM_UP):
         step()
-    clock.parts.clear()
     machine.reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         step()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    parts = {name: seconds / steps for name, seconds in clock.parts.items()}
-    return {"cpu": cpu / steps, "wall": wall / steps, "parts": parts, "peak": machine.peak()}
+    return {"cpu": cpu / steps, "wall": wall / steps, "peak": machine.peak()}
 
 
-def opened(config: FitConfig) -> tuple[DiffusionModel, ImageData]:
-    """Model and images as a fit opens them."""
-    model = load_model(config.model, dtype=DTYPES[config.precision])
-    model.vae.float()
-    model.text_encoder.float()
-    return model, open_dataset(config.data, resolution=config.resolution or model.resolution)
-
-
-def new_learning(config: FitConfig, model: DiffusionModel, images: EncodedImages) -> Learning:
-    """A run at its first step, on made-up constants and effects: they take no time in a step."""
-    sites = topology_of(model.unet).sites(config.scope)
-    denoising = Denoising(model, config.seed)
-    position = Position()
-    indices = range(len(images))
-    stream = images.batches(indices, config.batch_size, seed=0, epochs=None, position=position)
-    learner = GateLearner(sites, config.seed, Budget("channels", sites))
-    steps = config.max_steps
-    learning = Learning(config, denoising, learner, stream, position, steps, Processes())
-    zeros = {site.name: torch.zeros(site.channels) for site in sites}
-    learning.begin(Calibration(zeros, 1.0, {name: zero + 1 for name, zero in zeros.items()}))
-    return learning
-
-
-def _ours(config: FitConfig, clock: Clock) -> Callable[[], None]:
-    """One step of `Learning`, with its evaluations of the U-Net and its backward on the clock."""
-    model, data = opened(config)
+def _ours(config: FitConfig) -> Callable[[], None]:
+    """One step of `Learning`, on made-up constants and effects: they take no time in a step."""
+    model, data = _opened(config)
     images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
     images.build(model)
     model = model.without_encoders()
-    give_back_memory()
-    keep_freed_memory()
-    learning = new_learning(config, model, images)
-    denoising = learning._denoising
-    predict = denoising._predict
-    denoising._predict = clock.timed(  # type: ignore[method-assign]
-        lambda: "gated forward" if torch.is_grad_enabled() else "dense forward", predict
+    sites = topology_of(model.unet).sites(config.scope)
+    position = Position()
+    stream = images.batches(
+        range(len(images)), config.batch_size, seed=0, epochs=None, position=position
     )
-    backward = torch.Tensor.backward
-
-    def step() -> None:
-        torch.Tensor.backward = clock.timed(lambda: "backward", backward)
-        try:
-            learning.advance()
-        finally:
-            torch.Tensor.backward = backward
-
-    return step
+    learner = GateLearner(sites, config.seed, Budget("channels", sites))
+    denoising, steps = Denoising(model, config.seed), config.max_steps
+    learning = Learning(config, denoising, learner, stream, position, steps, Processes())
+    zeros = {site.name: torch.zeros(site.channels) for site in sites}
+    learning.begin(Calibration(zeros, 1.0, {name: zero + 1 for name, zero in zeros.items()}))
+    return learning.advance
 
 
-def _original(config: FitConfig, clock: Clock, gradients: bool) -> Callable[[], None]:
-    """One step as the original project took it, with ``gradients`` of the weights or without."""
+def _opened(config: FitConfig) -> tuple[DiffusionModel, ImageData]:
     model = load_model(config.model, dtype=DTYPES[config.precision])
-    data = open_dataset(config.data, resolution=config.resolution or model.resolution)
+    return model, open_dataset(config.data, resolution=config.resolution or model.resolution)
+
+
+def _original(config: FitConfig, gradients: bool) -> Callable[[], None]:
+    """One step as the original project took it, with ``gradients`` of the weights or without."""
+    model, data = _opened(config)
     unet = model.unet
     sites = topology_of(unet).sites(config.scope)
     learner = GateLearner(sites, config.seed, Budget("channels", sites))
@@ -181,17 +125,14 @@ def _original(config: FitConfig, clock: Clock, gradients: bool) -> Callable[[], 
 
     def step() -> None:
         for _ in range(config.gradient_accumulation):
-            with clock.part("read and decode"):
-                batch = next(stream)
-            with clock.part("VAE"):
-                latents = encode_images(model, batch.pixels)
-            with clock.part("text encoder"):
-                context = embed_prompts(model, batch.captions)
+            batch = next(stream)
+            latents = encode_images(model, batch.pixels)
+            context = embed_prompts(model, batch.captions)
             timesteps = torch.randint(0, len(alphas), (len(latents),))
             noise = torch.randn_like(latents)
             alpha = alphas[timesteps][:, None, None, None].to(latents)
             noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-            with clock.part("dense forward"), torch.no_grad():
+            with torch.no_grad():
                 dense = predict(noisy, timesteps, context)
             noisy = noisy.detach().requires_grad_()  # the graph begins with the U-Net
             masks = learner.masks(noise_scale(0, 1))
@@ -199,11 +140,10 @@ def _original(config: FitConfig, clock: Clock, gradients: bool) -> Callable[[], 
                 site: SoftGate(mask, torch.zeros_like(mask.detach()))
                 for site, mask in masks.items()
             }
-            with clock.part("gated forward"), masked(unet, gates, config.padding):
+            with masked(unet, gates, config.padding):
                 output = predict(noisy, timesteps, context)
             loss = deviation(output, dense) + config.sparsity_weight * learner.penalty()
-            with clock.part("backward"):
-                (loss / config.gradient_accumulation).backward()
+            (loss / config.gradient_accumulation).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         unet.zero_grad(set_to_none=True)
@@ -211,15 +151,15 @@ def _original(config: FitConfig, clock: Clock, gradients: bool) -> Callable[[], 
     return step
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Each loop in turn, ``rounds`` times, each time in a fresh process.
+def compare(argv: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
+    """Each loop in turn, ``rounds`` times, each time in a fresh process with these options.
 
     The result of a loop is its round of median CPU time, with the highest peak of all rounds.
     """
     found: dict[str, list[dict[str, Any]]] = {loop: [] for loop in LOOPS}
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for loop, results in found.items():
-            results.append(_in_a_process(loop, arguments))
+            results.append(_in_a_process(loop, argv))
     return {loop: _median(results) for loop, results in found.items()}
 
 
@@ -229,24 +169,19 @@ def _median(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**ordered[len(ordered) // 2], "peak": most}
 
 
-def _in_a_process(loop: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("model", "data", "steps", "batch", "threads", "precision")
-    options = [f"--{name}={getattr(arguments, name)}" for name in names]
-    options.append(f"--loop={loop}")
-    if arguments.resolution:
-        options.append(f"--resolution={arguments.resolution}")
-    command = [sys.executable, "-m", "training.benchmarking.training", *options]
+def _in_a_process(loop: str, argv: Sequence[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "training.benchmarking.training", *argv, f"--loop={loop}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"The loop {loop!r} failed:\n{done.stderr.strip()}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def render(found: dict[str, dict[str, Any]], batch: int) -> str:
-    """Markdown: a row per loop, and where the CPU time of a step goes."""
+def render(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row per loop."""
     lines = [
-        "| loop | images/s | s per step | × ours | CPU s per step | × ours | peak resident |",
-        "|---|---|---|---|---|---|---|",
+        "| loop | s per step | × ours | CPU s per step | × ours | peak resident |",
+        "|---|---|---|---|---|---|",
     ]
     ours = found["ours"]
     for loop, result in found.items():
@@ -254,17 +189,7 @@ def render(found: dict[str, dict[str, Any]], batch: int) -> str:
         times = " | ".join(
             f"{result[clock]:.3f} | {result[clock] / ours[clock]:.2f}" for clock in ("wall", "cpu")
         )
-        lines.append(f"| {loop} | {batch / result['wall']:.2f} | {times} | {most} |")
-    parts = list(dict.fromkeys(name for result in found.values() for name in result["parts"]))
-    lines += [
-        "",
-        f"| CPU s per step | {' | '.join(parts)} | rest |",
-        f"|{'---|' * (len(parts) + 2)}",
-    ]
-    for loop, result in found.items():
-        seconds = [result["parts"].get(name, 0.0) for name in parts]
-        cells = " | ".join(f"{part:.3f}" for part in [*seconds, result["cpu"] - sum(seconds)])
-        lines.append(f"| {loop} | {cells} |")
+        lines.append(f"| {loop} | {times} | {most} |")
     return "\n".join([*lines, "", *(f"- {loop}: {what}" for loop, what in LOOPS.items())])
 
 
@@ -295,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.loop:
         print(json.dumps(measure(arguments.loop, config, arguments.steps)))
         return 0
-    found = compare(arguments)
+    found = compare(argv, arguments.rounds)
     facts = machine.describe(torch.device("cpu"))
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
     print(f"Measured on: {facts['cpu']}, {facts['threads']} thread(s); {packages}.")
@@ -303,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
         f"{arguments.model}, batch {arguments.batch}, {arguments.precision}, the median of "
         f"{arguments.rounds} rounds; {machine.MMAP_THRESHOLD}={facts['malloc_mmap_threshold']}.\n"
     )
-    print(render(found, arguments.batch))
+    print(render(found))
     return 0
 
 

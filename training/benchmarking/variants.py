@@ -11,7 +11,6 @@ each gated convolution is multiplied by zeros and ones.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +28,14 @@ from ldcp_core import (
     blocks_of,
     top_channels,
 )
-from training.benchmarking.timing import DENSE, Variant, synchronize
+from training.benchmarking.timing import DENSE, Variant
 from training.configs import SD15
-from training.gating import CompactBlock, compact_blocks, gated_layers, running, topology_of
+from training.gating import CompactBlock, compact_blocks, gated_layers, running
 
 TEXT_TOKENS = 77
 TIMESTEP = 500
+#: the ResBlock that is also timed by itself
+BLOCK = "mid_block.resnets.0"
 
 
 def random_unet(
@@ -93,10 +94,9 @@ class Inputs:
         return cls(latents.to(**to), timestep, context.to(**to))
 
     @torch.no_grad()
-    def run(self, unet: UNet2DConditionModel, timestep: Tensor | None = None) -> Tensor:
+    def run(self, unet: UNet2DConditionModel) -> Tensor:
         """The U-Net's prediction, of the latents' shape."""
-        timestep = self.timestep if timestep is None else timestep
-        return unet(self.latents, timestep, encoder_hidden_states=self.context).sample
+        return unet(self.latents, self.timestep, encoder_hidden_states=self.context).sample
 
 
 @dataclass(frozen=True)
@@ -269,9 +269,8 @@ def block_variants(
     shape: tuple[int, int, int],
     seed: int,
 ) -> list[Variant]:
-    """The first mid ResBlock on its own, on a random map of ``shape`` (batch, height, width)."""
-    name = "mid_block.resnets.0"
-    block = unet.get_submodule(name)
+    """The `BLOCK` on its own, on a random map of ``shape`` (batch, height, width)."""
+    block = unet.get_submodule(BLOCK)
     generator = torch.Generator().manual_seed(seed)
     batch, height, width = shape
     to = dict(device=unet.device, dtype=unet.dtype)
@@ -282,42 +281,4 @@ def block_variants(
     def run() -> Tensor:
         return block(x, temb)
 
-    here = [Pruning(p.label, {f"{name}.conv1": p.keep_sets[f"{name}.conv1"]}, {}) for p in prunings]
-    dense = Variant(DENSE, "nothing", run, weight_bytes=layer_bytes(unet, [name]))
-    return [dense, *pruned_variants(unet, run, here, paddings)]
-
-
-def mid_resnets(unet: UNet2DConditionModel) -> list[Site]:
-    """The inner sites of the two mid ResBlocks."""
-    return [site for site in topology_of(unet).sites("mid") if site.kind == "inner"]
-
-
-def block_stopwatch(unet: UNet2DConditionModel) -> Callable[[Variant], float]:
-    """A function that runs a variant and returns the mean seconds per mid ResBlock within it."""
-    modules = [unet.get_submodule(site.block.name) for site in mid_resnets(unet)]
-    device = unet.device
-
-    def seconds(variant: Variant) -> float:
-        starts: list[float] = []
-        total = 0.0
-
-        def before(module: Any, inputs: Any) -> None:
-            synchronize(device)
-            starts.append(time.perf_counter())
-
-        def after(module: Any, inputs: Any, output: Any) -> None:
-            nonlocal total
-            synchronize(device)
-            total += time.perf_counter() - starts[-1]
-
-        with variant.prepare():
-            hooks = [m.register_forward_pre_hook(before) for m in modules]
-            hooks += [m.register_forward_hook(after) for m in modules]
-            try:
-                variant.evaluate()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        return total / len(starts)
-
-    return seconds
+    return [Variant(DENSE, "nothing", run), *pruned_variants(unet, run, prunings, paddings)]

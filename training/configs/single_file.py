@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -126,10 +127,13 @@ def _read_safetensors_header(path: Path, size: int, start: bytes) -> Header:
         raw = file.read(length)
     try:
         entries: dict[str, Any] = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
-        shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        metadata = {key: str(value) for key, value in entries.pop("__metadata__", {}).items()}
+        shapes = {key: tuple(map(int, entry["shape"])) for key, entry in entries.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, IndexError),
+        *(OverflowError, RecursionError),
+    ) as error:
         raise UserError(
             f"{path} has a damaged safetensors header ({error}).", EXPECTED, FETCH_AGAIN
         ) from error
@@ -150,28 +154,63 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is damaged, or can be read only by running the code pickled in it.
     """
-    start = path.open("rb").read(2)
-    zipped = zipfile.is_zipfile(path)
-    if start == b"PK" and not zipped:
-        raise UserError(
-            f"{path} is cut off: the directory at its end is missing.", EXPECTED, FETCH_AGAIN
-        )
+    with path.open("rb") as file:
+        start = file.read(2)
     try:
+        zipped = zipfile.is_zipfile(path)
+        if start == b"PK" and not zipped:
+            raise UserError(
+                f"{path} is cut off: the directory at its end is missing.", EXPECTED, FETCH_AGAIN
+            )
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} can't be read as plain weights ({reason}).",
+            f"{path} can't be read as plain weights{_named_code(error)}.",
             EXPECTED + "; pickled code is never run",
             "use the .safetensors version of the model, or convert it with a tool you trust",
         ) from error
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        raise UserError(f"{path} is damaged ({error}).", EXPECTED, FETCH_AGAIN) from error
-    while isinstance(state, Mapping) and "state_dict" in state:
-        state = state["state_dict"]
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}).", EXPECTED, FETCH_AGAIN
+        ) from error
+    for _ in range(2):  # some trainers wrap it twice
+        if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+            state = state["state_dict"]
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, no model.", EXPECTED, TAKE_SD15)
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    size = path.stat().st_size
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor) and _is_plain(value, size)
+    }
+
+
+def _is_plain(tensor: torch.Tensor, size: int) -> bool:
+    """Whether a tensor is numbers in memory, not more than ``size`` bytes of a file can hold."""
+    return (
+        not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+        and tensor.layout is torch.strided
+        and tensor.nbytes <= size
+    )
+
+
+def _named_code(error: pickle.UnpicklingError) -> str:
+    """What a pickle would run, where that is told; PyTorch's advice to run it is not passed on.
+
+    >>> _named_code(pickle.UnpicklingError("Unsupported global: GLOBAL os.system was not an"))
+    ' (it names os.system)'
+    """
+    found = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
+    return f" (it names {found[1]})" if found else ""
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what a library says, printable."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
 
 
 def check_single_file(path: Path, header: Header) -> None:
@@ -197,7 +236,7 @@ def _recognise(header: Header) -> tuple[str, str]:
     }
     if not parts["the U-Net"]:
         return _recognise_part(header, parts)
-    channels = header.shapes[f"{UNET}input_blocks.0.0.weight"][1]
+    channels = _inputs(header, f"{UNET}input_blocks.0.0.weight")
     if channels != 4:
         kind = {9: "an inpainting checkpoint", 8: "an InstructPix2Pix checkpoint"}
         name = kind.get(channels, "a checkpoint")
@@ -205,9 +244,7 @@ def _recognise(header: Header) -> tuple[str, str]:
             f"{name} (its U-Net takes {channels} input channels instead of 4)",
             "train on the text-to-image checkpoint it was made from",
         )
-    context = header.shapes.get(
-        f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 0)
-    )[1]
+    context = _inputs(header, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     if context != 768:
         names = {1024: "a Stable Diffusion 2 checkpoint", 2048: "an SDXL checkpoint"}
         return names.get(context, f"no SD1.5 model (text width {context}, not 768)"), TAKE_SD15
@@ -220,6 +257,12 @@ def _recognise(header: Header) -> tuple[str, str]:
             "pass the full checkpoint, or a diffusers folder that has all parts",
         )
     return "", ""
+
+
+def _inputs(header: Header, key: str) -> int:
+    """Input channels of a weight; 0 where there is none."""
+    shape = header.shapes.get(key, ())
+    return shape[1] if len(shape) > 1 else 0
 
 
 def _recognise_part(header: Header, parts: Mapping[str, bool]) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing import Pool
@@ -22,6 +23,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from training.console import explaining
+from training.errors import UserError
+from training.output import output_folder
+
 from .autoencoder import (
     add_colour_channel_,
     colour_targets,
@@ -31,18 +36,23 @@ from .autoencoder import (
     weakest_channel,
 )
 from .check import FIRST_SEED, MID, effect, losses, noisy_probe
-from .denoiser import Recipe, State, new_scheduler, train_denoiser
+from .denoiser import WIDTHS, Recipe, State, new_scheduler, train_denoiser
+from .draw import METADATA, file_name, has_faces
 from .faces import draw_face
 from .text import new_text_encoder, tokenize, write_tokenizer
+from .traits import draw_traits
 
 log = logging.getLogger("training.demo")
 
 TRAIN_COUNT = 8_000
 MONITOR_COUNT = 64
 SAMPLE_COUNT, SAMPLE_SEED = 256, 1_000_000
+#: what the work folder may hold
+STAGES = {"images.npy", "captions.json", "vae", "latents.pt", "tokenizer", "denoiser.pt"}
 
 
-def main() -> None:
+@explaining
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--work", type=Path, default=Path("demo-work"), help="intermediate results")
@@ -52,6 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    check_folders(args.output, args.work)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.images:
         write_sample_images(args.images)
@@ -59,6 +70,17 @@ def main() -> None:
     vae, latents = autoencoder_stage(args.work, 60 * args.autoencoder_minutes)
     torch.set_num_threads(args.threads)
     denoiser_stage(args.work, args.output, vae, latents, captions, 60 * args.denoiser_minutes)
+    return 0
+
+
+def check_folders(output: Path, work: Path) -> None:
+    """Raises UserError where a folder holds what was not built here: both are written over."""
+    unet = output / "unet" / "config.json"
+    ours = unet.exists() and json.loads(unet.read_text())["block_out_channels"] == list(WIDTHS)
+    if {path.name for path in output_folder("--work", work, ()).glob("*")} - STAGES:
+        raise UserError(f"{work} holds other files than a build's.", "", "change --work")
+    if any(output_folder("--output", output, ()).glob("*")) and not ours:
+        raise UserError(f"{output} holds no pipeline that was built here.", "", "change --output")
 
 
 def draw_training_set(work: Path) -> list[str]:
@@ -207,14 +229,17 @@ def _edit_json(path: Path, **changes: str) -> None:
 
 def write_sample_images(folder: Path) -> None:
     """Portraits in FFHQ's layout with captions in `metadata.jsonl`, from seeds of their own."""
-    lines = []
+    lines = [
+        json.dumps({"file_name": file_name(i), "text": draw_traits(SAMPLE_SEED + i).caption})
+        for i in range(SAMPLE_COUNT)
+    ]
+    has_faces(output_folder("--images", folder, ()), lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METADATA).write_text("\n".join(lines) + "\n")
     for i in range(SAMPLE_COUNT):
-        image, caption = draw_face(SAMPLE_SEED + i)
-        name = f"{i // 1000 * 1000:05d}/{i:05d}.png"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        image.quantize(96).save(folder / name, optimize=True)
-        lines.append(json.dumps({"file_name": name, "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        path = folder / file_name(i)
+        path.parent.mkdir(exist_ok=True)
+        draw_face(SAMPLE_SEED + i)[0].quantize(96).save(path, optimize=True)
 
 
 def _draw(seed: int) -> tuple[np.ndarray, str]:
@@ -223,4 +248,4 @@ def _draw(seed: int) -> tuple[np.ndarray, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,10 +27,12 @@ from training.console import explaining, log_progress, progress
 from training.demo.faces import draw_face
 from training.demo.traits import draw_traits
 from training.errors import UserError
+from training.output import output_folder
 
 #: apart from the faces that the demo model learned from and those in `images/`
 FIRST_SEED = 10_000_000
 PER_FOLDER = 1000
+METADATA = "metadata.jsonl"
 
 
 def file_name(number: int) -> str:
@@ -42,17 +44,38 @@ def file_name(number: int) -> str:
     return f"{number // PER_FOLDER * PER_FOLDER:05d}/{number:05d}.png"
 
 
-def draw(folder: Path, images: int, size: int, grain: float, workers: int) -> None:
-    """Draw what is missing of ``images`` faces of ``size`` x ``size`` pixels; raises OSError.
+def has_faces(folder: Path, lines: Sequence[str]) -> bool:
+    """Whether ``folder`` has the faces of these lines of metadata, and perhaps more.
 
-    ``grain`` is the standard deviation of a camera's noise, of 255.
+    False where it has the first of them, or nothing. Raises UserError where it has anything else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    metadata = folder / METADATA
+    there = metadata.read_text("utf-8", "replace").splitlines() if metadata.exists() else []
+    common = min(len(there), len(lines))
+    others = not there and any(folder.glob("[!.]*"))
+    if there[:common] != list(lines[:common]) or others:
+        raise UserError(
+            f"{folder} holds other files than these faces.",
+            "a new folder, or one that this command has drawn into",
+            "change --output",
+        )
+    return len(there) >= len(lines)
+
+
+def draw(folder: Path, images: int, size: int, grain: float, workers: int) -> None:
+    """Draw what is missing of ``images`` faces of ``size`` x ``size`` pixels.
+
+    ``grain`` is the standard deviation of a camera's noise, of 255. Raises OSError, and UserError
+    where the folder holds anything else.
+    """
     lines = [
         json.dumps({"file_name": file_name(i), "text": draw_traits(FIRST_SEED + i).caption})
         for i in range(images)
     ]
-    write_atomically(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+    complete = has_faces(output_folder("--output", folder, ()), lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not complete:
+        write_atomically(folder / METADATA, ("\n".join(lines) + "\n").encode())
     for start in range(0, images, PER_FOLDER):
         (folder / file_name(start)).parent.mkdir(exist_ok=True)
     missing = [i for i in range(images) if not (folder / file_name(i)).exists()]

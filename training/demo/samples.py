@@ -4,11 +4,16 @@
 """
 
 import argparse
+import io
+import sys
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
+
+from training.console import explaining
+from training.output import PICTURE, output_file, write
 
 from .check import PIPELINE, load_pipeline
 
@@ -74,16 +79,21 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+@explaining
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=4.0)
     args = parser.parse_args()
+    output_file("--output", args.output, PICTURE, ())
     pipe = load_pipeline(args.pipeline)
-    grid(sample(pipe, PROMPTS, args.steps, args.guidance), PROMPTS).save(args.output)
+    buffer = io.BytesIO()
+    grid(sample(pipe, PROMPTS, args.steps, args.guidance), PROMPTS).save(buffer, "PNG")
+    write(args.output, buffer.getvalue())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from training.console import progress
+from training.data import open_image
 from training.evaluation import distances
 from training.evaluation.networks import BATCH, Clip, Inception, Networks, Vgg
 from training.evaluation.reference import Reference
@@ -79,7 +79,7 @@ def compare_images(
 
 def read_image(path: Path) -> Tensor:
     """uint8 [1, 3, H, W]."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
 
 

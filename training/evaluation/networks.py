@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from training.cache import weights_digest
 from training.errors import UserError
-from training.sources import file_stamp
+from training.stamps import file_stamp
 
 #: images given to a network at once
 BATCH = 32

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ldcp_core import one_line
+from training.data import open_image
+
 Row = Mapping[str, Any]
+
+
+def shown(text: str) -> str:
+    """A gate file's own words as matplotlib draws them: a line, and no formula between dollars."""
+    return one_line(text).replace("$", r"\$")
 
 
 def plot(rows: Sequence[Row]) -> bytes:
@@ -71,12 +79,12 @@ def panels_of(rows: Sequence[Row], several: bool) -> list[Panel]:
         for r in of:
             words = [r["criterion"], *(r[name] for name in more)]
             words += [r["precision"]] if several else []
-            found.setdefault(" ".join(filter(None, words)), []).append(r)
+            found.setdefault(shown(" ".join(filter(None, words))), []).append(r)
         return found
 
     panels = [
         Panel(
-            f"scope {scope}",
+            f"scope {shown(scope)}",
             "parameters of the U-Net left, %",
             lambda r: 100 * r["parameters_left"],
             lines([r for r in gates if r["scope"] == scope]),
@@ -132,7 +140,7 @@ def heat_map(cells: Sequence[Cell]) -> bytes:
             dark = norm(cell.deviation) < 0.5
             axis.text(*place[::-1], text, ha="center", va="center", color="w" if dark else "k")
         image = axis.imshow(table, norm=norm, aspect="auto")
-        axis.set(title=f"scope {scope}", xlabel="target sparsity", ylabel="λ")
+        axis.set(title=f"scope {shown(scope)}", xlabel="target sparsity", ylabel="λ")
         axis.set_xticks(range(len(targets)), [f"{target:.0%}" for target in targets])
         axis.set_yticks(range(len(weights)), [f"{weight:g}" for weight in weights])
     figure.colorbar(image, ax=axes[0], label="deviation from dense (MSE, held out)")
@@ -145,7 +153,7 @@ def heat_map(cells: Sequence[Cell]) -> bytes:
 def grid(paths: Mapping[str, Sequence[Path]], prompts: Sequence[str]) -> Image.Image:
     """One row per model and one column per image, each row labelled with its model."""
     rows = {
-        name: [Image.open(path).convert("RGB") for path in files] for name, files in paths.items()
+        name: [open_image(path).convert("RGB") for path in files] for name, files in paths.items()
     }
     side, label, head = next(iter(rows.values()))[0].width, 18, 20
     sheet = Image.new(
@@ -153,13 +161,13 @@ def grid(paths: Mapping[str, Sequence[Path]], prompts: Sequence[str]) -> Image.I
     )
     canvas = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
-        text = prompt
+        text = one_line(prompt)
         while text and canvas.textlength(text) > side - 4:
             text = text[:-1]
         canvas.text((column * side + 2, 4), text, (0, 0, 0))
     for row, (name, images) in enumerate(rows.items()):
         y = head + row * (side + label)
-        canvas.text((2, y + 2), name, (0, 0, 0))
+        canvas.text((2, y + 2), one_line(name), (0, 0, 0))
         for column, image in enumerate(images):
             sheet.paste(image, (column * side, y + label))
     return sheet

@@ -33,7 +33,7 @@ class Reference:
         """
         data = self.data
         name = digest([network.stamp, CROP, str(data.resolution)])
-        cache = TensorCache(self._folder / f"features-{name}", data.stamps())
+        cache = TensorCache(self._folder / f"features-{name}", data.stamps(self._folder))
 
         def compute(indices: Sequence[int]) -> Iterator[Tensor | str]:
             for start in range(0, len(indices), BATCH):
@@ -51,7 +51,7 @@ class Reference:
     def _read(self, index: int) -> Tensor | str:
         """uint8 [3, R, R], or why it can't be read."""
         try:
-            pixels = self.data[index].pixels
+            pixels = self.data.pixels(index)
         except BrokenImage:
             return self.data.broken[self.data.records[index].id]
         return ((pixels + 1) * 127.5).round().to(torch.uint8)

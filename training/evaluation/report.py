@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ldcp_core import markdown
 from training.evaluation.statistics import PARTS
 
-#: characters of a file's own words
-QUOTED = 80
 #: so that nothing is divided by zero
 TINY = 1e-30
 SHARES = ("channels_pruned", "parameters_left", "flops_left", "sparsity")
@@ -67,7 +65,7 @@ def render(result: Mapping[str, Any]) -> str:
     lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * PARTS}"]
     for r in result["rows"]:
         shown = ["" if v is None else f"{v:.5f}" for v in r["loss_by_timestep"]]
-        lines.append(f"| {r['name']} | {' | '.join(shown)} |")
+        lines.append(f"| {markdown(r['name'])} | {' | '.join(shown)} |")
     if result.get("images"):
         lines += ["", *_image_table(result["images"])]
     if any(result.get("sets", {}).values()):
@@ -77,7 +75,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def _row(r: Mapping[str, Any]) -> str:
-    shown = [r["name"], r["precision"], _quoted(r["criterion"]), _quoted(r["scope"])]
+    shown = [markdown(r[word]) for word in ("name", "precision", "criterion", "scope")]
     shown += [f"{r[share]:.1%}" for share in SHARES]
     shown += [f"{r['bytes'] / 2**20:.1f}", f"{1000 * r['seconds']:.0f}"]
     if "deviation" in r:
@@ -95,26 +93,20 @@ def _deviation(r: Mapping[str, Any]) -> str:
     return f"{r['deviation']['mean']:.2e} ({low:.1e} to {high:.1e})"
 
 
-def _quoted(text: str) -> str:
-    """What a file says of itself, as text in a cell of a table."""
-    text = text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)
-
-
 def _baseline_table(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     learned = next(r for r in rows if r["name"] == name)
     lines = [
-        f"Beside {name}: as many channels chosen by cheaper means, with the same constants; per "
-        "site: as many at each site as learned; together: over all sites. What lies between "
-        "own-effect together and per site is how much each layer gives; between that and learned, "
-        "which channels:",
+        f"Beside {markdown(name)}: as many channels chosen by cheaper means, with the same "
+        "constants; per site: as many at each site as learned; together: over all sites. What "
+        "lies between own-effect together and per site is how much each layer gives; between that "
+        "and learned, which channels:",
         "",
         "| chosen by | deviation from dense | × learned |",
         "|---|---|---|",
     ]
     for r in [learned, *(r for r in rows if r["beside"] == name)]:
         times = r["deviation"]["mean"] / max(learned["deviation"]["mean"], TINY)
-        lines.append(f"| {_quoted(r['criterion'])} | {_deviation(r)} | {times:.2f} |")
+        lines.append(f"| {markdown(r['criterion'])} | {_deviation(r)} | {times:.2f} |")
     return lines
 
 
@@ -129,20 +121,22 @@ def _image_table(images: Mapping[str, Mapping[str, Mapping[str, float]]]) -> lis
     for name, metrics in images.items():
         for metric, s in metrics.items():
             values = (s["mean"], s["median"], s["minimum"], s["maximum"], s["deviation"])
-            lines.append(f"| {name} | {metric} | {' | '.join(f'{v:.4g}' for v in values)} |")
+            lines.append(
+                f"| {markdown(name)} | {metric} | {' | '.join(f'{v:.4g}' for v in values)} |"
+            )
     return lines
 
 
 def _set_table(sets: Mapping[str, Mapping[str, float]], reference: Mapping[str, Any]) -> list[str]:
     metrics = list(dict.fromkeys(metric for found in sets.values() for metric in found))
     lines = [
-        f"All images of a model against the {reference['images']:,} of {reference['source']} at "
-        f"{reference['resolution']} pixels:",
+        f"All images of a model against the {reference['images']:,} of "
+        f"{markdown(reference['source'])} at {reference['resolution']} pixels:",
         "",
         f"| gates | {' | '.join(metrics)} |",
         f"|---|{'---|' * len(metrics)}",
     ]
     for name, found in sets.items():
         shown = [f"{found[metric]:.4g}" if metric in found else "" for metric in metrics]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
+        lines.append(f"| {markdown(name)} | {' | '.join(shown)} |")
     return lines

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ldcp_core import PADDINGS, SoftGate, blocks_of
-from training import thrift
 from training.data import Batch
 from training.denoising import Denoising, Problem
-from training.frozen import thrifty_layers
+from training.frozen import frozen_layers
 from training.gating import deviation, masked, topology_of
 from training.models import DiffusionModel
-from training.thrift import stages_before
+from training.replay import stages_before
 
 SCOPES = ["mid", "up", "down", "all", "ff", "up_blocks.3.*", "up_blocks.1.resnets.2.conv1"]
 
@@ -49,33 +48,27 @@ def plain(model: DiffusionModel, problem: Problem, scope: str, padding: str) -> 
     return [loss.detach(), output.detach(), target, *torch.autograd.grad(loss, leaves)]
 
 
-def thrifty(model: DiffusionModel, problem: Problem, scope: str, padding: str) -> list[Tensor]:
+def saving(model: DiffusionModel, problem: Problem, scope: str, padding: str) -> list[Tensor]:
     leaves, gates = logits_and_gates(model, scope)
-    with Denoising(model, 0).compared(problem, gates, padding) as (target, output):
-        loss = deviation(output, target)
+    denoising = Denoising(model, 0)
+    answered = denoising.answered(problem, gates)
+    with denoising.pruned(answered, gates, padding) as output:
+        loss = deviation(output, answered.dense)
         gradients = torch.autograd.grad(loss, leaves)
-    return [loss.detach(), output.detach(), target, *gradients]
+    return [loss.detach(), output.detach(), answered.dense, *gradients]
 
 
-@pytest.fixture
-def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave what skip connections bring where it is: `test_skips` is about that."""
-    monkeypatch.setattr(thrift, "changing_channels", lambda *_: {})
-
-
-@pytest.mark.usefixtures("whole_blocks")
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_loss_and_gradients_are_those_of_the_plain_path_to_the_bit(
     model: DiffusionModel, problem: Problem, scope: str, padding: str
 ) -> None:
     expected = plain(model, problem, scope, padding)
-    found = thrifty(model, problem, scope, padding)
+    found = saving(model, problem, scope, padding)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert expected[0] > 0 and all(bool(gradient.any()) for gradient in expected[3:])
 
 
-@pytest.mark.usefixtures("whole_blocks")
 @pytest.mark.parametrize("scope", ["mid", "all", "ff"])
 def test_gradient_checkpointing_changes_no_gradient(
     model: DiffusionModel, problem: Problem, scope: str
@@ -84,7 +77,7 @@ def test_gradient_checkpointing_changes_no_gradient(
     model.unet.enable_gradient_checkpointing()
     try:
         with evaluations(model) as counted:
-            found = thrifty(model, problem, scope, "zero")
+            found = saving(model, problem, scope, "zero")
     finally:
         model.unet.disable_gradient_checkpointing()
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -111,14 +104,14 @@ def test_what_comes_before_the_first_gate_is_computed_once(
     model: DiffusionModel, problem: Problem
 ) -> None:
     with evaluations(model) as counted:
-        thrifty(model, problem, "mid", "zero")
+        saving(model, problem, "mid", "zero")
     assert counted["down_blocks.3.resnets.1.conv1"] == 1
     assert counted["up_blocks.0.resnets.0.norm2"] == 2
     with evaluations(model) as counted:
-        thrifty(model, problem, "up", "zero")
+        saving(model, problem, "up", "zero")
     assert counted["mid_block.attentions.0"] == 1
     with evaluations(model) as counted:
-        thrifty(model, problem, "down", "zero")
+        saving(model, problem, "down", "zero")
     assert counted["down_blocks.0.attentions.0"] == 2
 
 
@@ -175,17 +168,17 @@ def saved_bytes(model: DiffusionModel, problem: Problem, context: object) -> int
     return sum(kept.values())
 
 
-def test_thrifty_layers_keep_no_inputs(model: DiffusionModel, problem: Problem) -> None:
+def test_frozen_layers_keep_no_inputs(model: DiffusionModel, problem: Problem) -> None:
     from contextlib import nullcontext
 
     usual = saved_bytes(model, problem, nullcontext())
-    found = saved_bytes(model, problem, thrifty_layers(model.unet.modules()))
+    found = saved_bytes(model, problem, frozen_layers(model.unet.modules()))
     print(f"kept for backward: {usual:,} bytes, {found:,} without the inputs of convolutions")
     assert found < 0.9 * usual  # 0.85 here
 
 
 def test_afterwards_the_modules_are_what_they_were(model: DiffusionModel, problem: Problem) -> None:
-    thrifty(model, problem, "all", "zero")
+    saving(model, problem, "all", "zero")
     for module in model.unet.modules():
         assert not {"forward", "_conv_forward"} & set(module.__dict__)
 

@@ -1,24 +1,22 @@
 """Nothing computed twice in a step: what no gate changes is computed once and replayed.
 
-That is what lies before the first gate, what later sees timestep or prompt alone, and what skip
-connections bring (`training.skips`): the same for the dense teacher and for the gated model, and
-for every further choice of channels. Outputs and gradients stay as they were to the bit, where skip
-connections are split up to the order of summation.
+That is what lies before the first gate, and what later sees timestep or prompt alone: the same for
+the dense teacher and for the gated model, and for every further choice of channels. Outputs and
+gradients stay as they were to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers import UNet2DConditionModel
 
 from training.gating import overridden
-from training.skips import SkipShare, changing_channels, completing, cut_skips, splitting
 
 
-def stages_before(unet: UNet2DConditionModel, blocks: Iterable[str]) -> list[str]:
+def stages_before(unet: UNet2DConditionModel, blocks: Sequence[str]) -> list[str]:
     """The top-level parts of the U-Net that run before the first of the named blocks, in order."""
     down = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
     up = [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
@@ -40,14 +38,12 @@ def _beside_gates(unet: UNet2DConditionModel, stages: Iterable[str]) -> list[str
 
 
 @contextmanager
-def recording(unet: UNet2DConditionModel, gated: Iterable[str]) -> Iterator[dict[str, Any]]:
+def recording(unet: UNet2DConditionModel, gated: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Run the U-Net as it is, and keep what gates in the blocks ``gated`` don't change.
 
-    Name of a part -> its output, or the `SkipShare` of a ResBlock; complete after the context.
+    Name of a part -> its output; complete after the context.
     """
-    gated = list(gated)
     stages = stages_before(unet, gated)
-    changing = changing_channels(unet, stages, gated)
     outputs: dict[str, Any] = {}
 
     def forward_of(name: str) -> Any:
@@ -60,10 +56,8 @@ def recording(unet: UNet2DConditionModel, gated: Iterable[str]) -> Iterator[dict
         return forward
 
     forwards = {name: forward_of(name) for name in [*stages, *_beside_gates(unet, stages)]}
-    forwards |= {name: splitting(unet, name, changing[name], outputs) for name in changing}
     with overridden(unet, forwards):
         yield outputs
-    cut_skips(unet, changing, outputs)
 
 
 def replaying(unet: UNet2DConditionModel, outputs: dict[str, Any]) -> Any:
@@ -73,8 +67,6 @@ def replaying(unet: UNet2DConditionModel, outputs: dict[str, Any]) -> Any:
     """
 
     def forward_of(name: str) -> Any:
-        if isinstance(outputs[name], SkipShare):
-            return completing(unet, name, outputs[name])
         return lambda *arguments, **options: outputs[name]
 
     return overridden(unet, {name: forward_of(name) for name in outputs})

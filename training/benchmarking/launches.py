@@ -1,0 +1,298 @@
+"""What an evaluation of SD1.5's U-Net asks of a GPU, counted without one: launches, bytes, FLOPs.
+
+    python -m training.benchmark launches
+    python -m training.benchmark launches --scope mid --sparsity 0.3 0.5 --resolution 768
+
+A fast card computes an operation sooner than the host can launch the next, so that pruning which
+saves arithmetic but needs more operations is slower than the dense model. The U-Net runs on tensors
+without contents (PyTorch's meta device), for which `ldcp_core` computes as it does on a GPU. What
+one operation launches is taken from PyTorch's sources; the times are estimated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ldcp_core import PADDINGS, Padding, fused
+from training.benchmarking.timing import DENSE
+from training.benchmarking.variants import TEXT_TOKENS, random_pruning
+from training.configs import SD15
+from training.console import explaining
+from training.gating import CompactBlock, compact_blocks, running, topology_of
+from training.models import DTYPES
+
+PIXELS_PER_LATENT = 8
+GIGA, TERA = 1e9, 1e12
+#: seconds the host needs to launch a kernel, and the least a kernel takes
+LAUNCH, KERNEL = 5e-6, 2e-6
+#: launches of what is more than one: a GroupNorm takes moments, scales and applies; cuDNN's
+#: convolution leaves its bias to an addition
+SEVERAL = {"native_group_norm": 3}
+#: what launches nothing beside views
+NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card reaches in practice: bytes and half-precision FLOPs per second."""
+
+    name: str
+    bandwidth: float
+    flops: float
+
+
+CARDS = (
+    Card("8 GB card", 300 * GIGA, 10 * TERA),
+    Card("3090-like", 900 * GIGA, 60 * TERA),
+    Card("H100-like", 2000 * GIGA, 350 * TERA),
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation on the device: its kernels, the bytes it reads and writes, its FLOPs."""
+
+    name: str
+    launches: int
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """Totals of one evaluation; ``elementwise`` is bytes of operations that are no products."""
+
+    launches: int
+    elementwise: int
+    flops: int
+    host_seconds: float
+    device_seconds: dict[str, float]
+
+    @classmethod
+    def of(cls, operations: Sequence[Operation]) -> Count:
+        launches = sum(op.launches for op in operations)
+        return cls(
+            launches,
+            sum(op.bytes for op in operations if not op.flops),
+            sum(op.flops for op in operations),
+            launches * LAUNCH,
+            {card.name: sum(_seconds(op, card) for op in operations) for card in CARDS},
+        )
+
+
+def _seconds(op: Operation, card: Card) -> float:
+    return max(KERNEL * op.launches, op.bytes / card.bandwidth, op.flops / card.flops)
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations within the context. Views and allocations launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        if name == "batch_norm_stats":  # PyTorch knows no shape of it
+            shape = args[0].shape[1]
+            result = tuple(args[0].new_empty(shape, dtype=torch.float32) for _ in range(2))
+        else:
+            result = func(*args, **kwargs)
+        if name not in NOTHING and not func.is_view:
+            self._add(func, name, args, kwargs, result)
+        return result
+
+    def _add(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        written = _tensors(result)
+        read = _tensors((args, {k: v for k, v in kwargs.items() if k != "out"}))
+        size = _bytes(read) + _bytes(written)
+        if name in ("index_add_", "index_copy_"):  # touches only what it adds to
+            size = _bytes([args[3]]) * (3 if name == "index_add_" else 2)
+        elif name in ("index_select", "copy_"):
+            size = 2 * _bytes(written)
+        launches, flops = SEVERAL.get(name, 1), 0
+        product = getattr(torch.ops.aten, name.rstrip("_"), None)
+        if product in flop_registry:
+            flops = flop_registry[product](*args, **kwargs, out_val=result)
+        if name == "convolution" and args[2] is not None:
+            launches, size = 2, size + 2 * _bytes(written)
+        elif name == "native_group_norm":
+            size += _bytes(read[:1])  # once for the moments, once to apply them
+        self.found.append(Operation(name, launches, size, flops))
+
+
+class _OneAttention(TorchFunctionMode):
+    """Attention as the one kernel that it is on a GPU."""
+
+    def __init__(self, operations: Operations) -> None:
+        super().__init__()
+        self._operations = operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        result = torch.empty_like(query)
+        flops = 4 * query.numel() * key.shape[2]
+        self._operations.found.append(
+            Operation("attention", 1, _bytes([query, key, value, result]), flops)
+        )
+        return result
+
+
+def _triton(operations: Operations) -> Any:
+    """Context in which `ldcp_core.fused` launches its kernels here, as it does on a GPU."""
+
+    def launch(name: str, grid: tuple[int, ...], *args: Any, **constants: int) -> None:
+        read_again = 3 if name == "norm_silu" else 0  # twice more, and written
+        size = _bytes(_tensors(args)) + read_again * _bytes(args[:1])
+        operations.found.append(Operation(name, 1, size, 0))
+
+    return mock.patch.multiple(fused, usable=lambda *maps: True, launch=launch)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that lie in memory: what is expanded counts once."""
+    total = 0
+    for tensor in tensors:
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        elements = 1
+        for size, stride in sizes:
+            elements *= size if stride else 1
+        total += elements * tensor.element_size()
+    return total
+
+
+def meta_unet(dtype: torch.dtype) -> UNet2DConditionModel:
+    """SD1.5's U-Net without weights."""
+    config = UNet2DConditionModel.load_config(SD15 / "unet", local_files_only=True)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    nn.Module.to(unet, dtype)  # diffusers' own warns about weights that are not there
+    return unet.requires_grad_(False).eval()
+
+
+def operations(
+    unet: UNet2DConditionModel,
+    blocks: Mapping[str, CompactBlock],
+    resolution: int,
+    batch: int,
+    triton: bool = False,
+) -> list[Operation]:
+    """What one evaluation does; ``unet`` and ``blocks`` lie on the meta device."""
+    side, like = resolution // PIXELS_PER_LATENT, {"dtype": unet.dtype, "device": unet.device}
+    latents = torch.empty(batch, unet.config.in_channels, side, side, **like)
+    context = torch.empty(batch, TEXT_TOKENS, unet.config.cross_attention_dim, **like)
+    timesteps = torch.empty(batch, dtype=torch.int64, device=unet.device)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(running(unet, blocks))
+        counted = stack.enter_context(Operations())
+        stack.enter_context(_OneAttention(counted))
+        if triton:
+            stack.enter_context(_triton(counted))
+        unet(latents, timesteps, encoder_hidden_states=context)
+    return counted.found
+
+
+def count(
+    scopes: Sequence[str],
+    sparsity: Sequence[float] = (0.4,),
+    padding: Sequence[Padding] = ("zero",),
+    resolution: int = 512,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float16,
+) -> dict[str, Count]:
+    """Dense and each pruned form of SD1.5, with random keep-sets of aligned counts.
+
+    Each once from PyTorch's own operations and once with the Triton kernels.
+    """
+    unet = meta_unet(dtype)
+    found = {DENSE: Count.of(operations(unet, {}, resolution, batch))}
+    for scope, share, rule in product(scopes, sparsity, padding):
+        pruning = random_pruning(topology_of(unet).sites(scope), share, seed=0)
+        blocks = compact_blocks(unet, pruning.keep_sets, pruning.constants, rule)
+        name = f"{scope} {pruning.label}, {rule}"
+        operations(unet, blocks, resolution, batch)  # makes what is kept for this size
+        for form, triton in ((name, False), (f"{name}, Triton", True)):
+            found[form] = Count.of(operations(unet, blocks, resolution, batch, triton))
+    return found
+
+
+def render(found: Mapping[str, Count]) -> str:
+    """Markdown: a row per form."""
+    cards = [f"{card.name}, ms" for card in CARDS]
+    header = ["form", "launches", "elementwise, GB", "TFLOP", *cards, "launching, ms"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for name, form in found.items():
+        milliseconds = [1000 * s for s in (*form.device_seconds.values(), form.host_seconds)]
+        cells = [name, f"{form.launches:,}", f"{form.elementwise / GIGA:.2f}"]
+        cells += [f"{form.flops / TERA:.3f}", *(f"{ms:.1f}" for ms in milliseconds)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+ASSUMPTIONS = (
+    "Launches, bytes and FLOPs are counted, the times estimated, not measured: an operation takes "
+    f"the longest of {KERNEL * 1e6:g} µs a kernel, its bytes and its FLOPs on a card that reaches "
+    + "; ".join(
+        f"{card.bandwidth / GIGA:,.0f} GB/s and {card.flops / TERA:,.0f} TFLOP/s ({card.name})"
+        for card in CARDS
+    )
+    + f". The host launches one in {LAUNCH * 1e6:g} µs; an evaluation takes the longer of device "
+    "and launching (Triton's launcher takes longer than that). "
+    "Elementwise means all that is no convolution, linear layer or attention."
+)
+
+
+@explaining
+def main(argv: Sequence[str]) -> int:
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmark launches",
+        description=f"{summary}\n\n{details}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--scope", nargs="+", default=["mid", "all", "all+ff"], help="(mid all all+ff)")
+    add("--sparsity", type=float, nargs="+", default=[0.4], help="shares pruned at random (0.4)")
+    add("--padding", choices=PADDINGS, nargs="+", default=["zero"], help="(zero)")
+    add("--resolution", type=int, default=512, help="pixels, a multiple of 64 (512)")
+    add("--batch", type=int, default=2, help="(2: one image with guidance)")
+    add("--precision", choices=list(DTYPES), default="fp16", help="(fp16)")
+    options = vars(parser.parse_args(argv))
+    found = count(
+        options["scope"],
+        options["sparsity"],
+        options["padding"],
+        options["resolution"],
+        options["batch"],
+        DTYPES[options["precision"]],
+    )
+    facts = f"{options['resolution']} pixels, batch {options['batch']}, {options['precision']}"
+    print(f"SD1.5's U-Net, {facts}, on a CUDA device.\n")
+    print(render(found))
+    print(f"\n{ASSUMPTIONS}\n")
+    print(json.dumps({"options": options, **{name: asdict(form) for name, form in found.items()}}))
+    return 0
