@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from training import benchmark, evaluate, fit, inspect, sample, score, sweep
-from training.benchmarking import plot
 from training.demo import build, draw, samples
 from training.errors import UserError
 from training.output import GATES, PICTURE, claimed, output_file, write
@@ -33,7 +32,6 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "sweep": (sweep.main, ["--demo", "--criteria", "random", "--output"], "a"),
     "benchmark": (benchmark.main, ["--output"], "a"),
     "inspect": (inspect.main, ["none.safetensors", "--image"], "a.png"),
-    "plot": (plot.main, ["none.json", "--output"], "a.png"),
 }
 
 
@@ -57,7 +55,6 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
         ("benchmark", "a.md"),
         ("benchmark", "a.json"),
         ("inspect", "a.png"),
-        ("plot", "a.png"),
     ],
 )
 def test_no_command_replaces_what_it_does_not_write(
