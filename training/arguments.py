@@ -51,7 +51,8 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
     add(
         "--target-sparsity",
         type=_sparsity,
-        help="share of channels to prune; 'none' leaves λ fixed (default 0.3)",
+        help="share of channels to prune (default 0.3); 'none' leaves λ fixed and prunes what that "
+        "does: at 0.01 far less than 30%%, 12.5%% of the demo's",
     )
     add("--sparsity-weight", type=float, help="λ of the L1 penalty (default 0.01)")
     add(

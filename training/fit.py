@@ -275,14 +275,15 @@ def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
 
 def _say_if_short(config: FitConfig, learning: Learning) -> None:
     """Say at the start what learning can't reach, and the cut at the end has to make up for."""
-    target, reach = config.target_sparsity, learning.reach()
-    if target is not None and reach < target - TARGET_TOLERANCE:
+    target, (low, high) = config.target_sparsity, learning.reach()
+    if target is not None and low < target - TARGET_TOLERANCE:
         log.warning(
-            "Too short: %d steps can bring the sparsity to at most %.1f%% of the %.1f%% asked for. "
-            "The cut at the end will rather go by what each channel does alone than by what was "
-            "learned. Give it more --max-steps%s.",
+            "A short run: %d steps bring the sparsity to between %.1f and %.1f%%, and the target "
+            "is %.1f%%. The rest is cut by what each channel does alone, not by what was learned. "
+            "Give it more --max-steps%s.",
             learning.steps,
-            100 * reach,
+            100 * low,
+            100 * high,
             100 * target,
             "" if config.learning_rate is None else ", or a larger --learning-rate",
         )

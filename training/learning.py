@@ -39,7 +39,7 @@ START_LOGITS = (0.8, 1.2)
 CHEAPEST_LOGIT, PRICE_LOGIT, LOGIT_PER_FOLD = 0.2, 1.0, 0.5
 #: logits stay within this, so that a channel can always come back
 LOGIT_BOUND = 5.0
-#: the original project's balanced setting: this λ prunes this share
+#: the original project's balanced setting: its λ, and its target (λ alone prunes less)
 SEED_WEIGHT, SEED_SPARSITY = 0.01, 0.3
 #: the least logit of the channels that a floor keeps
 FLOOR_LOGIT = 0.01
