@@ -104,7 +104,7 @@ class Watch:
     def holds(self) -> bool:
         """Whether all of it is as it was."""
         for space, name, found in self._slots:
-            if space.get(name) is not found:
+            if space.get(name) != found:
                 return False
         for own in self._attributes:
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
