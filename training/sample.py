@@ -29,6 +29,7 @@ from ldcp_core import Gates, load_gates, one_line
 from training.arguments import DEMO_SETTINGS, parse_seed
 from training.cache import digest
 from training.console import explaining, log_progress, name_of, progress
+from training.data import open_image
 from training.errors import UserError
 from training.gating import compact_blocks, topology_of
 from training.models import DiffusionModel, load_model
@@ -201,9 +202,9 @@ def _facts(shot: Shot, settings: Settings) -> dict[str, str]:
 def _is_there(path: Path, facts: Mapping[str, str]) -> bool:
     """Whether this very image lies there already."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_image(path) as image:
             found = getattr(image, "text", {})
-    except OSError:  # not there, or torn
+    except (OSError, ValueError):  # not there, or torn
         return False
     return all(found.get(key) == value for key, value in facts.items())
 
