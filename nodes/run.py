@@ -223,7 +223,7 @@ class Run:
         beyond = [str(r) for layer in self.layers for r in layer.schedule.beyond(steps)]
         if beyond:
             self.record.note(
-                f"this run has {steps} steps (0 to {steps - 1}); the range "
+                f"this run has {steps} step{'s' * (steps != 1)} (0 to {steps - 1}); the range "
                 f"{', '.join(beyond)} lies past the last one and prunes nothing"
             )
 
