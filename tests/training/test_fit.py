@@ -155,7 +155,7 @@ def test_every_option_runs(pipeline: Path, images: Path, tmp_path: Path, more: l
 )
 def test_a_run_too_short_for_its_target_says_so_at_the_start(
     pipeline: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    no_pictures: None,
+    no_pictures: None, short_fits: None,
     more: list[str],
     short: bool,
 ) -> None:  # fmt: skip
