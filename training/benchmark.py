@@ -38,6 +38,7 @@ from ldcp_core import (
     load_gates,
     savings,
 )
+from ldcp_core.diffusers import topology_of
 from training.arguments import parse_seed
 from training.benchmarking import machine
 from training.benchmarking.markdown import render
@@ -63,7 +64,6 @@ from training.benchmarking.variants import (
 )
 from training.console import explaining, log_progress
 from training.errors import UserError
-from training.gating import topology_of
 from training.models import DTYPES, load_model
 from training.output import output_file, report_of, write
 

@@ -30,6 +30,7 @@ from ldcp_core import (
     fingerprint,
     least_kept,
 )
+from ldcp_core.diffusers import topology_of
 from training.arguments import parse_arguments
 from training.budget import Budget
 from training.cache import CacheNotWritable, default_cache
@@ -41,7 +42,6 @@ from training.data import Position, open_dataset
 from training.denoising import Denoising
 from training.encoding import WORKERS, EncodedImages
 from training.errors import UserError
-from training.gating import topology_of
 from training.learning import TARGET_TOLERANCE, GateLearner
 from training.loop import Learning, run
 from training.models import (

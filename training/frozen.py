@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
-from training.gating import replaced
+from ldcp_core.diffusers import replaced
 
 
 class _FrozenConvolution(torch.autograd.Function):

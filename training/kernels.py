@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.gating import replaced
+from ldcp_core.diffusers import replaced
 
 #: weights of fewer values are left to PyTorch: there the calls cost more than the arithmetic
 LEAST_WEIGHT = 2**16

@@ -17,13 +17,13 @@ from ldcp_core import (
     gates_report,
     save_gates,
 )
+from ldcp_core.diffusers import compact_blocks, topology_of
 from training.budget import Budget
 from training.config import FitConfig
 from training.console import name_of
 from training.denoising import Denoising, HeldOut
 from training.encoding import EncodedImages
 from training.errors import UserError
-from training.gating import compact_blocks, topology_of
 from training.html_report import html_report
 from training.learning import TARGET_TOLERANCE, Alignment, aligned_scores
 from training.loop import Learning

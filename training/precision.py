@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ldcp_core.diffusers import CompactBlock, gated_layers
 from training.errors import UserError
-from training.gating import CompactBlock, gated_layers, overridden, running
+from training.gating import overridden, running
 from training.models import DTYPES
 
 STORED = ("fp8", "int8")

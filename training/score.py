@@ -46,6 +46,7 @@ from ldcp_core import (
     short_name,
     top_channels,
 )
+from ldcp_core.diffusers import topology_of
 from training import criteria
 from training.arguments import DEMO_SETTINGS
 from training.budget import Budget, BudgetKind
@@ -55,7 +56,7 @@ from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Imp
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising
 from training.errors import UserError
-from training.gating import ChannelMeans, topology_of
+from training.gating import ChannelMeans
 from training.models import DTYPES, check_resolution, load_model
 from training.output import GATES, claimed, output_file
 from training.provenance import provenance

@@ -67,6 +67,13 @@ def test_the_registry_learns_name_licence_icon_and_the_comfyui_it_needs(
     assert 'width="400" height="400"' in text  # at most 800 x 400
 
 
+def test_installing_brings_the_core_alone(pyproject: dict[str, Any]) -> None:
+    assert pyproject["tool"]["setuptools"]["packages"] == ["ldcp_core"]
+    assert not [
+        file for file in (ROOT / "ldcp_core").iterdir() if file.is_dir() and "_" != file.name[0]
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ldcp_core import Gates, Topology
+from ldcp_core.diffusers import topology_of
 from training.baselines import baselines, measured
 from training.data import open_dataset
 from training.denoising import Denoising
-from training.gating import ChannelMeans, topology_of, watched
+from training.gating import ChannelMeans, watched
 from training.models import DiffusionModel
 from training.sample import Candidate
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ldcp_core import PADDINGS, Gates, SoftGate, Topology, save_gates
+from ldcp_core.diffusers import compact_blocks, topology_of
 from training import benchmark as command
 from training.benchmark import BenchmarkConfig, benchmark, check, main, parse, save
 from training.benchmarking import machine
@@ -28,7 +29,7 @@ from training.benchmarking.variants import (
     unet_variants,
 )
 from training.errors import UserError
-from training.gating import compact_blocks, masked, running, topology_of
+from training.gating import masked, running
 
 TOLERANCE = 1e-5
 

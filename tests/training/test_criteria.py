@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ldcp_core import Site, Topology
+from ldcp_core.diffusers import topology_of
 from training import criteria
 from training.criteria import Diversity, Ladder
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising
-from training.gating import topology_of
 from training.models import DiffusionModel
 
 CONV1, CONV2 = "mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from ldcp_core import Gates, load_gates
+from ldcp_core.diffusers import topology_of
 from training import outcome
 from training.data import open_dataset
 from training.denoising import Denoising
 from training.errors import UserError
 from training.fit import fit, main, parse_arguments
-from training.gating import topology_of
 from training.models import DiffusionModel, load_model
 
 QUICK = ["--batch-size", "4", "--gradient-accumulation", "1", "--max-steps", "60"]

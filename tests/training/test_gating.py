@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ldcp_core import PADDINGS, SoftGate
-from training.gating import ChannelMeans, compacted, hard_gates, masked, topology_of
+from ldcp_core.diffusers import topology_of
+from training.gating import ChannelMeans, compacted, hard_gates, masked
 from training.models import DiffusionModel
 
 TOLERANCE = 1e-5

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ldcp_core import PADDINGS, SoftGate, blocks_of
+from ldcp_core.diffusers import topology_of
 from training.data import Batch
 from training.denoising import Denoising, Problem
 from training.frozen import frozen_layers
-from training.gating import deviation, masked, topology_of
+from training.gating import deviation, masked
 from training.models import DiffusionModel
 from training.replay import stages_before
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ldcp_core import SoftGate
+from ldcp_core.diffusers import topology_of
 from training.data import Batch, Position
 from training.denoising import Answered, Denoising
-from training.gating import topology_of
 from training.models import DiffusionModel
 from training.reuse import Problems
 

@@ -30,11 +30,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ldcp_core import PADDINGS, Padding, fused
+from ldcp_core.diffusers import CompactBlock, compact_blocks, topology_of
 from training.benchmarking.timing import DENSE
 from training.benchmarking.variants import TEXT_TOKENS, random_pruning
 from training.configs import SD15
 from training.console import explaining
-from training.gating import CompactBlock, compact_blocks, running, topology_of
+from training.gating import running
 from training.models import DTYPES
 
 PIXELS_PER_LATENT = 8

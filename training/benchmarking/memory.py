@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldcp_core import DEFAULT_SCOPE, SoftGate, blocks_of
+from ldcp_core.diffusers import topology_of
 from training.configs import SD15
 from training.frozen import frozen_layers
-from training.gating import deviation, masked, topology_of
+from training.gating import deviation, masked
 from training.models import DTYPES
 from training.replay import recording, replaying
 

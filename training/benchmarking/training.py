@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from ldcp_core import SoftGate
+from ldcp_core.diffusers import topology_of
 from training.arguments import DEMO_SETTINGS
 from training.benchmarking import machine
 from training.budget import Budget
@@ -38,7 +39,7 @@ from training.data import ImageData, Position, open_dataset
 from training.denoising import Denoising
 from training.encoding import EncodedImages
 from training.errors import UserError
-from training.gating import deviation, masked, topology_of
+from training.gating import deviation, masked
 from training.learning import GateLearner, new_optimizer, noise_scale
 from training.loop import Learning
 from training.models import (

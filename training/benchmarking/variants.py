@@ -28,9 +28,10 @@ from ldcp_core import (
     blocks_of,
     top_channels,
 )
+from ldcp_core.diffusers import CompactBlock, compact_blocks, gated_layers
 from training.benchmarking.timing import DENSE, Variant
 from training.configs import SD15
-from training.gating import CompactBlock, compact_blocks, gated_layers, running
+from training.gating import running
 
 TEXT_TOKENS = 77
 TIMESTEP = 500

@@ -1,0 +1,418 @@
+"""Gates on a diffusers U-Net: pruning in a pipeline, without ComfyUI.
+
+    from ldcp_core.diffusers import pruned
+
+    with pruned(pipe.unet, "gates.safetensors"):
+        image = pipe("a face").images[0]
+
+A pruned block gets an instance-level ``forward`` for as long as the pruning lasts; modules and
+weights stay what they are. diffusers itself is not imported: its modules are known by their parts.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .feedforward import CompactFeedForward, FeedForwardGate, LinearWeights
+from .gatefile import load_gates
+from .gates import Gates, Padding
+from .gating import block_gates
+from .resblock import BlockGate, CompactResBlock, ConvWeights
+from .schedule import ALWAYS, Schedule, StepRange, step_index
+from .sites import Topology, blocks_of
+
+CompactBlock = CompactResBlock | CompactFeedForward
+#: the forward of a block of the U-Net, in its own signature
+BlockForward = Callable[..., Tensor]
+#: the last of the timesteps that SD1.5 was trained on
+LAST_TIMESTEP = 999
+
+
+class UnsupportedModel(ValueError):
+    """A U-Net, block or layer that can't be pruned; the message names it and what is expected."""
+
+
+def pruned(
+    unet: Any,
+    gates: Gates | str | PathLike[str],
+    *,
+    sparsity: float | None = None,
+    steps: str | Schedule | None = None,
+    scheduler: Any = None,
+) -> Pruning:
+    """Prune a `UNet2DConditionModel` of the SD1.5 family until the result is removed.
+
+    The result is a context manager, and has ``remove()`` for all other uses. ``gates`` is a gate
+    file, or what `load_gates` read from it. ``sparsity`` prunes that share of the gated channels by
+    rank, instead of those below the threshold. ``steps`` says when: step ranges such as
+    ``"0-4, 10-"`` or any `Schedule`; None prunes every step. Step ranges need the pipeline's
+    ``scheduler``, whose timesteps tell which step an evaluation belongs to.
+
+    Outside these steps and after the removal the U-Net computes the same bits as before. LoRA
+    loaded through PEFT, before or meanwhile, is pruned with the weights. The full weights stay in
+    memory. Of two prunings of one block the later counts, in the steps that it prunes.
+
+    Raises GateFileError for a file that holds no gates, ScheduleError for steps that can't be
+    meant, UnsupportedModel where gates and U-Net don't fit, and ValueError for a sparsity outside
+    [0, 1] or step ranges without a scheduler. An evaluation raises UnsupportedModel when a layer
+    has become one that pruning does not understand.
+    """
+    schedule = Schedule.steps(steps) if isinstance(steps, str) else steps or ALWAYS
+    if schedule != ALWAYS and scheduler is None:
+        if any(isinstance(stretch, StepRange) for stretch in schedule.ranges):
+            raise ValueError(
+                f"a U-Net does not know its step, and the schedule is {schedule}: give the "
+                "scheduler of the pipeline, pruned(..., scheduler=pipe.scheduler)"
+            )
+    found = gates if isinstance(gates, Gates) else load_gates(Path(gates))
+    unet = getattr(unet, "_orig_mod", unet)  # of a shell that torch.compile made
+    _check_fit(unet, found)
+    keep_sets = found.keep_sets() if sparsity is None else found.keep_sets_at(sparsity)
+    return Pruning(unet, found, keep_sets, schedule, scheduler)
+
+
+class Pruning:
+    """A pruning in its place in a U-Net; see `pruned`.
+
+    ``active`` says whether the latest evaluation was pruned.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        gates: Gates,
+        keep_sets: Mapping[str, Tensor],
+        schedule: Schedule,
+        scheduler: Any,
+    ) -> None:
+        self.active = self._up_to_date = False
+        self._gates, self._schedule, self._scheduler = gates, schedule, scheduler
+        self._keep_sets = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
+        self._unet = unet
+        self._forwards: dict[str, BlockForward] = {}
+        self._selected_from: list[Any] = []
+        self._timesteps: Any = None
+        self._firsts: list[float] = []
+        self._state()  # refuses what it does not understand before anything changes
+        blocks = {name: unet.get_submodule(name) for name in blocks_of(self._keep_sets)}
+        switched = [(b, "forward", self._switched(name, b.forward)) for name, b in blocks.items()]
+        self._in_place = ExitStack()
+        self._in_place.enter_context(replaced(switched))
+        self._in_place.enter_context(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
+
+    def __enter__(self) -> Pruning:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the pruning out of the U-Net, whatever was put in after it; once is enough."""
+        self.active = False
+        self._forwards.clear()
+        self._in_place.close()
+
+    def _switched(self, name: str, before: BlockForward) -> BlockForward:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            if not self.active:
+                return before(*args, **kwargs)
+            if not self._up_to_date:
+                self._select()
+            return self._forwards[name](*args, **kwargs)
+
+        return forward
+
+    def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.active = self._prunes(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        self._up_to_date = False
+
+    def _select(self) -> None:
+        """Select the kept rows and columns anew if the weights are not those they came from.
+
+        Within the evaluation, since what offloads a model moves its weights when that begins.
+        """
+        now = self._state()
+        if now != self._selected_from:
+            constants = {site: self._gates.constant(site) for site in self._keep_sets}
+            with torch.no_grad():
+                blocks = compact_blocks(self._unet, self._keep_sets, constants, self._gates.padding)
+            self._forwards = compact_forwards(self._unet, blocks)
+            self._selected_from = now
+        self._up_to_date = True
+
+    def _state(self) -> list[Any]:
+        """Equal for as long as the weights that were selected are the U-Net's."""
+        return [_state(layer) for layer in gated_layers(self._unet, blocks_of(self._keep_sets))]
+
+    def _prunes(self, timestep: Any) -> bool:
+        if self._schedule == ALWAYS:
+            return True  # spares a copy from the device
+        t = float(torch.as_tensor(timestep).max())
+        return self._schedule.is_active(self._step(t), t, _timestep_at)
+
+    def _step(self, t: float) -> int:
+        """The 0-based step of a timestep, counted from the first that the pipeline came to."""
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        if timesteps is None:
+            return -1
+        if timesteps is not self._timesteps:  # a new run
+            self._timesteps = timesteps
+            # a scheduler of second order has two timesteps to a step
+            firsts = timesteps[:: getattr(self._scheduler, "order", 1)].tolist()
+            begun = step_index(t, [*firsts, -1.0])  # image to image begins later
+            self._firsts = [*firsts[begun:], -1.0]
+            steps = len(self._firsts) - 1
+            for stretch in self._schedule.beyond(steps):
+                message = f"the step range {stretch} lies past the last step, {steps - 1}"
+                warnings.warn(f"{message}, and prunes nothing", stacklevel=2)
+        return step_index(t, self._firsts)
+
+
+def _timestep_at(percent: float) -> float:
+    """The timestep at a share of the full denoising schedule, as ComfyUI takes it."""
+    if percent <= 0.0:
+        return math.inf
+    return -math.inf if percent >= 1.0 else (1.0 - percent) * LAST_TIMESTEP
+
+
+def _check_fit(unet: Any, gates: Gates) -> None:
+    try:
+        found = topology_of(unet)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"{type(unet).__name__} is no U-Net of the SD1.5 family ({error}); give the "
+            "UNet2DConditionModel of a Stable Diffusion 1.5 pipeline, pipe.unet"
+        ) from error
+    # inpainting models have more channels at the input, which no gate concerns
+    if replace(found, in_channels=gates.topology.in_channels) != gates.topology:
+        raise UnsupportedModel(
+            f"the gates were made for {gates.topology}, and this U-Net is {found}; choose gates "
+            "that were made on a model of its architecture"
+        )
+
+
+def topology_of(unet: Any) -> Topology:
+    """The topology of a diffusers `UNet2DConditionModel` of the SD1.5 family."""
+    config = unet.config
+    return Topology(
+        widths=tuple(config.block_out_channels),
+        attention=tuple("CrossAttn" in name for name in config.down_block_types),
+        layers_per_block=config.layers_per_block,
+        context_width=config.cross_attention_dim,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+    )
+
+
+class DiffusersResBlock:
+    """`ldcp_core.ResBlockOps` of a diffusers ResnetBlock2D."""
+
+    folds = True
+
+    def __init__(self, name: str, block: Any) -> None:
+        plain = (
+            type(block).__name__ == "ResnetBlock2D"
+            and block.time_embedding_norm == "default"
+            and block.upsample is None
+            and block.downsample is None
+            and block.time_emb_proj is not None
+            and block.output_scale_factor == 1.0
+            and _base(block.conv2).padding_mode == "zeros"
+        )
+        if not plain:
+            raise UnsupportedModel(f"{name} is a {type(block).__name__} that SD1.5 does not have")
+        self.block = block
+        self.groups: int = block.norm2.num_groups
+        self.eps: float = block.norm2.eps
+        self._affine = block.norm2.weight.float(), block.norm2.bias.float()
+
+    def layers(self) -> list[nn.Module]:
+        """The layers that pruning takes rows or columns from."""
+        return [self.block.conv1, self.block.conv2]
+
+    def weights(self, dtype: torch.dtype | None = None) -> tuple[ConvWeights, ConvWeights]:
+        conv1, conv2 = self.layers()
+        return ConvWeights(*weights_of(conv1, dtype)), ConvWeights(*weights_of(conv2, dtype))
+
+    def forward(self, compact: Callable[..., Tensor]) -> BlockForward:
+        """What puts a compact form in the place of the block's own forward."""
+        return lambda x, temb, *args, **kwargs: compact(self, x, self.embed(temb))
+
+    def norm1(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block.nonlinearity(self.block.norm1(x))
+        return y
+
+    def norm2(self, h: Tensor) -> Tensor:
+        y: Tensor = self.block.nonlinearity(self.block.norm2(h))
+        return y
+
+    def norm2_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self._affine
+
+    def conv1(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = _base(self.block.conv1)._conv_forward(x, weight, bias)
+        return y
+
+    def conv2(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = _base(self.block.conv2)._conv_forward(x, weight, bias)
+        return y
+
+    def skip(self, x: Tensor) -> Tensor:
+        return x if self.block.conv_shortcut is None else self.block.conv_shortcut(x)
+
+    def embed(self, temb: Tensor) -> Tensor:
+        y: Tensor = self.block.time_emb_proj(self.block.nonlinearity(temb))
+        return y
+
+
+class DiffusersFeedForward:
+    """The weights of a diffusers FeedForward with GEGLU."""
+
+    def __init__(self, name: str, block: Any) -> None:
+        parts = [type(part).__name__ for part in getattr(block, "net", ())]
+        if parts[:1] != ["GEGLU"] or len(parts) != 3:
+            raise UnsupportedModel(f"{name} is a {type(block).__name__} that SD1.5 does not have")
+        self._layers = [block.net[0].proj, block.net[2]]
+
+    def layers(self) -> list[nn.Module]:
+        """The layers that pruning takes rows or columns from."""
+        return self._layers
+
+    def weights(self, dtype: torch.dtype | None = None) -> tuple[LinearWeights, LinearWeights]:
+        proj, out = self._layers
+        return LinearWeights(*weights_of(proj, dtype)), LinearWeights(*weights_of(out, dtype))
+
+    def forward(self, compact: Callable[..., Tensor]) -> BlockForward:
+        """What puts a compact form in the place of the block's own forward."""
+        return lambda x, *args, **kwargs: compact(x)
+
+
+def adapter(unet: nn.Module, block: str) -> DiffusersResBlock | DiffusersFeedForward:
+    """What pruning needs of a block; raises UnsupportedModel where it is not as in SD1.5."""
+    kind = DiffusersFeedForward if block.endswith(".ff") else DiffusersResBlock
+    return kind(block, unet.get_submodule(block))
+
+
+def gated_layers(unet: nn.Module, blocks: Iterable[str]) -> list[nn.Module]:
+    """The layers of the named blocks that pruning takes rows or columns from."""
+    return [layer for block in blocks for layer in adapter(unet, block).layers()]
+
+
+def weights_of(layer: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias that a layer computes with, LoRA of PEFT included, in ``dtype`` if given."""
+    base = _base(layer)
+    weight, bias = base.weight, base.bias
+    for name in _loras(layer):
+        weight = weight + layer.get_delta_weight(name).to(weight)
+    if dtype is None:
+        return weight, bias
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _base(layer: Any) -> Any:
+    """The layer itself, without what PEFT puts around it."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _loras(layer: Any) -> list[str]:
+    """The names of the LoRA that a layer of PEFT adds to its weight while it computes."""
+    if layer is _base(layer) or layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _state(layer: Any) -> tuple[Any, ...]:
+    """Equal as long as a layer's weights are; raises UnsupportedModel where that can't be said."""
+    base = _base(layer)
+    plain = type(base).forward in (nn.Conv2d.forward, nn.Linear.forward)
+    if not plain or "forward" in vars(base):
+        raise UnsupportedModel(
+            f"a pruned layer is a {type(base).__name__} whose forward is not that of a plain "
+            "convolution or linear layer; load the model without quantization, layerwise casting "
+            "and sequential offloading, or remove the pruning"
+        )
+    if layer is base:
+        return (_version(base.weight),)
+    if layer.merged and layer.disable_adapters:
+        layer.unmerge()  # as its own next forward would
+    names, unlike = _loras(layer), getattr(layer, "lora_variant", {})
+    if any(name in unlike or layer.lora_B[name].bias is not None for name in names):
+        raise UnsupportedModel(
+            f"a LoRA on a pruned {type(base).__name__} is not a plain one (DoRA, or with a bias); "
+            "leave it out, or fuse it with pipe.fuse_lora()"
+        )
+    parts = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
+    scales = [layer.scaling[name] for name in names]
+    return (*map(_version, (base.weight, *parts)), *scales, *layer.merged_adapters)
+
+
+def _version(weight: Tensor) -> tuple[Any, ...]:
+    written = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), written, weight.dtype, weight.device
+
+
+@contextmanager
+def replaced(
+    functions: Iterable[tuple[nn.Module, str, Callable[..., Any]]],
+) -> Iterator[None]:
+    """Give modules methods of their own within the context. Afterwards each has what it had before.
+
+    That is its class's method, or one of its own. One that was replaced once more meanwhile stays.
+    """
+    changes: list[tuple[nn.Module, str, Any, Any]] = []
+    try:
+        for module, name, function in functions:
+            changes.append((module, name, function, module.__dict__.get(name)))
+            module.__dict__[name] = function
+        yield
+    finally:
+        for module, name, function, own in reversed(changes):
+            if module.__dict__.get(name) is not function:
+                continue
+            if own is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = own
+
+
+def compact_blocks(
+    unet: nn.Module,
+    keep_sets: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    padding: Padding,
+    dtype: torch.dtype | None = None,
+) -> dict[str, CompactBlock]:
+    """Block name -> its kept rows and columns; `compact_forwards` runs the U-Net through them.
+
+    Blocks that lose nothing are left out. Constants are folded in ``dtype``, by default that of the
+    weights.
+    """
+
+    found: dict[str, CompactBlock] = {}
+    pruned = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
+    for name, gate in block_gates(pruned, constants, padding).items():
+        block = adapter(unet, name)
+        if isinstance(block, DiffusersFeedForward):
+            assert isinstance(gate, FeedForwardGate)
+            found[name] = CompactFeedForward(gate, *block.weights(dtype))
+        else:
+            assert isinstance(gate, BlockGate)
+            found[name] = CompactResBlock(gate, *block.weights(dtype))
+    return found
+
+
+def compact_forwards(
+    unet: nn.Module, blocks: Mapping[str, Callable[..., Tensor]]
+) -> dict[str, BlockForward]:
+    """Block name -> what to put in the place of its forward."""
+    return {name: adapter(unet, name).forward(compact) for name, compact in blocks.items()}

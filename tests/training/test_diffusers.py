@@ -1,0 +1,307 @@
+"""Pruning in a diffusers pipeline: exact, only in its steps, with LoRA, and without a trace."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ldcp_core import Gates, Schedule, save_gates
+from ldcp_core.diffusers import Pruning, UnsupportedModel, pruned, topology_of
+from training.gating import hard_gates, masked
+
+# those of diffusers' own schedulers
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+TOLERANCE = 1e-5
+STEPS = 6
+
+
+@pytest.fixture
+def pipe(pipeline: Path) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    found = StableDiffusionPipeline(
+        AutoencoderKL.from_pretrained(pipeline / "vae"),
+        CLIPTextModel.from_pretrained(pipeline / "text_encoder"),
+        CLIPTokenizer.from_pretrained(pipeline / "tokenizer"),
+        UNet2DConditionModel.from_pretrained(pipeline / "unet"),
+        DDIMScheduler.from_pretrained(pipeline / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def gates_of(unet: UNet2DConditionModel, scope: str = "all+ff", seed: int = 0) -> Gates:
+    generator = torch.Generator().manual_seed(seed)
+    topology = topology_of(unet)
+    sites = topology.sites(scope)
+    scores = {s.name: torch.rand(s.channels, generator=generator) for s in sites}
+    constants = {s.name: torch.randn(s.channels, generator=generator) for s in sites}
+    return Gates(scores, constants, "zero", topology)
+
+
+@torch.no_grad()
+def evaluated(unet: UNet2DConditionModel, timestep: int = 500) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 16, 24, generator=generator)
+    context = torch.randn(2, 7, 16, generator=generator)
+    return unet(latents, timestep, encoder_hidden_states=context).sample
+
+
+def reference(unet: UNet2DConditionModel, gates: Gates) -> torch.Tensor:
+    constants = {site: gates.constant(site) for site in gates.scores}
+    with masked(unet, hard_gates(gates.keep_sets(), constants), gates.padding):
+        return evaluated(unet)
+
+
+def far(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).abs().max() / second.abs().max())
+
+
+def course(pipe: Any, pruning: Pruning | None = None, **call: Any) -> list[tuple[bool, Any]]:
+    """Of every step whether it was pruned, and the latents after it."""
+    found = []
+
+    def look(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        found.append((pruning is not None and pruning.active, values["latents"].clone()))
+        return values
+
+    size = {} if "image" in call else {"height": 32, "width": 32}
+    call = {**size, "num_inference_steps": STEPS, "callback_on_step_end": look, **call}
+    pipe("a face", generator=torch.manual_seed(3), **call)
+    return found
+
+
+def test_an_evaluation_equals_the_masked_one_and_afterwards_the_unet_is_as_before(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet)
+    save_gates(gates, tmp_path / "gates.safetensors")
+    dense, expected = evaluated(unet), reference(unet, gates)
+    before = {name: dict(vars(module)) for name, module in unet.named_modules()}
+    with pruned(unet, tmp_path / "gates.safetensors") as pruning:
+        found = evaluated(unet)
+        assert pruning.active
+    assert far(found, expected) < TOLERANCE
+    assert far(found, dense) > 100 * TOLERANCE
+    assert torch.equal(evaluated(unet), dense)
+    after = {name: dict(vars(module)) for name, module in unet.named_modules()}
+    assert {n: v.keys() for n, v in after.items()} == {n: v.keys() for n, v in before.items()}
+    assert not unet._forward_pre_hooks
+
+
+def test_a_share_is_pruned_by_rank(pipe: StableDiffusionPipeline) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet, "mid")
+    fewer = Gates(
+        {site: keep.float() for site, keep in gates.keep_sets_at(0.25).items()}, gates.constants
+    )
+    with pruned(unet, gates, sparsity=0.25):
+        assert far(evaluated(unet), reference(unet, fewer)) < TOLERANCE
+    with pytest.raises(ValueError, match=r"outside 0\.0 to 1\.0"):
+        pruned(unet, gates, sparsity=1.5)
+
+
+def test_only_the_steps_of_the_schedule_are_pruned(pipe: StableDiffusionPipeline) -> None:
+    gates, dense = gates_of(pipe.unet), course(pipe)
+    with pruned(pipe.unet, gates, steps="2-3", scheduler=pipe.scheduler) as pruning:
+        found = course(pipe, pruning)
+        again = course(pipe, pruning)
+    assert [active for active, _ in found] == [False, False, True, True, False, False]
+    same = [torch.equal(a, b) for (_, a), (_, b) in zip(found, dense, strict=True)]
+    assert same == [True, True, False, False, False, False]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, again, strict=True))
+
+
+def test_a_stretch_in_percent_needs_no_scheduler(pipe: StableDiffusionPipeline) -> None:
+    with pruned(pipe.unet, gates_of(pipe.unet), steps=Schedule.percent(0.0, 0.6)) as pruning:
+        active = [active for active, _ in course(pipe, pruning)]
+    assert active == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "pruned_evaluations"),
+    [
+        (
+            HeunDiscreteScheduler,
+            [1, 2],
+        ),  # the second evaluation is at the timestep of the next step
+        (KDPM2DiscreteScheduler, [2, 3]),  # and its own on the way there
+    ],
+)
+def test_a_step_of_second_order_is_one_step(
+    pipe: StableDiffusionPipeline, scheduler: Any, pruned_evaluations: list[int]
+) -> None:
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    with pruned(pipe.unet, gates_of(pipe.unet), steps="1", scheduler=pipe.scheduler) as pruning:
+        found = course(pipe, pruning)
+    assert len(found) == 2 * STEPS - 1
+    assert [i for i, (active, _) in enumerate(found) if active] == pruned_evaluations
+
+
+def test_steps_are_counted_from_where_the_pipeline_begins(pipe: StableDiffusionPipeline) -> None:
+    image_to_image = StableDiffusionImg2ImgPipeline(**pipe.components)
+    image_to_image.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (32, 32))
+    with pruned(pipe.unet, gates_of(pipe.unet), steps="0", scheduler=pipe.scheduler) as pruning:
+        found = course(image_to_image, pruning, image=image, strength=0.5)
+    assert [active for active, _ in found] == [True, False, False]
+
+
+def test_steps_past_the_last_one_are_mentioned(pipe: StableDiffusionPipeline) -> None:
+    with pruned(pipe.unet, gates_of(pipe.unet), steps="0-1, 9-", scheduler=pipe.scheduler):
+        with pytest.warns(UserWarning, match="9- lies past the last step, 5"):
+            course(pipe)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_lora_is_pruned_with_the_weights_whenever_it_is_loaded_or_changed(
+    pipe: StableDiffusionPipeline, early: bool
+) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet)
+    plain = reference(unet, gates)
+    if early:
+        add_lora(unet)
+    with pruned(unet, gates) as pruning:
+        if not early:
+            assert far(evaluated(unet), plain) < TOLERANCE
+            add_lora(unet)
+        found = evaluated(unet)
+        unet.set_adapters(["one"], [0.3])
+        weaker = evaluated(unet)
+        unet.disable_adapters()
+        without = evaluated(unet)
+        unet.enable_adapters()
+        unet.fuse_lora()
+        fused = evaluated(unet)
+        unet.unfuse_lora()
+        assert pruning.active
+    expected = reference_with_lora(unet, gates, 0.3)
+    assert far(weaker, expected) < TOLERANCE and far(fused, expected) < TOLERANCE
+    assert far(found, reference_with_lora(unet, gates, 1.0)) < TOLERANCE
+    assert far(without, plain) < TOLERANCE
+    assert far(found, plain) > 100 * TOLERANCE and far(weaker, found) > 100 * TOLERANCE
+
+
+def add_lora(unet: UNet2DConditionModel, **options: Any) -> None:
+    from peft import LoraConfig
+
+    layers = ["conv1", "conv2", "ff.net.0.proj", "ff.net.2", "to_q", "conv_shortcut"]
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False, **options
+    )
+    torch.manual_seed(5)
+    unet.add_adapter(config, adapter_name="one")
+
+
+def reference_with_lora(unet: UNet2DConditionModel, gates: Gates, scale: float) -> torch.Tensor:
+    """The masked reference of a U-Net into whose weights PEFT merged its LoRA."""
+    unet.set_adapters(["one"], [scale])
+    unet.fuse_lora()
+    try:
+        return reference(unet, gates)
+    finally:
+        unet.unfuse_lora()
+
+
+def test_weights_that_are_moved_when_an_evaluation_begins_are_selected_where_they_went(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet)
+    expected, own = reference(unet, gates), unet.forward
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:  # as a hook that offloads the model does
+        unet.float()
+        try:
+            return own(*args, **kwargs)
+        finally:
+            unet.double()
+
+    unet.double().forward = loaded
+    with pruned(unet, gates):
+        for _ in range(2):
+            assert far(evaluated(unet), expected) < TOLERANCE
+
+
+def test_a_lora_that_is_no_plain_one_is_refused(pipe: StableDiffusionPipeline) -> None:
+    with pruned(pipe.unet, gates_of(pipe.unet)):
+        add_lora(pipe.unet, use_dora=True)
+        with pytest.raises(UnsupportedModel, match="DoRA"):
+            evaluated(pipe.unet)
+    evaluated(pipe.unet)
+
+
+def test_of_two_prunings_the_later_counts_and_either_may_go_first(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    unet = pipe.unet
+    first, second = gates_of(unet), gates_of(unet, seed=7)
+    dense, expected = evaluated(unet), reference(unet, second)
+    outer, inner = pruned(unet, first), pruned(unet, second)
+    assert far(evaluated(unet), expected) < TOLERANCE
+    outer.remove()
+    outer.remove()
+    assert far(evaluated(unet), expected) < TOLERANCE
+    inner.remove()
+    assert torch.equal(evaluated(unet), dense)
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet)
+    sizes = {"norm_num_groups": 8, "attention_head_dim": 2, "block_out_channels": (16, 16, 32, 32)}
+    other = UNet2DConditionModel(cross_attention_dim=24, **sizes)  # as SD2's text is wider
+    levels = UNet2DConditionModel(
+        down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D",) * 3,
+        **{**sizes, "block_out_channels": (16, 16, 32)},
+    )
+    with pytest.raises(UnsupportedModel, match="made for"):
+        pruned(other, gates)
+    with pytest.raises(UnsupportedModel, match="four levels"):
+        pruned(levels, gates)
+    with pytest.raises(UnsupportedModel, match=r"pipe\.unet"):
+        pruned(pipe, gates)
+    with pytest.raises(ValueError, match=r"scheduler=pipe\.scheduler"):
+        pruned(unet, gates, steps="0-3")
+    with pytest.raises(FileNotFoundError):
+        pruned(unet, tmp_path / "gone.safetensors")
+    unet.mid_block.resnets[0].conv1.forward = lambda x: x
+    with pytest.raises(UnsupportedModel, match="plain convolution"):
+        pruned(unet, gates)
+    del unet.mid_block.resnets[0].conv1.forward
+    assert not any("forward" in vars(module) for module in unet.modules())
+
+
+@pytest.mark.skipif(
+    "LDCP_TEST_COMPILE" not in os.environ, reason="a minute: LDCP_TEST_COMPILE=eager"
+)
+def test_a_compiled_unet_is_pruned_all_the_same(pipe: StableDiffusionPipeline) -> None:
+    gates = gates_of(pipe.unet, "mid")
+    dense, expected = evaluated(pipe.unet), reference(pipe.unet, gates)
+    compiled = torch.compile(pipe.unet, backend=os.environ["LDCP_TEST_COMPILE"])
+    with pruned(compiled, gates):
+        assert far(evaluated(compiled), expected) < TOLERANCE
+    assert torch.equal(evaluated(compiled), dense)
+
+
+def test_an_inpainting_unet_is_accepted(pipe: StableDiffusionPipeline) -> None:
+    sizes = {"norm_num_groups": 8, "attention_head_dim": 2, "block_out_channels": (16, 16, 32, 32)}
+    inpainting = UNet2DConditionModel(in_channels=9, cross_attention_dim=16, **sizes)
+    pruned(inpainting, gates_of(pipe.unet)).remove()
