@@ -4,8 +4,9 @@ Depends on torch, numpy and safetensors alone; ComfyUI's nodes and the training 
 on this one definition, so that what is trained is what runs.
 """
 
+from .blocks import ALIGNMENT, PADDINGS, Block, Cost, Latent, Padding, Site, SiteKind
 from .calibration import Calibration, Moments
-from .cost import Cost, Latent, Savings, SiteSaving, block_cost, savings, unet_cost
+from .cost import Savings, SiteSaving, savings, unet_cost
 from .criteria import (
     MAGNITUDES,
     RANKINGS,
@@ -15,13 +16,14 @@ from .criteria import (
     expected_hidden,
     expected_output,
     fluctuation,
-    hidden_rows,
     magnitude,
     scores_at,
     scores_by_rank,
 )
 from .feedforward import (
+    HIDDEN,
     CompactFeedForward,
+    FeedForward,
     FeedForwardGate,
     LinearWeights,
     geglu,
@@ -30,13 +32,10 @@ from .feedforward import (
 from .files import remove_abandoned, write_atomically
 from .gatefile import GateFileError, content_digest, fingerprint, load_gates, save_gates
 from .gates import (
-    ALIGNMENT,
     DEFAULT_FLOOR,
-    PADDINGS,
     THRESHOLD,
     ChannelGate,
     Gates,
-    Padding,
     aligned_counts,
     keep_by_rank,
     least_kept,
@@ -50,6 +49,7 @@ from .resblock import (
     BlockGate,
     CompactResBlock,
     ConvWeights,
+    ResBlock,
     ResBlockOps,
     SoftGate,
     masked_forward,
@@ -59,14 +59,10 @@ from .sites import (
     DEFAULT_SCOPE,
     SCOPES,
     SD15,
-    SUFFIXES,
-    Block,
-    FeedForward,
-    ResBlock,
-    Site,
     Topology,
     block_of,
     blocks_of,
+    kind_of,
     short_name,
     sites_of,
 )
@@ -77,13 +73,13 @@ __all__ = [
     "ALWAYS",
     "DEFAULT_FLOOR",
     "DEFAULT_SCOPE",
+    "HIDDEN",
     "MAGNITUDES",
     "NEVER",
     "PADDINGS",
     "RANKINGS",
     "SCOPES",
     "SD15",
-    "SUFFIXES",
     "THRESHOLD",
     "Block",
     "BlockGate",
@@ -112,12 +108,12 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Site",
+    "SiteKind",
     "SiteSaving",
     "SoftGate",
     "StepRange",
     "Topology",
     "aligned_counts",
-    "block_cost",
     "block_gates",
     "block_of",
     "blocks_of",
@@ -130,8 +126,8 @@ __all__ = [
     "fluctuation",
     "gates_report",
     "geglu",
-    "hidden_rows",
     "keep_by_rank",
+    "kind_of",
     "least_kept",
     "load_gates",
     "magnitude",

@@ -7,82 +7,15 @@ of a convolution, linear layer or attention product, everything else is left out
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .gates import Padding
-from .sites import Block, FeedForward, ResBlock, Topology
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Parameters held and FLOPs of one forward pass."""
-
-    parameters: int
-    flops: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.parameters + other.parameters, self.flops + other.flops)
-
-    def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.parameters - other.parameters, self.flops - other.flops)
-
-    def __mul__(self, times: int) -> Cost:
-        return Cost(self.parameters * times, self.flops * times)
-
-
-@dataclass(frozen=True)
-class Latent:
-    """The input of one forward pass: latent height and width, and the batch with CFG included."""
-
-    height: int = 64
-    width: int = 64
-    batch: int = 2
-
-    def positions(self, downsample: int) -> int:
-        """Positions of the map at a depth, over the batch; each halving rounds up."""
-        return self.batch * -(-self.height // downsample) * -(-self.width // downsample)
-
+from .blocks import Cost, Latent, Padding
+from .feedforward import FeedForward
+from .resblock import ResBlock
+from .sites import Topology
 
 ZERO_COST = Cost(0, 0)
-
-
-def conv_pair_cost(
-    block: ResBlock, inner: int, residual: int, padding: Padding, latent: Latent
-) -> Cost:
-    """conv1 and conv2 of a ResBlock with so many kept inner and residual channels.
-
-    conv1 keeps ``inner`` rows; conv2 keeps ``residual`` rows. Its pruned columns stay as nine taps
-    (rule ``zero``) or one tap-sum (``extend``), evaluated once per image instead of per position.
-    Each pruned channel keeps its constant.
-    """
-    channels, positions = block.out_channels, latent.positions(block.downsample)
-    pruned = channels - inner
-    columns = residual * pruned * (9 if padding == "zero" else 1)
-    rows1, rows2 = 9 * block.in_channels * inner, 9 * inner * residual
-    constants = pruned + (channels - residual)
-    return Cost(
-        rows1 + inner + rows2 + residual + columns + constants,
-        2 * (rows1 + rows2) * positions + 2 * columns * latent.batch,
-    )
-
-
-def feed_forward_cost(block: FeedForward, hidden: int, latent: Latent) -> Cost:
-    """A feed-forward with so many kept hidden channels: two rows and one column for each.
-
-    The constants of the others are part of the output bias.
-    """
-    channels, positions = block.channels, latent.positions(block.downsample)
-    return Cost(
-        2 * (channels + 1) * hidden + (hidden + 1) * channels, 6 * channels * hidden * positions
-    )
-
-
-def block_cost(block: Block, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:
-    """The gated layers of a block with so many channels kept at its sites, in their order."""
-    if isinstance(block, FeedForward):
-        return feed_forward_cost(block, kept[0], latent)
-    return conv_pair_cost(block, kept[0], kept[1], padding, latent)
 
 
 @dataclass(frozen=True)
@@ -152,12 +85,12 @@ def savings(
     rows: list[SiteSaving] = []
     for block in topology.blocks():
         counts = [site.channels for site in block.sites]
-        before = block_cost(block, counts, padding, latent)
+        before = block.cost(counts, padding, latent)
         for place, site in enumerate(block.sites):
             if site.name not in kept:
                 continue
             counts[place] = kept[site.name]
-            after = block_cost(block, counts, padding, latent)
+            after = block.cost(counts, padding, latent)
             rows.append(SiteSaving(site.name, kept[site.name], site.channels, before - after))
             before = after
     return Savings(tuple(rows), unet_cost(topology, latent))
@@ -214,6 +147,6 @@ def _transformer(c: int, downsample: int, context: int, latent: Latent, tokens: 
         + _linear(c, c, n)
         + Cost(0, 4 * n * tokens * c)
     )
-    feed_forward = feed_forward_cost(FeedForward("", c, 4 * c, downsample), 4 * c, latent)
+    feed_forward = FeedForward("", downsample, c, 4 * c).cost([4 * c], "zero", latent)
     norms = Cost(4 * 2 * c, 0)
     return _conv(c, c, n, taps=1) * 2 + self_attention + cross_attention + feed_forward + norms

@@ -75,11 +75,6 @@ def column_norms(weight: Tensor) -> Tensor:
     return columns.square().sum(1, dtype=torch.float64)
 
 
-def hidden_rows(proj: Tensor) -> Tensor:
-    """What each hidden channel owns of a GEGLU projection [2·H, C]: its two rows, as [H, 2·C]."""
-    return torch.cat(proj.chunk(2), dim=1)
-
-
 def scores_at(
     importances: Mapping[str, Tensor], sparsity: float, ranking: Ranking, floor: float = 0.0
 ) -> dict[str, Tensor]:

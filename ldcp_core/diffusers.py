@@ -13,23 +13,37 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .feedforward import CompactFeedForward, FeedForwardGate, LinearWeights
+from .blocks import Block, Padding
+from .feedforward import (
+    CompactFeedForward,
+    FeedForward,
+    FeedForwardGate,
+    LinearWeights,
+    masked_feed_forward,
+)
 from .gatefile import load_gates
-from .gates import Gates, Padding
+from .gates import Gates
 from .gating import block_gates
-from .resblock import BlockGate, CompactResBlock, ConvWeights
+from .resblock import (
+    BlockGate,
+    CompactResBlock,
+    ConvWeights,
+    ResBlock,
+    SoftGate,
+    masked_forward,
+)
 from .schedule import ALWAYS, Schedule, StepRange, step_index
-from .sites import Topology, blocks_of
+from .sites import Topology, blocks_of, kind_of
 
 CompactBlock = CompactResBlock | CompactFeedForward
 #: the forward of a block of the U-Net, in its own signature
@@ -214,6 +228,25 @@ def topology_of(unet: Any) -> Topology:
     )
 
 
+class Adapter(Protocol):
+    """What pruning needs of one block of the host, of whatever kind."""
+
+    def layers(self) -> list[nn.Module]:
+        """The layers that pruning takes rows or columns from."""
+
+    def compact(self, gate: Any, dtype: torch.dtype | None) -> CompactBlock:
+        """The compact form under a gate of this kind, selected from the weights cast to ``dtype``.
+
+        None takes them as they are.
+        """
+
+    def running(self, compact: Callable[..., Tensor]) -> BlockForward:
+        """What puts a compact form in the place of the block's own forward."""
+
+    def masked(self, gates: Sequence[SoftGate | None], padding: Padding) -> BlockForward:
+        """The masked reference in the place of the block's own forward, with a gate per site."""
+
+
 class DiffusersResBlock:
     """`ldcp_core.ResBlockOps` of a diffusers ResnetBlock2D."""
 
@@ -237,16 +270,25 @@ class DiffusersResBlock:
         self._affine = block.norm2.weight.float(), block.norm2.bias.float()
 
     def layers(self) -> list[nn.Module]:
-        """The layers that pruning takes rows or columns from."""
         return [self.block.conv1, self.block.conv2]
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[ConvWeights, ConvWeights]:
         conv1, conv2 = self.layers()
         return ConvWeights(*weights_of(conv1, dtype)), ConvWeights(*weights_of(conv2, dtype))
 
-    def forward(self, compact: Callable[..., Tensor]) -> BlockForward:
-        """What puts a compact form in the place of the block's own forward."""
+    def compact(self, gate: BlockGate, dtype: torch.dtype | None) -> CompactResBlock:
+        return CompactResBlock(gate, *self.weights(dtype))
+
+    def running(self, compact: Callable[..., Tensor]) -> BlockForward:
         return lambda x, temb, *args, **kwargs: compact(self, x, self.embed(temb))
+
+    def masked(self, gates: Sequence[SoftGate | None], padding: Padding) -> BlockForward:
+        def forward(x: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            conv1, conv2 = self.weights()
+            inner, residual = gates
+            return masked_forward(self, x, self.embed(temb), conv1, conv2, inner, residual, padding)
+
+        return forward
 
     def norm1(self, x: Tensor) -> Tensor:
         y: Tensor = self.block.nonlinearity(self.block.norm1(x))
@@ -285,22 +327,32 @@ class DiffusersFeedForward:
         self._layers = [block.net[0].proj, block.net[2]]
 
     def layers(self) -> list[nn.Module]:
-        """The layers that pruning takes rows or columns from."""
         return self._layers
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[LinearWeights, LinearWeights]:
         proj, out = self._layers
         return LinearWeights(*weights_of(proj, dtype)), LinearWeights(*weights_of(out, dtype))
 
-    def forward(self, compact: Callable[..., Tensor]) -> BlockForward:
-        """What puts a compact form in the place of the block's own forward."""
+    def compact(self, gate: FeedForwardGate, dtype: torch.dtype | None) -> CompactFeedForward:
+        return CompactFeedForward(gate, *self.weights(dtype))
+
+    def running(self, compact: Callable[..., Tensor]) -> BlockForward:
         return lambda x, *args, **kwargs: compact(x)
 
+    def masked(self, gates: Sequence[SoftGate | None], padding: Padding) -> BlockForward:
+        return lambda x, *args, **kwargs: masked_feed_forward(x, *self.weights(), *gates)
 
-def adapter(unet: nn.Module, block: str) -> DiffusersResBlock | DiffusersFeedForward:
+
+#: kind of block -> its adapter
+ADAPTERS: Mapping[type[Block], Callable[[str, Any], Adapter]] = {
+    ResBlock: DiffusersResBlock,
+    FeedForward: DiffusersFeedForward,
+}
+
+
+def adapter(unet: nn.Module, block: str) -> Adapter:
     """What pruning needs of a block; raises UnsupportedModel where it is not as in SD1.5."""
-    kind = DiffusersFeedForward if block.endswith(".ff") else DiffusersResBlock
-    return kind(block, unet.get_submodule(block))
+    return ADAPTERS[kind_of(block)](block, unet.get_submodule(block))
 
 
 def gated_layers(unet: nn.Module, blocks: Iterable[str]) -> list[nn.Module]:
@@ -401,13 +453,7 @@ def compact_blocks(
     found: dict[str, CompactBlock] = {}
     pruned = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
     for name, gate in block_gates(pruned, constants, padding).items():
-        block = adapter(unet, name)
-        if isinstance(block, DiffusersFeedForward):
-            assert isinstance(gate, FeedForwardGate)
-            found[name] = CompactFeedForward(gate, *block.weights(dtype))
-        else:
-            assert isinstance(gate, BlockGate)
-            found[name] = CompactResBlock(gate, *block.weights(dtype))
+        found[name] = adapter(unet, name).compact(gate, dtype)
     return found
 
 
@@ -415,4 +461,4 @@ def compact_forwards(
     unet: nn.Module, blocks: Mapping[str, Callable[..., Tensor]]
 ) -> dict[str, BlockForward]:
     """Block name -> what to put in the place of its forward."""
-    return {name: adapter(unet, name).forward(compact) for name, compact in blocks.items()}
+    return {name: adapter(unet, name).running(compact) for name, compact in blocks.items()}

@@ -9,13 +9,48 @@ need not be computed, and what its column makes of μ is the same everywhere and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocks import Block, Cost, Latent, Padding, SiteKind
 from .resblock import SoftGate
+
+HIDDEN = SiteKind("hidden", "net.0", "net.0.proj", "net.2", axis=-1, type_name="GEGLU", rows=2)
+
+
+@dataclass(frozen=True)
+class FeedForward(Block):
+    """A transformer's feed-forward: GEGLU from ``channels`` to ``hidden``, then linear back."""
+
+    channels: int
+    hidden: int
+
+    site_kinds = (HIDDEN,)
+    pattern = "*.ff"
+
+    def widths(self, kind: SiteKind) -> tuple[int, int]:
+        return self.channels, self.hidden
+
+    def cost(self, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:
+        """Two rows and one column for each kept hidden channel.
+
+        The constants of the others are part of the output bias.
+        """
+        (hidden,), channels = kept, self.channels
+        return Cost(
+            2 * (channels + 1) * hidden + (hidden + 1) * channels,
+            6 * channels * hidden * latent.positions(self.downsample),
+        )
+
+    @staticmethod
+    def gate(
+        found: Sequence[tuple[Tensor | None, Tensor | None]], padding: Padding
+    ) -> FeedForwardGate:
+        return FeedForwardGate(*found[0])
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from .blocks import PADDINGS
 from .files import write_atomically
-from .gates import PADDINGS, Gates
+from .gates import Gates
 from .sites import Topology
 from .text import PATH, QUOTED, one_line
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .blocks import ALIGNMENT, Padding
 from .sites import SD15, Topology
 
-Padding = Literal["zero", "extend"]
-PADDINGS: tuple[Padding, ...] = ("zero", "extend")
 THRESHOLD = 0.5
-#: kept counts are multiples of this, so that the convolution backends take their fast paths
-ALIGNMENT = 8
 #: share of every site's channels that stays unless asked otherwise: no layer is emptied by accident
 DEFAULT_FLOOR = 0.05
 

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .cost import Latent, Savings, SiteSaving, savings
-from .gates import THRESHOLD, Gates, Padding
+from .blocks import Latent, Padding
+from .cost import Savings, SiteSaving, savings
+from .gates import THRESHOLD, Gates
 from .schedule import Schedule, StepRange
 from .sites import Topology, block_of, short_name, sites_of
 

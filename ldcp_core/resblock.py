@@ -15,7 +15,7 @@ left; it is a different function, and gates must be trained under the rule they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,13 +24,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused
+from .blocks import ALIGNMENT, Block, Cost, Latent, Padding, SiteKind
 from .channels import Channels
-from .gates import ALIGNMENT, Padding
 from .groupnorm import group_norm_silu
-from .sites import SiteKind
 
 #: bytes of weights convolved at once on a CPU
 CPU_PIECE = 24 * 2**20
+
+
+INNER = SiteKind("inner", "conv1", "conv1", "conv2", axis=1, type_name="Conv2d", taps=9)
+RESIDUAL = SiteKind("residual", "conv2", "conv2", None, axis=1, type_name="Conv2d", taps=9)
+
+
+@dataclass(frozen=True)
+class ResBlock(Block):
+    """A ResBlock: conv1 maps ``in_channels`` to ``out_channels``, conv2 keeps the latter."""
+
+    in_channels: int
+    out_channels: int
+
+    site_kinds = (INNER, RESIDUAL)
+    pattern = "*.resnets.*"
+
+    def widths(self, kind: SiteKind) -> tuple[int, int]:
+        return self.in_channels if kind == INNER else self.out_channels, self.out_channels
+
+    def cost(self, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:
+        """conv1 and conv2 with so many kept inner and residual channels.
+
+        conv1 keeps its inner rows, conv2 its residual ones. The pruned columns of conv2 stay as
+        nine taps (rule ``zero``) or one tap-sum (``extend``), evaluated once per image instead of
+        per position. Each pruned channel keeps its constant.
+        """
+        (inner, residual), channels = kept, self.out_channels
+        positions, pruned = latent.positions(self.downsample), channels - inner
+        columns = residual * pruned * (9 if padding == "zero" else 1)
+        rows1, rows2 = 9 * self.in_channels * inner, 9 * inner * residual
+        constants = pruned + (channels - residual)
+        return Cost(
+            rows1 + inner + rows2 + residual + columns + constants,
+            2 * (rows1 + rows2) * positions + 2 * columns * latent.batch,
+        )
+
+    @staticmethod
+    def gate(found: Sequence[tuple[Tensor | None, Tensor | None]], padding: Padding) -> BlockGate:
+        return BlockGate(padding, *found[0], *found[1])
 
 
 class ResBlockOps(Protocol):
@@ -122,13 +160,15 @@ class BlockGate:
     residual: Tensor | None = None
     residual_constant: Tensor | None = None
 
-    def soft(self, kind: SiteKind) -> SoftGate | None:
-        """The gate of one kind as a mask for `masked_forward`."""
-        keep = self.inner if kind == "inner" else self.residual
-        constant = self.inner_constant if kind == "inner" else self.residual_constant
-        if keep is None:
-            return None
-        return SoftGate(keep.float(), torch.zeros(keep.numel()) if constant is None else constant)
+    def soft(self) -> tuple[SoftGate | None, SoftGate | None]:
+        """The inner and the residual gate as masks for `masked_forward`."""
+        return _soft(self.inner, self.inner_constant), _soft(self.residual, self.residual_constant)
+
+
+def _soft(keep: Tensor | None, constant: Tensor | None) -> SoftGate | None:
+    if keep is None:
+        return None
+    return SoftGate(keep.float(), torch.zeros(keep.numel()) if constant is None else constant)
 
 
 class CompactResBlock:

@@ -1,7 +1,6 @@
 """The places of an SD1.5 U-Net whose channels can be gated.
 
-A site is a layer whose output channels can be gated, named as diffusers names it: the two
-convolutions of a ResBlock, and the GEGLU projection of a transformer's feed-forward. The whole
+A site is a layer whose output channels can be gated, named as diffusers names it. The whole
 U-Net is described by a handful of widths (`Topology`), so the same code serves the full model and
 the small demo model. Hosts map these names to their own modules.
 """
@@ -12,13 +11,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
+from .blocks import Block, Site
+from .feedforward import FeedForward
+from .resblock import ResBlock
 from .text import one_line, quoted
 
-SiteKind = Literal["inner", "residual", "hidden"]
-#: what a site's name adds to that of its block
-SUFFIXES: Mapping[SiteKind, str] = {"inner": ".conv1", "residual": ".conv2", "hidden": ".net.0"}
+#: every kind of block there is
+BLOCK_KINDS: tuple[type[Block], ...] = (ResBlock, FeedForward)
 
 #: part of the U-Net -> prefixes of the names of its blocks
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -49,63 +50,6 @@ _KINDS_OF_SCOPE = (
     f"a scope is {', '.join(PARTS)}, several of them joined by '+', '+ff' with them, or site names "
     "such as 'mid_block.resnets.0.conv1' separated by commas"
 )
-
-
-@dataclass(frozen=True)
-class ResBlock:
-    """A ResBlock: ``conv1`` maps in_channels to out_channels, ``conv2`` keeps out_channels.
-
-    ``downsample`` is the side of the latent divided by the side of the block's map (8 in the
-    mid block).
-    """
-
-    name: str
-    in_channels: int
-    out_channels: int
-    downsample: int
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return Site(self, "inner"), Site(self, "residual")
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """A transformer's feed-forward: GEGLU from ``channels`` to ``hidden``, then linear back."""
-
-    name: str
-    channels: int
-    hidden: int
-    downsample: int
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (Site(self, "hidden"),)
-
-
-Block = ResBlock | FeedForward
-
-
-@dataclass(frozen=True)
-class Site:
-    """A gated layer: a ResBlock's conv1 ("inner") or conv2 ("residual"), or a GEGLU ("hidden")."""
-
-    block: Block
-    kind: SiteKind
-
-    @property
-    def name(self) -> str:
-        return self.block.name + SUFFIXES[self.kind]
-
-    @property
-    def channels(self) -> int:
-        block = self.block
-        return block.hidden if isinstance(block, FeedForward) else block.out_channels
-
-    @property
-    def weight(self) -> str:
-        """The name of the layer's weight in diffusers' state dict."""
-        return f"{self.name}{'.proj' if self.kind == 'hidden' else ''}.weight"
 
 
 @dataclass(frozen=True)
@@ -183,12 +127,12 @@ class Topology:
 
         def attend(stage: str, number: int, width: int, downsample: int) -> None:
             name = f"{stage}.attentions.{number}.transformer_blocks.0.ff"
-            blocks.append(FeedForward(name, width, 4 * width, downsample))
+            blocks.append(FeedForward(name, downsample, width, 4 * width))
 
         for level, width in enumerate(w):
             stage = f"down_blocks.{level}"
             for r in range(layers):
-                blocks.append(ResBlock(f"{stage}.resnets.{r}", channels, width, 2**level))
+                blocks.append(ResBlock(f"{stage}.resnets.{r}", 2**level, channels, width))
                 if self.attention[level]:
                     attend(stage, r, width, 2**level)
                 channels = width
@@ -196,14 +140,14 @@ class Topology:
             if level < len(w) - 1:
                 skips.append(channels)
         deepest = 2 ** (len(w) - 1)
-        blocks.append(ResBlock("mid_block.resnets.0", w[-1], w[-1], deepest))
+        blocks.append(ResBlock("mid_block.resnets.0", deepest, w[-1], w[-1]))
         attend("mid_block", 0, w[-1], deepest)
-        blocks.append(ResBlock("mid_block.resnets.1", w[-1], w[-1], deepest))
+        blocks.append(ResBlock("mid_block.resnets.1", deepest, w[-1], w[-1]))
         for up, (level, width) in enumerate(reversed(list(enumerate(w)))):
             stage = f"up_blocks.{up}"
             for r in range(layers + 1):
                 wide = channels + skips.pop()
-                blocks.append(ResBlock(f"{stage}.resnets.{r}", wide, width, 2**level))
+                blocks.append(ResBlock(f"{stage}.resnets.{r}", 2**level, wide, width))
                 if self.attention[level]:
                     attend(stage, r, width, 2**level)
                 channels = width
@@ -231,8 +175,8 @@ class Topology:
         words = {item for item in items if item in PARTS or item == FEED_FORWARD}
         parts = [PARTS[word] for word in words if word != FEED_FORWARD] or [PARTS["all"]]
         prefixes = tuple(prefix for part in parts for prefix in part)
-        kinds = {"hidden"} if FEED_FORWARD in words else set()
-        kinds |= {"inner", "residual"} if words - {FEED_FORWARD} else set()
+        kinds: set[type[Block]] = {FeedForward} if FEED_FORWARD in words else set()
+        kinds |= {ResBlock} if words - {FEED_FORWARD} else set()
         wanted: set[str] = set()
         for pattern in items:
             found = {s.name for s in self.all_sites() if fnmatchcase(s.name, pattern)}
@@ -242,7 +186,7 @@ class Topology:
         return [
             site
             for site in self.all_sites()
-            if site.name in wanted or (site.kind in kinds and site.name.startswith(prefixes))
+            if site.name in wanted or (type(site.block) in kinds and site.name.startswith(prefixes))
         ]
 
     def all_sites(self) -> list[Site]:
@@ -253,15 +197,25 @@ class Topology:
 SD15 = Topology()
 
 
+def kind_of(block: str) -> type[Block]:
+    """The kind of the block of a name; raises ValueError where none has such names."""
+    for kind in BLOCK_KINDS:
+        if fnmatchcase(block, kind.pattern):
+            return kind
+    raise ValueError(f"{block!r} is not the name of a block")
+
+
 def block_of(site: str) -> str:
     """The name of the block that a site lies in; raises ValueError for what names no site.
 
     >>> block_of("mid_block.resnets.0.conv1")
     'mid_block.resnets.0'
     """
-    for suffix in SUFFIXES.values():
-        if site.endswith(suffix):
-            return site.removesuffix(suffix)
+    for kind in BLOCK_KINDS:
+        for site_kind in kind.site_kinds:
+            block = site.removesuffix(f".{site_kind.layer}")
+            if block != site and fnmatchcase(block, kind.pattern):
+                return block
     raise ValueError(f"{site!r} is not the name of a site")
 
 
@@ -282,8 +236,7 @@ def sites_of(block: str) -> tuple[str, ...]:
     >>> sites_of("mid_block.attentions.0.transformer_blocks.0.ff")
     ('mid_block.attentions.0.transformer_blocks.0.ff.net.0',)
     """
-    kinds: tuple[SiteKind, ...] = ("hidden",) if block.endswith(".ff") else ("inner", "residual")
-    return tuple(block + SUFFIXES[kind] for kind in kinds)
+    return tuple(f"{block}.{site_kind.layer}" for site_kind in kind_of(block).site_kinds)
 
 
 def short_name(site: str) -> str:

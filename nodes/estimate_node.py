@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ldcp_core import (
     DEFAULT_FLOOR,
+    HIDDEN,
     MAGNITUDES,
     Gates,
     Magnitude,
@@ -19,7 +20,6 @@ from ..ldcp_core import (
     Ranking,
     expected_hidden,
     expected_output,
-    hidden_rows,
     magnitude,
     scores_at,
     sites_of,
@@ -96,7 +96,7 @@ def _gated_layers(model: Any, blocks: dict[str, nn.Module]) -> Iterator[tuple[st
             proj = captured_linear(block.net[0].proj, *host)
             path = module_path(name, layers).removesuffix("ff") + "norm3"
             affine = captured_norm(unet(model.model).get_submodule(path), *host)
-            yield sites_of(name)[0], hidden_rows(proj.weight), expected_hidden(proj, *affine)
+            yield sites_of(name)[0], HIDDEN.rows_of(proj.weight), expected_hidden(proj, *affine)
 
 
 def status(gates: Gates) -> list[str]:

@@ -43,9 +43,9 @@ class Watched:
 
 def watched(site: Site, block: nn.Module) -> Watched:
     """The places to watch for a site of a ResBlock or feed-forward of the host."""
-    if site.kind == "hidden":
+    if site.kind.name == "hidden":
         return Watched(block.net[0], block.net[2], channels=-1)
-    if site.kind == "inner":
+    if site.kind.name == "inner":
         return Watched(block.in_layers[-1], block.out_layers[-1])
     return Watched(block.out_layers[-1], None)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..ldcp_core import SUFFIXES, Gates, Topology, block_of, blocks_of
+from ..ldcp_core import Gates, Topology, block_of, blocks_of
 from .blocks import check_block
 
 LEAVE_OUT = "leave out the node or extension that changes this layer"
@@ -55,9 +55,9 @@ def layer_path(site: str, layers_per_block: int = 2) -> str:
     >>> layer_path("mid_block.attentions.0.transformer_blocks.0.ff.net.0")
     'middle_block.1.transformer_blocks.0.ff.net.0.proj'
     """
-    layers = {"inner": "in_layers.2", "residual": "out_layers.3", "hidden": "net.0.proj"}
-    kind = next(kind for kind, suffix in SUFFIXES.items() if site.endswith(suffix))
-    return f"{module_path(block_of(site), layers_per_block)}.{layers[kind]}"
+    layers = {"conv1": "in_layers.2", "conv2": "out_layers.3", "net.0": "net.0.proj"}
+    block = block_of(site)
+    return f"{module_path(block, layers_per_block)}.{layers[site.removeprefix(block + '.')]}"
 
 
 def unet(base_model: Any) -> nn.Module:

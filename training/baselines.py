@@ -67,7 +67,7 @@ def measured(
     stream = images.batches(seen, BATCH, seed=seed, epochs=None)
     count = progress(range(SAMPLES // BATCH), "baselines: images", unit="batch")
     problems = [denoising.problem(next(stream)) for _ in count]
-    with watched(unet, [site.name for site in sites]) as what:
+    with watched(unet, sites) as what:
         for problem in progress(problems, "baselines: FLAP", unit="batch"):
             denoising.dense(problem)
     return {

@@ -1,6 +1,6 @@
 """One budget over all gated layers: what the pruned share is a share of.
 
-A budget counts channels, parameters or FLOPs. The same closed form (`ldcp_core.block_cost`) gives
+A budget counts channels, parameters or FLOPs. The same closed form (`Block.cost`) gives
 the pruned share of hard counts, which the target is about, and of sums of scores, whose
 differentiable rest is the sparsity penalty: λ then weighs every channel by what it costs, and how
 much each layer gives is learned. Counted in channels the penalty is the mean score.
@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from ldcp_core import Block, Latent, Padding, Site, block_cost
+from ldcp_core import Block, Latent, Padding, Site
 
 BudgetKind = Literal["channels", "parameters", "flops"]
 Count = TypeVar("Count", int, Tensor)
@@ -70,6 +70,6 @@ class Budget:
         total = 0
         for block in self._blocks:
             kept = [counts.get(site.name, site.channels) for site in block.sites]
-            cost = block_cost(block, kept, self._padding, self._latent)
+            cost = block.cost(kept, self._padding, self._latent)
             total = total + (cost.parameters if self.kind == "parameters" else cost.flops)
         return total

@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ldcp_core import Magnitude, Padding, Site, SoftGate, block_of, hidden_rows, magnitude
+from ldcp_core import Magnitude, Padding, Site, SoftGate, magnitude
 from training.console import progress
 from training.denoising import Denoising, Problem
 from training.gating import watched
@@ -77,14 +77,10 @@ def owned(unet: nn.Module, site: Site, of: Callable[[Tensor], Tensor]) -> list[T
 
     ``of`` takes a weight parameter and returns a tensor of its shape: the weight, its gradient.
     """
-    own = of(unet.get_parameter(site.weight))
-    if site.kind == "residual":
+    own = site.kind.rows_of(of(unet.get_parameter(site.weight)))
+    if site.reader is None:
         return [own]
-    block = block_of(site.name)
-    if site.kind == "hidden":
-        after = of(unet.get_parameter(f"{block}.net.2.weight"))
-        return [hidden_rows(own), after.transpose(0, 1)]
-    return [own, of(unet.get_parameter(f"{block}.conv2.weight")).transpose(0, 1)]
+    return [own, of(unet.get_parameter(f"{site.reader}.weight")).transpose(0, 1)]
 
 
 def magnitudes(unet: nn.Module, sites: Sequence[Site], norm: Magnitude) -> Importances:
@@ -125,7 +121,7 @@ def percentage(unet: nn.Module, sites: Sequence[Site]) -> Importances:
 
 def _rows(unet: nn.Module, site: Site) -> Tensor:
     weight = unet.get_parameter(site.weight).detach().float().cpu()
-    return (hidden_rows(weight) if site.kind == "hidden" else weight).flatten(1)
+    return site.kind.rows_of(weight).flatten(1)
 
 
 # --- from gradients -------------------------------------------------------------------------------
@@ -369,7 +365,7 @@ def flap(ladder: Ladder, sites: Sequence[Site]) -> Importances:
     it. A residual channel is read by all that follows with weight one: Var of its own output. The
     variance is taken over images, positions and timesteps.
     """
-    with watched(ladder.denoising.model.unet, [site.name for site in sites]) as seen:
+    with watched(ladder.denoising.model.unet, sites) as seen:
         for problem in progress(ladder, "flap", unit="timestep"):
             ladder.denoising.dense(problem)
     return seen.importances()

@@ -16,22 +16,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ldcp_core import (
-    SUFFIXES,
     Calibration,
     Padding,
     Site,
     SoftGate,
-    block_of,
     blocks_of,
     column_norms,
-    masked_feed_forward,
-    masked_forward,
     sites_of,
 )
 from ldcp_core.diffusers import (
     BlockForward,
     CompactBlock,
-    DiffusersFeedForward,
     adapter,
     compact_blocks,
     compact_forwards,
@@ -48,18 +43,13 @@ def overridden(unet: UNet2DConditionModel, forwards: Mapping[str, BlockForward])
 def masked(unet: UNet2DConditionModel, gates: Mapping[str, SoftGate], padding: Padding) -> Any:
     """Context in which the U-Net runs the masked reference of ``gates`` (site name -> gate)."""
 
-    def forward_of(name: str) -> BlockForward:
-        block = adapter(unet, name)
-        found = [gates.get(site) for site in sites_of(name)]
-        if isinstance(block, DiffusersFeedForward):
-            return lambda x: masked_feed_forward(x, *block.weights(), *found)
-
-        def forward(x: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return masked_forward(block, x, block.embed(temb), *block.weights(), *found, padding)
-
-        return forward
-
-    return overridden(unet, {name: forward_of(name) for name in blocks_of(gates)})
+    return overridden(
+        unet,
+        {
+            name: adapter(unet, name).masked([gates.get(site) for site in sites_of(name)], padding)
+            for name in blocks_of(gates)
+        },
+    )
 
 
 def running(unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock]) -> Any:
@@ -97,7 +87,7 @@ class ChannelMeans:
     def __init__(self, unet: UNet2DConditionModel, sites: Sequence[Site]) -> None:
         self._modules = {site.name: unet.get_submodule(site.name) for site in sites}
         self._sums = {site.name: torch.zeros(site.channels, dtype=torch.float64) for site in sites}
-        self._axis = {site.name: -1 if site.kind == "hidden" else 1 for site in sites}
+        self._axis = {site.name: site.kind.axis for site in sites}
         self._count = {site.name: torch.zeros((), dtype=torch.float64) for site in sites}
 
     def __enter__(self) -> ChannelMeans:
@@ -128,31 +118,27 @@ class ChannelMeans:
 
 
 @contextmanager
-def watched(unet: UNet2DConditionModel, sites: Iterable[str]) -> Iterator[Calibration]:
+def watched(unet: UNet2DConditionModel, sites: Iterable[Site]) -> Iterator[Calibration]:
     """What the channels of the sites do in all evaluations within the context."""
     seen = Calibration()
 
-    def output_of(site: str, channels: int) -> Callable[..., None]:
-        return lambda module, inputs, output: seen.saw_output(site, output, channels)
+    def output_of(site: Site) -> Callable[..., None]:
+        return lambda module, inputs, output: seen.saw_output(site.name, output, site.kind.axis)
 
-    def input_of(site: str, channels: int) -> Callable[..., None]:
+    def input_of(site: Site) -> Callable[..., None]:
         def see(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.saw_input(site, inputs[0], channels)
-            seen.read_with(site, column_norms(module.weight))
+            seen.saw_input(site.name, inputs[0], site.kind.axis)
+            seen.read_with(site.name, column_norms(module.weight))
 
         return see
 
     hooks = []
     try:
         for site in sites:
-            block = block_of(site)
-            hidden = site == block + SUFFIXES["hidden"]
-            channels = -1 if hidden else 1
-            output = output_of(site, channels)
-            hooks.append(unet.get_submodule(site).register_forward_hook(output))
-            if site != block + SUFFIXES["residual"]:
-                reader = unet.get_submodule(f"{block}.net.2" if hidden else f"{block}.conv2")
-                hooks.append(reader.register_forward_hook(input_of(site, channels)))
+            hooks.append(unet.get_submodule(site.name).register_forward_hook(output_of(site)))
+            if site.reader is not None:
+                reader = unet.get_submodule(site.reader)
+                hooks.append(reader.register_forward_hook(input_of(site)))
         yield seen
     finally:
         for hook in hooks:

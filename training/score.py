@@ -310,15 +310,10 @@ def layer_table(gates: Gates) -> str:
     for site in gates.topology.all_sites():
         if site.name not in keep_sets:
             continue
-        inputs = getattr(site.block, "channels", None) or (
-            site.block.in_channels if site.kind == "inner" else site.block.out_channels
-        )
-        each = 2 * inputs + 2 if site.kind == "hidden" else 9 * inputs + 1
-        kept = int(keep_sets[site.name].sum())
-        kind = "GEGLU" if site.kind == "hidden" else "Conv2d"
+        each, kept = site.row_parameters, int(keep_sets[site.name].sum())
         lines.append(
-            f"| {short_name(site.name)} | {kind} | {each * site.channels:,} | {each * kept:,} | "
-            f"{1 - kept / site.channels:.1%} |"
+            f"| {short_name(site.name)} | {site.kind.type_name} | {each * site.channels:,} | "
+            f"{each * kept:,} | {1 - kept / site.channels:.1%} |"
         )
     return "\n".join(lines)
 

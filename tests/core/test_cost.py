@@ -25,7 +25,6 @@ from ldcp_core import (
     savings,
     unet_cost,
 )
-from ldcp_core.cost import conv_pair_cost
 
 SMALL = Topology(widths=(32, 64, 96, 160), context_width=48)
 TINY = Topology(widths=(8, 8, 16, 16), context_width=8)
@@ -139,9 +138,7 @@ def test_overlapping_savings_add_up_to_the_whole(
     inner: int, residual: int, padding: Padding, latent: Latent
 ) -> None:
     block = TINY.res_blocks()[8]
-    whole = conv_pair_cost(block, 16, 16, padding, latent) - conv_pair_cost(
-        block, inner, residual, padding, latent
-    )
+    whole = block.cost([16, 16], padding, latent) - block.cost([inner, residual], padding, latent)
     both = savings(TINY, {A1: inner, A2: residual}, padding, latent)
     assert both.saved == whole
     # blocks do not overlap: two of them save twice as much
@@ -168,7 +165,7 @@ def test_savings_fall_as_more_is_kept(
 @given(counts, counts, latents)
 def test_extend_never_costs_more_than_zero(inner: int, residual: int, latent: Latent) -> None:
     block = TINY.res_blocks()[8]
-    zero, extend = (conv_pair_cost(block, inner, residual, p, latent) for p in PADDINGS)
+    zero, extend = (block.cost([inner, residual], p, latent) for p in PADDINGS)
     assert extend.parameters <= zero.parameters and extend.flops <= zero.flops
 
 
@@ -199,7 +196,7 @@ class ConvOnly:
 @st.composite
 def gated_blocks(draw: st.DrawFn) -> tuple[ResBlock, BlockGate, CompactResBlock]:
     flags = st.lists(st.booleans(), min_size=8, max_size=8).map(torch.tensor)
-    block = ResBlock("block", draw(st.sampled_from([4, 8])), 8, 1)
+    block = ResBlock("block", 1, draw(st.sampled_from([4, 8])), 8)
     gate = BlockGate(draw(paddings), draw(st.none() | flags), None, draw(st.none() | flags), None)
     conv1 = ConvWeights(torch.randn(8, block.in_channels, 3, 3), torch.randn(8))
     conv2 = ConvWeights(torch.randn(8, 8, 3, 3), torch.randn(8))
@@ -224,7 +221,7 @@ def test_parameters_equal_what_the_compact_block_holds(
     held = sum(t.numel() for t in floats)
     if compact.inner is None and compact.residual is not None:
         held -= compact.residual.kept.numel()  # zeros between the constants: the bias is beside
-    assert held == conv_pair_cost(block, *kept_counts(gate), gate.padding, Latent()).parameters
+    assert held == block.cost(kept_counts(gate), gate.padding, Latent()).parameters
 
 
 @quick
@@ -247,9 +244,8 @@ def test_flops_equal_what_the_compact_block_computes(
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         compact(ops, x, torch.randn(batch, 8))
     found = counter.get_total_flops()
-    expected = conv_pair_cost(
-        block, inner, residual, gate.padding, Latent(height, width, batch)
-    ).flops
+    latent = Latent(height, width, batch)
+    expected = block.cost([inner, residual], gate.padding, latent).flops
     if residual == 0:  # nothing is computed at all; the model still counts conv1's rows
         assert found == 0 <= expected
         return

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ldcp_core import (
+    HIDDEN,
     RANKINGS,
     ConvWeights,
     Gates,
     LinearWeights,
     expected_hidden,
     expected_output,
-    hidden_rows,
     magnitude,
     scores_at,
 )
@@ -239,7 +239,7 @@ def test_the_constant_is_what_a_monte_carlo_estimate_finds() -> None:
 
 def test_a_hidden_channel_owns_its_two_rows() -> None:
     proj = torch.arange(12.0).view(6, 2)  # three hidden channels of width 2
-    assert hidden_rows(proj).tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert HIDDEN.rows_of(proj).tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 
 
 def test_the_expected_hidden_value_is_that_of_many_samples() -> None:

@@ -243,7 +243,9 @@ versions = [Gates({s.name: torch.full((s.channels,), v) for s in sites}) for v i
 save_gates(versions[0], path)
 seen = set()
 random.seed(0)
-for attempt in range(15):
+for attempt in range(300):
+    if attempt >= 15 and len(seen) == 2:
+        break
     pid = os.fork()
     if pid == 0:
         while True:
@@ -285,7 +287,9 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 gates = Gates({s.name: torch.full((s.channels,), 0.25) for s in SD15.all_sites()})
 random.seed(0)
-for attempt in range(15):
+for attempt in range(300):
+    if attempt >= 15 and len(seen) == 2:
+        break
     pid = os.fork()
     if pid == 0:
         sync = os.fsync

@@ -133,7 +133,7 @@ class Block:
         return self.skip(x) + self.conv2(self.norm2(h), self.second.weight, self.second.bias)
 
     def masked(self, x: Tensor, emb: Tensor, gate: BlockGate) -> Tensor:
-        gates = gate.soft("inner"), gate.soft("residual")
+        gates = gate.soft()
         return masked_forward(self, x, emb, self.first, self.second, *gates, gate.padding)
 
     def compact(self, x: Tensor, emb: Tensor, gate: BlockGate) -> Tensor:

@@ -28,15 +28,15 @@ def test_watching_gives_the_means_and_leaves_no_hook(model: DiffusionModel, imag
     data = open_dataset(str(images), resolution=16)
     denoising = Denoising(model, 0)
     problem = denoising.problem(next(data.batches([0, 1, 2], 3, epochs=1)))
-    with watched(model.unet, [s.name for s in sites]) as seen:
+    with watched(model.unet, sites) as seen:
         denoising.dense(problem)
     with ChannelMeans(model.unet, sites) as means:
         denoising.dense(problem)
     for site, mean in means.constants().items():
         assert torch.allclose(seen.constants()[site], mean, atol=1e-6)
-    assert set(seen.inputs) == {s.name for s in sites if s.kind == "inner"}
+    assert set(seen.inputs) == {s.name for s in sites if s.kind.name == "inner"}
     assert not any(module._forward_hooks for module in model.unet.modules())
-    with pytest.raises(RuntimeError), watched(model.unet, [s.name for s in sites]):
+    with pytest.raises(RuntimeError), watched(model.unet, sites):
         raise RuntimeError
     assert not any(module._forward_hooks for module in model.unet.modules())
 

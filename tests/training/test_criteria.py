@@ -137,7 +137,7 @@ def test_taylor_agrees_with_finite_differences(
     chosen = every_kind(model)
     mu = constants(chosen)
     found = criteria.taylor(ladder, chosen, mu, "zero")
-    site = next(site for site in chosen if site.kind == kind)
+    site = next(site for site in chosen if site.kind.name == kind)
 
     def loss(mask: Tensor) -> float:
         gates = {site.name: SoftGate(mask, mu[site.name])}
@@ -191,7 +191,7 @@ def test_diff_pruning_multiplies_each_weight_with_its_gradient(
     found, _ = criteria.diff_pruning(ladder, chosen, 1e-9)
     unet = model.unet
     assert not any(p.requires_grad or p.grad is not None for p in unet.parameters())
-    site = next(site for site in chosen if site.kind == "inner")
+    site = next(site for site in chosen if site.kind.name == "inner")
     weights = [unet.get_parameter(site.weight)]
     weights.append(unet.get_parameter(site.weight.replace("conv1", "conv2")))
     for weight in weights:
@@ -211,7 +211,7 @@ def test_flap_is_the_variance_of_what_enters_the_next_layer_times_its_column(
     model: DiffusionModel, ladder: Ladder
 ) -> None:
     chosen, seen = every_kind(model), {}
-    blocks = {s.kind: s for s in chosen[:3]}
+    blocks = {s.kind.name: s for s in chosen[:3]}
     conv2 = model.unet.get_submodule(CONV2)
     after = model.unet.get_submodule(FF.replace("net.0", "net.2"))
     hooks = [
@@ -247,7 +247,7 @@ def test_own_effect_is_the_squared_derivative_of_the_output(
     noises = [torch.randn(problem.noise.shape, generator=generator) for _ in range(200)]
     problems = [replace(problem, noise=noise) for noise in noises]
     found = criteria.own_effect(ladder.denoising, problems, chosen, mu, "zero")
-    site = next(site for site in chosen if site.kind == "inner")
+    site = next(site for site in chosen if site.kind.name == "inner")
     from ldcp_core import SoftGate
 
     def output(mask: Tensor) -> Tensor:

@@ -289,9 +289,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
-@pytest.mark.skipif(
-    "LDCP_TEST_COMPILE" not in os.environ, reason="LDCP_TEST_COMPILE=eager"
-)
+@pytest.mark.skipif("LDCP_TEST_COMPILE" not in os.environ, reason="LDCP_TEST_COMPILE=eager")
 def test_a_compiled_unet_is_pruned_all_the_same(pipe: StableDiffusionPipeline) -> None:
     gates = gates_of(pipe.unet, "mid")
     dense, expected = evaluated(pipe.unet), reference(pipe.unet, gates)

@@ -88,7 +88,7 @@ def test_constants_are_the_mean_outputs_of_the_gated_layers(
     model: DiffusionModel, kind: str
 ) -> None:
     sites = topology_of(model.unet).sites("all+ff")
-    site = next(site for site in sites if site.kind == kind)
+    site = next(site for site in sites if site.kind.name == kind)
     seen: list[torch.Tensor] = []
     layer = model.unet.get_submodule(site.name)
     hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))

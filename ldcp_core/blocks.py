@@ -1,0 +1,142 @@
+"""What a kind of block is: the one interface that the rest of the code knows blocks by.
+
+A kind is a subclass of `Block` in a file of its own, which says how many channels its sites have,
+what pruning them means and what that saves. `ldcp_core.sites` names the kinds there are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Padding = Literal["zero", "extend"]
+PADDINGS: tuple[Padding, ...] = ("zero", "extend")
+#: kept counts are multiples of this, so that the convolution backends take their fast paths
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters held and FLOPs of one forward pass."""
+
+    parameters: int
+    flops: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.parameters + other.parameters, self.flops + other.flops)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.parameters - other.parameters, self.flops - other.flops)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.parameters * times, self.flops * times)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The input of one forward pass: latent height and width, and the batch with CFG included."""
+
+    height: int = 64
+    width: int = 64
+    batch: int = 2
+
+    def positions(self, downsample: int) -> int:
+        """Positions of the map at a depth, over the batch; each halving rounds up."""
+        return self.batch * -(-self.height // downsample) * -(-self.width // downsample)
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """What the sites of one kind have in common. Layers are named as diffusers does, in the block.
+
+    ``layer`` is the one whose output channels are gated, ``owner`` the one with their weights, of
+    which each channel has ``rows`` rows of ``taps`` weights per input. ``reader`` is the layer
+    that reads the channels with a column of weights each; None where a sum reads them. ``axis`` is
+    the dimension that counts them between the two.
+    """
+
+    name: str
+    layer: str
+    owner: str
+    reader: str | None
+    axis: int
+    type_name: str
+    rows: int = 1
+    taps: int = 1
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """What each channel has of the owner's weight [rows·C, ...]: [C, ...]."""
+        return weight if self.rows == 1 else torch.cat(weight.chunk(self.rows), dim=1)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A gated layer: one kind of site in one block."""
+
+    block: Block
+    kind: SiteKind
+
+    @property
+    def name(self) -> str:
+        return f"{self.block.name}.{self.kind.layer}"
+
+    @property
+    def channels(self) -> int:
+        return self.block.widths(self.kind)[1]
+
+    @property
+    def row_parameters(self) -> int:
+        """Weights and biases in the rows of one channel."""
+        return self.kind.rows * (self.kind.taps * self.block.widths(self.kind)[0] + 1)
+
+    @property
+    def weight(self) -> str:
+        """The name of the owner's weight in diffusers' state dict."""
+        return f"{self.block.name}.{self.kind.owner}.weight"
+
+    @property
+    def reader(self) -> str | None:
+        """The name of the layer that reads the channels; None where a sum does."""
+        return self.kind.reader and f"{self.block.name}.{self.kind.reader}"
+
+
+@dataclass(frozen=True)
+class Block(ABC):
+    """A block of the U-Net whose channels can be gated, by diffusers' name.
+
+    ``downsample`` is the side of the latent divided by the side of the block's map (8 in the mid
+    block).
+    """
+
+    name: str
+    downsample: int
+
+    #: in the order in which they run
+    site_kinds: ClassVar[tuple[SiteKind, ...]]
+    #: what the names of such blocks match, for `fnmatch`
+    pattern: ClassVar[str]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(self, kind) for kind in self.site_kinds)
+
+    @abstractmethod
+    def widths(self, kind: SiteKind) -> tuple[int, int]:
+        """How many channels the layer of a site reads and how many it has."""
+
+    @abstractmethod
+    def cost(self, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:
+        """The gated layers with so many channels kept at the sites, in their order.
+
+        Counts that are tensors give a cost that can be differentiated.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def gate(found: Sequence[tuple[Tensor | None, Tensor | None]], padding: Padding) -> Any:
+        """The gate of keep-sets and constants, bool and float [C], a pair for each site or None."""
