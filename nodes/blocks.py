@@ -50,9 +50,10 @@ class ComfyResBlockOps:
         self._affine = affine and (affine[0].float(), affine[1].float())
         self._unchanged = unchanged
         self._block = block
-        self.groups: int = self._norm2.num_groups
-        self.eps: float = self._norm2.eps
         self.folds = affine is not None
+        if self.folds:
+            self.groups: int = self._norm2.num_groups
+            self.eps: float = self._norm2.eps
 
     def norm1(self, x: Tensor) -> Tensor:
         return self._silu1(self._norm1(x))
@@ -101,16 +102,23 @@ def _check_res_block(module: nn.Module, block: ResBlock) -> str | None:
 
 
 def _check_feed_forward(module: nn.Module, block: FeedForward) -> str | None:
-    net = list(getattr(module, "net", ()))
-    kinds = [type(part).__name__ for part in net]
-    linear = [getattr(net[0], "proj", None), net[2]] if len(net) == 3 else []
-    if not linear or kinds[0] != "GEGLU" or not all(isinstance(li, nn.Linear) for li in linear):
+    linear = _linear_layers(module)
+    if not linear:
+        kinds = [type(part).__name__ for part in getattr(module, "net", ())]
         return f"it is a {type(module).__name__} of {kinds}, not GEGLU, dropout and a linear layer"
     widths = [(layer.in_features, layer.out_features) for layer in linear]
     expected = [(block.channels, 2 * block.hidden), (block.hidden, block.channels)]
     if widths != expected:
         return f"its linear layers have widths {widths}, expected {expected}"
     return None
+
+
+def _linear_layers(module: nn.Module) -> list[nn.Module]:
+    """The two linear layers of a feed-forward; none of one that is built in another way."""
+    net = list(getattr(module, "net", ()))
+    linear = [getattr(net[0], "proj", None), net[2]] if len(net) == 3 else []
+    gated = bool(net) and type(net[0]).__name__ == "GEGLU"
+    return linear if gated and all(isinstance(layer, nn.Linear) for layer in linear) else []
 
 
 @dataclass(frozen=True)
@@ -133,16 +141,17 @@ def judge(block: nn.Module) -> Judgement:
 
 
 def _judge_res_block(block: nn.Module) -> Judgement:
+    containers = [block.in_layers, block.out_layers]
+    layers, convs = [*block.in_layers, *block.out_layers], [part[-1] for part in containers]
+    plain = all(isinstance(conv, nn.Conv2d) for conv in convs)
+    if not plain or [len(part) for part in containers] != [3, 4]:
+        return _rebuilt(block, containers, layers)
     norm, silu, dropout, conv2 = block.out_layers
-    containers, convs = [block.in_layers, block.out_layers], [block.in_layers[-1], conv2]
     bypassed = [hooks_on_all(), changed_class(type(block)), *map(changed_call, containers)]
     bypassed += [changed_call(conv, any_class=True) for conv in convs]
     folded = [changed_call(norm, any_class=True), changed_call(silu), changed_call(dropout)]
     folded += [changed_function("group_norm"), changed_function("silu")]
-    if type(silu) is not nn.SiLU:
-        folded.append(f"put a {type(silu).__name__} in the place of a SiLU")
-    if dropout.training and dropout.p:
-        folded.append("switched dropout on")
+    folded += [_instead(norm, nn.GroupNorm), _instead(silu, nn.SiLU), _dropping(dropout)]
     folded += [changed_convolution(conv2), changed_padding(conv2)]
     watch = Watch(
         [*containers, *convs, norm, silu, dropout],
@@ -150,21 +159,36 @@ def _judge_res_block(block: nn.Module) -> Judgement:
         ["group_norm", "silu", "conv2d"],
         [(conv, name) for conv in convs for name in (CONVOLVE, *PADDING)],
     )
-    layers = [*block.in_layers, *block.out_layers]
     return Judgement(_first(bypassed), _first(folded), layers, watch.holds)
 
 
 def _judge_feed_forward(block: nn.Module) -> Judgement:
+    if not _linear_layers(block):
+        return _rebuilt(block, [block.net], list(block.net))
     geglu, dropout, out = block.net
     layers, functions = [geglu, dropout, geglu.proj, out], ["linear", "gelu"]
     bypassed = [hooks_on_all(), changed_class(type(block))]
     bypassed += map(changed_call, (block.net, geglu, dropout))
     bypassed += [changed_call(layer, any_class=True) for layer in (geglu.proj, out)]
     bypassed += map(changed_function, functions)
-    if dropout.training and dropout.p:
-        bypassed.append("switched dropout on")
+    bypassed.append(_dropping(dropout))
     watch = Watch([block.net, *layers], [type(block)], functions)
     return Judgement(_first(bypassed), "", layers, watch.holds)
+
+
+def _rebuilt(block: nn.Module, containers: list[nn.Module], layers: list[nn.Module]) -> Judgement:
+    """Of a block whose layers are not the ones that pruning knows."""
+    return Judgement(f"rebuilt a {type(block).__name__}", "", layers, Watch(containers).holds)
+
+
+def _instead(layer: nn.Module, kind: type[nn.Module]) -> str:
+    same = isinstance(layer, kind)
+    return "" if same else f"put a {type(layer).__name__} in the place of a {kind.__name__}"
+
+
+def _dropping(dropout: nn.Module) -> str:
+    active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p
+    return "switched dropout on" if active else _instead(dropout, nn.Dropout)
 
 
 def changed_padding(conv: nn.Module) -> str:

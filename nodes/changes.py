@@ -23,6 +23,8 @@ from torch.nn.modules import module as torch_module
 
 #: the methods that calling a module may go through, but for a convolution's last
 METHODS = ("__call__", "_call_impl", "forward", "_forward", "forward_comfy_cast_weights")
+#: those of them that a module's own attribute can stand in for; a block's own `forward` may be ours
+ATTRIBUTES = ("_call_impl", "forward", "forward_comfy_cast_weights")
 CONVOLVE = "_conv_forward"
 #: whose classes are taken for what they are called
 LIBRARIES = ("torch", "comfy")
@@ -37,13 +39,14 @@ def changed_call(module: nn.Module, *, any_class: bool = False) -> str:
     """
     if module._forward_hooks or module._forward_pre_hooks:
         return f"put a hook on a {type(module).__name__}"
-    return changed_attribute(module, "forward") or changed_class(type(module), any_class)
+    attributes = (changed_attribute(module, name) for name in ATTRIBUTES)
+    return next(filter(None, attributes), "") or changed_class(type(module), any_class)
 
 
 def changed_attribute(module: nn.Module, name: str) -> str:
     """The same of a method that the module itself has as an attribute."""
     found = vars(module).get(name)
-    same = getattr(found, "__func__", None) is getattr(type(module), name)
+    same = getattr(found, "__func__", None) is getattr(type(module), name, None)
     if found is None or (same and getattr(found, "__self__", None) is module):
         return ""
     return f"replaced the {name} of a {type(module).__name__}"
@@ -94,7 +97,8 @@ class Watch:
     ) -> None:
         self._attributes = [vars(module) for module in modules]
         methods = [m for kind in (*map(type, modules), *kinds) for m in _methods(kind)]
-        places: list[tuple[Mapping[str, Any], str]] = [(own, "forward") for own in self._attributes]
+        places: list[tuple[Mapping[str, Any], str]] = []
+        places += [(own, name) for own in self._attributes for name in ATTRIBUTES]
         places += [(own["_modules"], part) for own in self._attributes for part in own["_modules"]]
         places += [(vars(module), name) for module, name in others]
         places += [(vars(owner), name) for owner, name in dict.fromkeys(methods)]

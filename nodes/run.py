@@ -118,10 +118,7 @@ class Run:
         found = []
         for key in self._owners(active).items():
             block, judgement = self._blocks[key[0]], self._judgement(key[0])
-            changed = changed_attribute(block, "forward") or judgement.bypassed
-            selected = None if changed else self._suitable(key, judgement)
-            if changed:
-                self.record.note_block(key[0], "unpruned", BY_OTHERS + changed)
+            selected = self._suitable(key, judgement, changed_attribute(block, "forward"))
             if selected is not None:
                 found.append((block, self._forward(key, selected, judgement)))
         return found
@@ -138,9 +135,15 @@ class Run:
         known.append(now)
         return now
 
-    def _suitable(self, key: Key, judgement: Judgement) -> Compact | None:
-        """The compact form of a block that a judgement allows; None when it runs as it is."""
+    def _suitable(self, key: Key, judgement: Judgement, changed: str = "") -> Compact | None:
+        """The compact form of a block that a judgement allows; None when it runs as it is.
+
+        ``changed``: what others have done to the block's own ``forward``.
+        """
         name, owners = key
+        if changed or judgement.bypassed:
+            self.record.note_block(name, "unpruned", BY_OTHERS + (changed or judgement.bypassed))
+            return None
         if judgement.folded and name not in self._rows_only:
             self._rows_only[name] = BY_OTHERS + judgement.folded
             for known in (self._compacts, self._forwards):  # what was selected to be folded
@@ -175,9 +178,7 @@ class Run:
         """The output of a block that an extension has changed since the evaluation began."""
         block, judgement = self._blocks[key[0]], self._judgement(key[0])
         self._reached = True
-        selected = None if judgement.bypassed else self._suitable(key, judgement)
-        if judgement.bypassed:
-            self.record.note_block(key[0], "unpruned", BY_OTHERS + judgement.bypassed)
+        selected = self._suitable(key, judgement)
         if selected is None:
             return type(block).forward(block, *inputs)
         self._pruned = True
