@@ -97,6 +97,7 @@ class FitConfig:
         epochs = self.epochs
         self._require(epochs is None or 0 < epochs < inf, "epochs", "more than 0")
         self._require(self.seed in SEEDS, "seed", "from 0 up to 2**63")
+        self._require(self.resolution is None or self.resolution >= 1, "resolution", "1 or more")
         for name in (
             "batch_size",
             "gradient_accumulation",

@@ -49,7 +49,7 @@ from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
 from training.models import DiffusionModel, check_resolution, load_model, usable_device
-from training.output import PICTURE, output_file, output_folder, report_of, write
+from training.output import PICTURE, output_files, output_folder, report_of, write
 from training.precision import PRECISIONS, storage_of
 from training.provenance import is_number, is_text, read
 from training.sample import (
@@ -347,8 +347,7 @@ def check(given: argparse.Namespace) -> None:
     inputs = [*given.gates, given.model, given.data, *(getattr(given, name) for name in of_images)]
     if given.output is not None:
         kinds = report_of("ldcp.evaluation") | {".png": PICTURE, ".grid.png": PICTURE}
-        for suffix, kind in kinds.items():
-            output_file("--output", given.output + suffix, kind, inputs)
+        output_files("--output", given.output, kinds, inputs)
     for name in ("images", "cache"):
         if getattr(given, name) is not None:
             output_folder(f"--{name}", getattr(given, name), inputs)

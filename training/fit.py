@@ -75,7 +75,7 @@ def fit(config: FitConfig) -> FitResult | None:
 
     Of several processes the first one writes and returns the result, the others None.
     """
-    output = _checked_output(config)
+    output = checked_output(config)
     processes = Processes.launched(cpu=config.device == "cpu" or not torch.cuda.is_available())
     with claimed(output) if processes.first else nullcontext():
         return _fit(config, output, processes)
@@ -296,7 +296,7 @@ def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
     return max(1, min(config.max_steps, round(config.epochs * per_epoch)))
 
 
-def _checked_output(config: FitConfig) -> Path:
+def checked_output(config: FitConfig) -> Path:
     """The gate file to write; raises UserError where it, or what lies beside it, can't be."""
     output, inputs = Path(config.output), (config.model, config.data)
     if output.suffix != ".safetensors":

@@ -40,6 +40,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.configs import SD15, folder, single_file
+from training.console import progress
 from training.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -288,7 +289,8 @@ def _read_tensors(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tens
     try:
         with safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith(prefix)]
-            return {key: file.get_tensor(key).to(dtype, copy=True) for key in keys}
+            shown = progress(keys, f"reading {prefix.rstrip('.')}", unit="tensor")
+            return {key: file.get_tensor(key).to(dtype, copy=True) for key in shown}
     except SafetensorError as error:
         raise UserError(
             f"{path} is damaged ({single_file.first_line(error)}).",

@@ -120,6 +120,7 @@ class ScoreConfig:
             "threshold",
             f"above 0 and below {largest:g}",
         )
+        require(self.resolution is None or self.resolution >= 1, "resolution", "1 or more")
         for name in ("samples", "timesteps", "directions", "batch_size"):
             require(getattr(self, name) >= 1, name, "1 or more")
 
@@ -141,12 +142,17 @@ def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
 
     ``found`` saves the measuring: a `Measurement` of settings that differ only in `CUT`.
     """
+    output = checked_output(config)
+    with claimed(output):
+        return _score(config, output, found)
+
+
+def checked_output(config: ScoreConfig) -> Path:
+    """The gate file to write; raises UserError where it can't be."""
     output = Path(config.output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
-    output_file("--output", output, GATES, (config.model, config.data))
-    with claimed(output):
-        return _score(config, output, found)
+    return output_file("--output", output, GATES, (config.model, config.data))
 
 
 def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gates:
