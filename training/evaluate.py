@@ -37,6 +37,7 @@ from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
 from training.cache import default_cache
+from training.config import A_COUNT, COUNTS, require
 from training.console import explaining, log_progress, name_of
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
@@ -326,9 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(given: argparse.Namespace) -> None:
     """Raises UserError for options that can't work, before anything expensive starts."""
-    for name in ("samples", "seeds", "steps"):
-        if getattr(given, name) < 1:
-            raise UserError(f"--{name} is {getattr(given, name)}.", "1 or more", f"change --{name}")
+    for name in ("samples", "seeds", "resolution"):
+        found = getattr(given, name)
+        require(found is None or found in COUNTS, name, found, A_COUNT)
+    Settings(given.steps, given.guidance)
     usable_device(given.device)
     if not given.gates and not given.unstructured and len(set(given.precision)) < 2:
         raise UserError(

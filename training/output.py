@@ -124,7 +124,9 @@ def output_folder(option: str, path: str | Path, inputs: Iterable[str | None]) -
     that a command which is refused for another reason leaves no folder behind.
     """
     if path == "":  # such as a variable that is not set
-        raise UserError(f"{option} is empty.", "a folder (. is the one you are in)", _change(option))
+        raise UserError(
+            f"{option} is empty.", "a folder (. is the one you are in)", _change(option)
+        )
     path = Path(path)
     try:
         _refuse_inputs(option, path, inputs)

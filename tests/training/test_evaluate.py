@@ -242,6 +242,8 @@ def test_gates_of_another_model_are_refused(
     ("options", "message"),
     [
         (["--seeds", "0"], "--seeds is 0"),
+        (["--resolution", "0"], "--resolution is 0"),
+        (["--guidance", "nan"], "--guidance is nan"),
         (["--unstructured", "l2"], "l1, sensitivity, percentage"),
         (["--reference", "x"], "--reference given without --images"),
         (["--resolution", "33"], "--resolution is 33"),

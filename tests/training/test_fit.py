@@ -193,6 +193,8 @@ def test_presets_are_those_of_the_original_and_typed_values_win() -> None:
         (["--target-sparsity", "1.5"], "--target-sparsity is 1.5"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--resolution", "33"], "a multiple of 8"),
+        (["--resolution", "0"], "--resolution is 0"),
+        (["--max-steps", "9" * 30], "1 or more, below 2**31"),
         (["--output", "gates.pt"], "ending in .safetensors"),
         (["--model", "/no/such/model.safetensors"], "no file or folder"),
         (["--device", "nonsense"], "--device nonsense"),
