@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 #: the precisions of the U-Net by the names that command lines take
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: side of the largest images, in pixels: self-attention over them would take terabytes
+LARGEST = 8192
 EXPECTED = (
     "a diffusers folder, a Stable Diffusion 1.5 checkpoint (.safetensors or .ckpt), or a hub id "
     "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -119,13 +121,17 @@ def load_model(
 
 
 def check_resolution(resolution: int, vae_scale_factor: int) -> None:
-    """Raises UserError for a side of images, in pixels, that the U-Net can't halve three times."""
+    """Raises UserError for a side of images, in pixels, that the U-Net can't halve three times.
+
+    Or that no memory would do for: more than `LARGEST`.
+    """
     multiple = 8 * vae_scale_factor
-    if resolution < multiple or resolution % multiple:
+    if resolution % multiple or not multiple <= resolution <= LARGEST:
+        usable = min(max(multiple, resolution // multiple * multiple), LARGEST)
         raise UserError(
             f"--resolution is {resolution}.",
-            f"a multiple of {multiple} pixels for this model",
-            f"use --resolution {max(multiple, resolution // multiple * multiple)}",
+            f"a multiple of {multiple} pixels for this model, at most {LARGEST}",
+            f"use --resolution {usable}",
         )
 
 
