@@ -36,7 +36,7 @@ from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
 from training.config import FitConfig
-from training.console import log_progress
+from training.console import explaining, log_progress
 from training.data import Position, open_dataset
 from training.denoising import Denoising
 from training.encoding import WORKERS, EncodedImages
@@ -326,13 +326,11 @@ def _device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+@explaining
 def main(argv: list[str] | None = None) -> int:
     log_progress()
     try:
         fit(parse_arguments(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         typed = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         command = shlex.join(["python", "-m", "training.fit", *typed, "--resume"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,7 @@ def load_model(
     """
     device = usable_device(device)
     path = Path(source).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # which says no to a name that is too long
         path = _download(source)
     log.info("loading the model %s", path.name)
     with _no_progress_bars():

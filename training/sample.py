@@ -232,7 +232,7 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
         return PROMPTS
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}.", "a text file, a prompt per line") from (
             error
         )

@@ -210,6 +210,7 @@ def test_a_word_for_a_number_is_told_in_words(
         (["--max-steps", "9" * 30], "1 or more, below 2**31"),
         (["--output", "gates.pt"], "ending in .safetensors"),
         (["--model", "/no/such/model.safetensors"], "no file or folder"),
+        (["--model", "a" * 300], "no file or folder"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--device", "meta"], "--device meta"),
         (["--seed", str(2**70)], f"--seed is {2**70}"),
