@@ -124,11 +124,17 @@ def parse_arguments(argv: list[str] | None = None) -> FitConfig:
 
 def parse_seed(text: str) -> int:
     """A seed off a command line; raises UserError for one that generators don't take."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if value not in SEEDS:
         raise UserError(f"A seed is {value}.", "from 0 up to 2**63", "change the seed")
     return value
 
 
 def _sparsity(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+    try:
+        return None if text.lower() == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share nor 'none'") from None

@@ -65,7 +65,7 @@ from training.benchmarking.variants import (
 from training.console import explaining, log_progress
 from training.errors import UserError
 from training.models import DTYPES, load_model
-from training.output import output_file, report_of, write
+from training.output import output_files, report_of, write
 
 log = logging.getLogger("training.benchmark")
 
@@ -149,8 +149,8 @@ def check(config: BenchmarkConfig) -> None:
             f"check the spelling; the path is taken from {Path.cwd()}",
         )
     if config.output is not None:
-        for suffix, kind in report_of("ldcp.benchmark").items():
-            output_file("--output", config.output + suffix, kind, (config.model, config.gates))
+        kinds = report_of("ldcp.benchmark")
+        output_files("--output", config.output, kinds, (config.model, config.gates))
 
 
 def load_unet(config: BenchmarkConfig) -> UNet2DConditionModel:

@@ -169,9 +169,12 @@ def read(path: Path) -> Checkpoint:
     text = metadata.get("content", "")
     if metadata.get("checksum") != _checksum(text, tensors):
         raise ValueError("its checksum does not match its contents")
-    content = json.loads(text)
-    state = _unpacked(content["state"], tensors)
-    return Checkpoint(path, content["step"], content["identity"], state)
+    try:
+        content = json.loads(text)
+        state = _unpacked(content["state"], tensors)
+        return Checkpoint(path, content["step"], content["identity"], state)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its contents are none of a checkpoint: {error!r}") from error
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:

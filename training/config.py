@@ -21,9 +21,13 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 #: what every generator takes as a seed, also with a little added
 SEEDS = range(2**63)
+#: how many there can be of anything: images, steps, pixels
+COUNTS = range(1, 2**31)
+A_COUNT = "1 or more, below 2**31"
 
 
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raises UserError about the option of the setting ``name`` unless ``holds``."""
     if not holds:
         option = "--" + name.replace("_", "-")
         raise UserError(f"{option} is {value!r}.", expected, f"change {option}")
@@ -45,11 +49,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         every = self.checkpoint_every
-        _require(every >= 0, "checkpoint_every", every, "0 or more")
+        require(every >= 0, "checkpoint_every", every, "0 or more")
         keep = self.keep_checkpoints
-        _require(keep >= 1, "keep_checkpoints", keep, "1 or more")
-        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more")
-        _require(self.sample_every >= 0, "sample_every", self.sample_every, "0 or more")
+        require(keep in COUNTS, "keep_checkpoints", keep, A_COUNT)
+        require(self.workers is None or self.workers in COUNTS, "workers", self.workers, A_COUNT)
+        require(self.sample_every >= 0, "sample_every", self.sample_every, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class FitConfig:
         epochs = self.epochs
         self._require(epochs is None or 0 < epochs < inf, "epochs", "more than 0")
         self._require(self.seed in SEEDS, "seed", "from 0 up to 2**63")
+        self._require(self.resolution is None or self.resolution in COUNTS, "resolution", A_COUNT)
         for name in (
             "batch_size",
             "gradient_accumulation",
@@ -105,7 +110,7 @@ class FitConfig:
             "validation_samples",
             "calibration_batches",
         ):
-            self._require(getattr(self, name) >= 1, name, "1 or more")
+            self._require(getattr(self, name) in COUNTS, name, A_COUNT)
         if self.streaming:
             self._check_streaming()
 
@@ -122,7 +127,7 @@ class FitConfig:
                 )
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
-        _require(holds, name, getattr(self, name), expected)
+        require(holds, name, getattr(self, name), expected)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides what is learned."""

@@ -37,6 +37,7 @@ from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
 from training.cache import default_cache
+from training.config import A_COUNT, COUNTS, require
 from training.console import explaining, log_progress, name_of
 from training.data import ImageData, open_dataset
 from training.denoising import Denoising, HeldOut
@@ -49,7 +50,7 @@ from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
 from training.models import DiffusionModel, check_resolution, load_model, usable_device
-from training.output import PICTURE, output_file, output_folder, report_of, write
+from training.output import PICTURE, output_files, output_folder, report_of, write
 from training.precision import PRECISIONS, storage_of
 from training.provenance import is_number, is_text, read
 from training.sample import (
@@ -326,9 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(given: argparse.Namespace) -> None:
     """Raises UserError for options that can't work, before anything expensive starts."""
-    for name in ("samples", "seeds", "steps"):
-        if getattr(given, name) < 1:
-            raise UserError(f"--{name} is {getattr(given, name)}.", "1 or more", f"change --{name}")
+    for name in ("samples", "seeds", "resolution"):
+        found = getattr(given, name)
+        require(found is None or found in COUNTS, name, found, A_COUNT)
+    Settings(given.steps, given.guidance)
     usable_device(given.device)
     if not given.gates and not given.unstructured and len(set(given.precision)) < 2:
         raise UserError(
@@ -347,8 +349,7 @@ def check(given: argparse.Namespace) -> None:
     inputs = [*given.gates, given.model, given.data, *(getattr(given, name) for name in of_images)]
     if given.output is not None:
         kinds = report_of("ldcp.evaluation") | {".png": PICTURE, ".grid.png": PICTURE}
-        for suffix, kind in kinds.items():
-            output_file("--output", given.output + suffix, kind, inputs)
+        output_files("--output", given.output, kinds, inputs)
     for name in ("images", "cache"):
         if getattr(given, name) is not None:
             output_folder(f"--{name}", getattr(given, name), inputs)

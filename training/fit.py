@@ -37,7 +37,7 @@ from training.cache import CacheNotWritable, default_cache
 from training.calibration import calibrate
 from training.checkpoint import Checkpoints, check_identity
 from training.config import FitConfig
-from training.console import log_progress
+from training.console import explaining, log_progress
 from training.data import Position, open_dataset
 from training.denoising import Denoising
 from training.encoding import WORKERS, EncodedImages
@@ -75,7 +75,7 @@ def fit(config: FitConfig) -> FitResult | None:
 
     Of several processes the first one writes and returns the result, the others None.
     """
-    output = _checked_output(config)
+    output = checked_output(config)
     processes = Processes.launched(cpu=config.device == "cpu" or not torch.cuda.is_available())
     with claimed(output) if processes.first else nullcontext():
         return _fit(config, output, processes)
@@ -296,7 +296,7 @@ def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
     return max(1, min(config.max_steps, round(config.epochs * per_epoch)))
 
 
-def _checked_output(config: FitConfig) -> Path:
+def checked_output(config: FitConfig) -> Path:
     """The gate file to write; raises UserError where it, or what lies beside it, can't be."""
     output, inputs = Path(config.output), (config.model, config.data)
     if output.suffix != ".safetensors":
@@ -326,13 +326,11 @@ def _device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+@explaining
 def main(argv: list[str] | None = None) -> int:
     log_progress()
     try:
         fit(parse_arguments(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Stopped as stopped:
         typed = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         command = shlex.join(["python", "-m", "training.fit", *typed, "--resume"])

@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     latent = latent_of(arguments.resolution, arguments.batch)
-    if arguments.image:
+    if arguments.image is not None:
         output_file("--image", arguments.image, PICTURE, (arguments.gates,))
     report = gates_report(load_gates(arguments.gates), latent)
     print(report.text())
-    if arguments.image:
+    if arguments.image is not None:
         buffer = io.BytesIO()
         report_image(report).save(buffer, "PNG")
         write(Path(arguments.image), buffer.getvalue())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -40,12 +41,15 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.configs import SD15, folder, single_file
+from training.console import progress
 from training.errors import UserError
 
 log = logging.getLogger(__name__)
 
 #: the precisions of the U-Net by the names that command lines take
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: side of the largest images, in pixels: self-attention over them would take terabytes
+LARGEST = 8192
 EXPECTED = (
     "a diffusers folder, a Stable Diffusion 1.5 checkpoint (.safetensors or .ckpt), or a hub id "
     "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -106,7 +110,7 @@ def load_model(
     """
     device = usable_device(device)
     path = Path(source).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # which says no to a name that is too long
         path = _download(source)
     log.info("loading the model %s", path.name)
     with _no_progress_bars():
@@ -118,13 +122,17 @@ def load_model(
 
 
 def check_resolution(resolution: int, vae_scale_factor: int) -> None:
-    """Raises UserError for a side of images, in pixels, that the U-Net can't halve three times."""
+    """Raises UserError for a side of images, in pixels, that the U-Net can't halve three times.
+
+    Or that no memory would do for: more than `LARGEST`.
+    """
     multiple = 8 * vae_scale_factor
-    if resolution < multiple or resolution % multiple:
+    if resolution % multiple or not multiple <= resolution <= LARGEST:
+        usable = min(max(multiple, resolution // multiple * multiple), LARGEST)
         raise UserError(
             f"--resolution is {resolution}.",
-            f"a multiple of {multiple} pixels for this model",
-            f"use --resolution {max(multiple, resolution // multiple * multiple)}",
+            f"a multiple of {multiple} pixels for this model, at most {LARGEST}",
+            f"use --resolution {usable}",
         )
 
 
@@ -288,7 +296,8 @@ def _read_tensors(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tens
     try:
         with safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith(prefix)]
-            return {key: file.get_tensor(key).to(dtype, copy=True) for key in keys}
+            shown = progress(keys, f"reading {prefix.rstrip('.')}", unit="tensor")
+            return {key: file.get_tensor(key).to(dtype, copy=True) for key in shown}
     except SafetensorError as error:
         raise UserError(
             f"{path} is damaged ({single_file.first_line(error)}).",

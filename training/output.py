@@ -17,7 +17,7 @@ import stat
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +103,30 @@ def output_file(option: str, path: str | Path, kind: Kind, inputs: Iterable[str 
     return path
 
 
+def output_files(
+    option: str, prefix: str, kinds: Mapping[str, Kind], inputs: Iterable[str | None]
+) -> None:
+    """`output_file` of ``prefix`` with each suffix of ``kinds``."""
+    if not os.path.basename(prefix):
+        raise UserError(
+            f"{option} is {prefix!r}, which ends in no name.",
+            "the beginning of a file's name",
+            _change(option),
+        )
+    for suffix, kind in kinds.items():
+        output_file(option, prefix + suffix, kind, inputs)
+
+
 def output_folder(option: str, path: str | Path, inputs: Iterable[str | None]) -> Path:
     """``path`` as a folder that is there or can be made, with its parents; raises UserError.
 
     Files in it stay: of those that are to be written, ask `output_file`. Nothing is made yet, so
     that a command which is refused for another reason leaves no folder behind.
     """
+    if path == "":  # such as a variable that is not set
+        raise UserError(
+            f"{option} is empty.", "a folder (. is the one you are in)", _change(option)
+        )
     path = Path(path)
     try:
         _refuse_inputs(option, path, inputs)

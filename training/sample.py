@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from ldcp_core import Gates, load_gates, one_line
 from ldcp_core.diffusers import compact_blocks, topology_of
 from training.arguments import DEMO_SETTINGS, parse_seed
 from training.cache import digest
+from training.config import A_COUNT, COUNTS, require
 from training.console import explaining, log_progress, name_of, progress
 from training.data import open_image
 from training.errors import UserError
@@ -71,6 +73,12 @@ class Settings:
     steps: int = 30
     guidance: float = 7.5
     batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            found = getattr(self, name)
+            require(found in COUNTS, name, found, A_COUNT)
+        require(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number")
 
 
 def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline:
@@ -224,7 +232,7 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
         return PROMPTS
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}.", "a text file, a prompt per line") from (
             error
         )
@@ -273,8 +281,8 @@ def main(argv: list[str] | None = None) -> int:
     prompts, gates = read_prompts(given.prompts), named_gates(given.gates)
     shots = [Shot(prompt, seed) for prompt in prompts for seed in given.seeds]
     image_paths(output, (DENSE, *gates), shots)  # before the model loads
-    model = load_model(source, device=given.device)
     settings = Settings(given.steps, given.guidance, given.batch_size)
+    model = load_model(source, device=given.device)
     chosen = {name: Candidate(of, given.precision) for name, of in {DENSE: None, **gates}.items()}
     paths = sample(model, chosen, shots, settings, output)
     print(f"{sum(map(len, paths.values()))} images in {given.output}")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import chain, islice
+from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,7 +51,7 @@ from ldcp_core.diffusers import topology_of
 from training import criteria
 from training.arguments import DEMO_SETTINGS
 from training.budget import Budget, BudgetKind
-from training.config import SEEDS
+from training.config import A_COUNT, COUNTS, SEEDS, require
 from training.console import explaining, log_progress, name_of, progress
 from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
 from training.data import ImageData, open_dataset
@@ -98,31 +99,30 @@ class ScoreConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def require(holds: bool, name: str, expected: str) -> None:
-            if not holds:
-                option = "--" + name.replace("_", "-")
-                found = getattr(self, name)
-                raise UserError(f"{option} is {found!r}.", expected, f"change {option}")
+        def check(holds: bool, name: str, expected: str) -> None:
+            require(holds, name, getattr(self, name), expected)
 
-        require(self.criterion in CRITERIA, "criterion", f"one of {', '.join(CRITERIA)}")
-        require(self.ranking in RANKINGS, "ranking", f"one of {', '.join(RANKINGS)}")
-        require(0 <= self.target_sparsity < 1, "target_sparsity", "from 0 up to 1")
-        require(0 <= self.floor < 1, "floor", "from 0 up to 1")
-        require(self.seed in SEEDS, "seed", "from 0 up to 2**63")
-        require(0 < self.loss_threshold < 1, "loss_threshold", "between 0 and 1")
-        require(
+        check(self.criterion in CRITERIA, "criterion", f"one of {', '.join(CRITERIA)}")
+        check(self.ranking in RANKINGS, "ranking", f"one of {', '.join(RANKINGS)}")
+        check(0 <= self.target_sparsity < 1, "target_sparsity", "from 0 up to 1")
+        check(0 <= self.floor < 1, "floor", "from 0 up to 1")
+        check(self.seed in SEEDS, "seed", "from 0 up to 2**63")
+        check(0 < self.loss_threshold < 1, "loss_threshold", "between 0 and 1")
+        check(0 < self.alpha < inf, "alpha", "more than 0")
+        check(
             self.threshold is None or self.criterion in THRESHOLDS,
             "threshold",
             f"only with criterion {' or '.join(THRESHOLDS)}",
         )
-        largest = 100.0 if self.criterion == "percentage" else float("inf")
-        require(
+        largest = 100.0 if self.criterion == "percentage" else inf
+        check(
             self.threshold is None or 0 < self.threshold < largest,
             "threshold",
             f"above 0 and below {largest:g}",
         )
+        check(self.resolution is None or self.resolution in COUNTS, "resolution", A_COUNT)
         for name in ("samples", "timesteps", "directions", "batch_size"):
-            require(getattr(self, name) >= 1, name, "1 or more")
+            check(getattr(self, name) in COUNTS, name, A_COUNT)
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,17 @@ def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
 
     ``found`` saves the measuring: a `Measurement` of settings that differ only in `CUT`.
     """
+    output = checked_output(config)
+    with claimed(output):
+        return _score(config, output, found)
+
+
+def checked_output(config: ScoreConfig) -> Path:
+    """The gate file to write; raises UserError where it can't be."""
     output = Path(config.output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
-    output_file("--output", output, GATES, (config.model, config.data))
-    with claimed(output):
-        return _score(config, output, found)
+    return output_file("--output", output, GATES, (config.model, config.data))
 
 
 def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gates:

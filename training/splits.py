@@ -44,7 +44,8 @@ class Split:
             return None
         if not found:
             names = {"fraction": "validation_fraction", "seed": "seed"}
-            names |= {"rows": "validation_samples"} if config.get("streaming") is True else {}
+            if config.get("streaming") is True and config.get("validation_fraction") != 0:
+                names |= {"rows": "validation_samples"}
             found = {key: config[of] for key, of in names.items() if of in config}
         return cls(
             read(found, "fraction", cls.fraction, _is_share, "a number from 0 up to 1", name),

@@ -24,17 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from ldcp_core import RANKINGS, GateFileError, load_gates
-from training import evaluate
+from training import evaluate, fit, score
 from training.arguments import DEMO_SETTINGS, parse_seed
 from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
-from training.fit import fit
-from training.output import GATES, PICTURE, output_file, write
+from training.output import PICTURE, output_file, output_folder, write
 from training.provenance import without_folders
-from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure, score
+from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure
 
 log = logging.getLogger("training.sweep")
 
@@ -114,42 +113,41 @@ def thresholds_of(texts: Sequence[str], criteria: Sequence[str]) -> dict[str, li
     return found
 
 
-def make(
-    plan: Plan,
-    given: argparse.Namespace,
-    folder: Path,
-    measured: Callable[[ScoreConfig], Measurement] = measure,
-) -> Path:
-    """The plan's gate file, made now unless it is there."""
-    path = folder / f"{plan.name}.safetensors"
+def config_of(plan: Plan, given: argparse.Namespace) -> FitConfig | ScoreConfig:
+    """The settings of the plan's gate file; raises UserError for some that can't work."""
     settings: dict[str, Any] = dict(
         model=given.model,
         data=given.data,
-        output=str(path),
+        output=str(Path(given.output) / f"{plan.name}.safetensors"),
         scope=plan.scope,
         target_sparsity=plan.target,
         budget=given.budget,
         seed=given.seed,
     )
-    config: FitConfig | ScoreConfig
     if plan.criterion == LEARNED:
         if given.demo:
             settings |= {k: v for k, v in DEMO_SETTINGS.items() if k not in settings}
         if plan.weight is not None:
             settings["sparsity_weight"] = plan.weight
-        config = FitConfig(**settings | ({"max_steps": given.steps} if given.steps else {}))
-    else:
-        settings |= {"ranking": plan.ranking, "threshold": plan.threshold}
-        config = ScoreConfig(**settings, criterion=plan.criterion)
-    if _made_with(path, config):
-        log.info("%s is there", path)
-        return path
-    log.info("making %s", path)
+        if given.steps is not None:
+            settings["max_steps"] = given.steps
+        return FitConfig(**settings)
+    settings |= {"ranking": plan.ranking, "threshold": plan.threshold}
+    return ScoreConfig(**settings, criterion=plan.criterion)
+
+
+def make(
+    config: FitConfig | ScoreConfig, measured: Callable[[ScoreConfig], Measurement] = measure
+) -> None:
+    """The gate file of these settings, made now unless it is there."""
+    if _made_with(Path(config.output), config):
+        log.info("%s is there", config.output)
+        return
+    log.info("making %s", config.output)
     if isinstance(config, FitConfig):
-        fit(config)
+        fit.fit(config)
     else:
-        score(config, measured(replace(config, **WITHOUT_CUT)))
-    return path
+        score.score(config, measured(replace(config, **WITHOUT_CUT)))
 
 
 def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
@@ -200,19 +198,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.data = given.data or DEMO_SETTINGS["data"]
     if given.model is None or given.data is None:
         parser.error("--model and --data are missing; or use --demo")
-    folder = Path(given.output)
+    folder = output_folder("--output", given.output, (given.model, given.data))
     options = ["--model", given.model, "--data", given.data, "--samples", str(given.samples)]
     options += ["--output", str(folder / "evaluation"), *others]
     chosen = list(plans(given))
-    paths = [str(folder / f"{plan.name}.safetensors") for plan in chosen]
-    evaluate.check(evaluate.parser().parse_args([*paths, *options]))  # before the long part
-    outputs = {path: GATES for path in paths} | {str(folder / "heatmap.png"): PICTURE}
-    for path, kind in outputs.items():
-        output_file("--output", path, kind, (given.model, given.data))
-    # plans that differ only in where they cut follow each other
+    configs = [config_of(plan, given) for plan in chosen]  # all that can fail before the long part
+    paths = [config.output for config in configs]
+    evaluate.check(evaluate.parser().parse_args([*paths, *options]))
+    for config in configs:
+        if isinstance(config, FitConfig):
+            fit.checked_output(config)
+        else:
+            score.checked_output(config)
+    output_file("--output", folder / "heatmap.png", PICTURE, (given.model, given.data))
+    # settings that differ only in where they cut follow each other
     measured = lru_cache(maxsize=1)(measure)
-    for plan in chosen:
-        make(plan, given, folder, measured)
+    for config in configs:
+        make(config, measured)
     status = evaluate.main([*paths, *options])
     learned = [plan for plan in chosen if plan.weight is not None]
     several = len({p.target for p in learned}) > 1 and len({p.weight for p in learned}) > 1

@@ -98,6 +98,22 @@ def test_a_seed_beyond_every_generator_is_told(
     assert str(2**70) in capsys.readouterr().err
 
 
+def test_a_seed_that_is_none_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sample.main(["--demo", "--output", "a", "--seeds", "x"])
+    assert "'x' is no whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--steps=0", "--batch-size=0", "--guidance=inf"])
+def test_images_that_cannot_be_drawn_are_told_before_the_model_loads(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sample, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert sample.main(["--demo", "--output", str(tmp_path / "a"), option]) == 1
+    assert option.replace("=", " is ") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("main", [score.main, sample.main, evaluate.main])
 def test_a_device_that_is_none_is_told(
     main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -242,6 +242,8 @@ def test_gates_of_another_model_are_refused(
     ("options", "message"),
     [
         (["--seeds", "0"], "--seeds is 0"),
+        (["--resolution", "0"], "--resolution is 0"),
+        (["--guidance", "nan"], "--guidance is nan"),
         (["--unstructured", "l2"], "l1, sensitivity, percentage"),
         (["--reference", "x"], "--reference given without --images"),
         (["--resolution", "33"], "--resolution is 33"),
@@ -320,6 +322,8 @@ def test_the_split_is_that_of_the_gates_own_settings(
     seeded = file("a", {"config": {"seed": 3, "validation_fraction": 0.4}})
     written = file("b", {"held_out": {"fraction": 0.4, "seed": 0}, "config": {"seed": 9}})
     streamed = file("c", {"held_out": {"rows": 5}})
+    stream = {"streaming": True, "validation_fraction": 0, "validation_samples": 64}
+    whole = file("f", {"config": stream})
     nobody = file("d", {})
     everything = file("e", {"config": {"validation_fraction": 0}})
     for files in ([seeded], [written], [streamed], [nobody], [seeded, written]):
@@ -327,8 +331,9 @@ def test_the_split_is_that_of_the_gates_own_settings(
     by_seed, by_word = images.split(0.4, 3)[1], images.split(0.4, 0)[1]
     both = sorted(set(by_seed) & set(by_word))
     assert held_out == [by_seed, by_word, [0, 1, 2, 3, 4], images.split(0.1, 0)[1], both]
-    assert evaluate.main([seeded, everything, *source]) == 1
-    assert "was held out by all of these gates" in capsys.readouterr().err
+    for files in ([seeded, everything], [whole]):
+        assert evaluate.main([*files, *source]) == 1
+        assert "was held out by all of these gates" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

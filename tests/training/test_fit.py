@@ -188,13 +188,29 @@ def test_presets_are_those_of_the_original_and_typed_values_win() -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [("--target-sparsity", "'x' is neither a share nor 'none'"), ("--seed", "invalid int value")],
+)
+def test_a_word_for_a_number_is_told_in_words(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--demo", option, "x"])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("more", "expected"),
     [
         (["--target-sparsity", "1.5"], "--target-sparsity is 1.5"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--resolution", "33"], "a multiple of 8"),
+        (["--resolution", "0"], "--resolution is 0"),
+        (["--resolution", str(2**30)], "at most 8192"),
+        (["--max-steps", "9" * 30], "1 or more, below 2**31"),
         (["--output", "gates.pt"], "ending in .safetensors"),
         (["--model", "/no/such/model.safetensors"], "no file or folder"),
+        (["--model", "a" * 300], "no file or folder"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--device", "meta"], "--device meta"),
         (["--seed", str(2**70)], f"--seed is {2**70}"),

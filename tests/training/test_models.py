@@ -407,6 +407,22 @@ def test_variants_of_a_single_file_load(
 
 
 @pytest.mark.usefixtures("tiny_configs")
+def test_reading_a_single_file_shows_how_far_it_is(
+    tiny_state: dict[str, torch.Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level("INFO")
+    save_file(tiny_state, tmp_path / "model.safetensors")
+    load_model(str(tmp_path / "model.safetensors"))
+    said = capsys.readouterr().err
+    for prefix in (single_file.UNET, single_file.VAE, single_file.TEXT_ENCODER):
+        count = sum(key.startswith(prefix) for key in tiny_state)
+        assert f"reading {prefix.rstrip('.')}: {count}/{count}" in said
+
+
+@pytest.mark.usefixtures("tiny_configs")
 @pytest.mark.parametrize(
     ("key", "part"),
     [

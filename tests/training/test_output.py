@@ -90,6 +90,20 @@ def test_a_missing_folder_is_made_when_something_is_written(tmp_path: Path) -> N
         assert (tmp_path / "other" / "deep").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("command", "name"), [*((of, "") for of in COMMANDS), ("evaluate", "a/"), ("benchmark", "a/")]
+)
+def test_an_output_without_a_name_is_told(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    main, options, _ = COMMANDS[command]
+    assert main([*options, name]) == 1
+    assert f"{options[-1]} is" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_an_input_is_not_the_output_under_any_name(
     link: Callable[[Path, Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]

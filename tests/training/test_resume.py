@@ -308,6 +308,20 @@ def test_no_damaged_byte_of_a_checkpoint_is_a_crash_or_passes(tmp_path: Path) ->
             checkpoint.read(file)
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "1", '{"state": {"pairs": [1]}}', '{"state": {}}', "[" * 10**5]
+)
+def test_a_checkpoint_of_other_contents_is_no_crash_whatever_its_checksum(
+    tmp_path: Path, content: str
+) -> None:
+    metadata = {"format": checkpoint.FORMAT, "version": str(checkpoint.VERSION), "content": content}
+    metadata["checksum"] = checkpoint._checksum(content, {})
+    file = tmp_path / "step-00000003.safetensors"
+    file.write_bytes(checkpoint.serialize({}, metadata))
+    with pytest.raises(ValueError, match="none of a checkpoint"):
+        checkpoint.read(file)
+
+
 def test_only_damaged_checkpoints_are_an_error(
     interrupted: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,8 @@ def test_a_threshold_decides_instead_of_a_target(source: list[str], tmp_path: Pa
         (["--criterion", "taylor", "--scope", "sides"], "unknown scope or site 'sides'"),
         (["--criterion", "taylor", "--target-sparsity", "1.5"], "from 0 up to 1"),
         (["--criterion", "taylor", "--output", "gates.txt"], "ending in .safetensors"),
+        (["--criterion", "taylor", "--timesteps", "9" * 30], "1 or more, below 2**31"),
+        (["--criterion", "diversity", "--alpha", "nan"], "--alpha is nan"),
     ],
 )
 def test_bad_options_are_answered(

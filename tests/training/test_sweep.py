@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -13,7 +12,11 @@ from PIL import Image
 
 from ldcp_core import load_gates
 from training import score, sweep
+from training.config import FitConfig
 from training.evaluation.plots import Cell, heat_map
+from training.score import ScoreConfig
+
+Config = FitConfig | ScoreConfig
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +47,23 @@ def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[sweep.Plan]:
-    """Plans of a sweep whose gate files come from `random` in no time."""
-    found: list[sweep.Plan] = []
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Settings of a sweep whose gate files come from `random` in no time."""
+    found: list[Config] = []
 
-    def make(plan: sweep.Plan, given: argparse.Namespace, folder: Path, measured: object) -> None:
-        found.append(plan)
-        output = ["--output", str(folder / f"{plan.name}.safetensors"), "--scope", plan.scope]
-        share = ["--target-sparsity", str(plan.target), "--seed", str(len(found))]
+    def make(config: Config, measured: object) -> None:
+        found.append(config)
+        output = ["--output", config.output, "--scope", config.scope]
+        share = ["--target-sparsity", str(config.target_sparsity), "--seed", str(len(found))]
         options = ["--criterion", "random", "--samples", "2", "--timesteps", "1", *share, *output]
-        assert score.main(["--model", given.model, "--data", given.data, *options]) == 0
+        assert score.main(["--model", config.model, "--data", config.data, *options]) == 0
 
     monkeypatch.setattr(sweep, "make", make)
     return found
 
 
 def test_targets_times_weights_give_a_heat_map(
-    source: list[str], tmp_path: Path, made: list[sweep.Plan], monkeypatch: pytest.MonkeyPatch
+    source: list[str], tmp_path: Path, made: list[Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
     monkeypatch.setattr(sweep, "heat_map", lambda cells: drawn.append(cells) or heat_map(cells))
@@ -81,7 +84,7 @@ def test_targets_times_weights_give_a_heat_map(
 
 
 def test_one_target_gives_no_heat_map(
-    source: list[str], tmp_path: Path, made: list[sweep.Plan]
+    source: list[str], tmp_path: Path, made: list[Config]
 ) -> None:
     options = ["--weights", "0.01", "0.02", "--samples", "2", "--unstructured", "l1=0.3"]
     assert sweep.main([*source, *options, "--output", str(tmp_path)]) == 0
@@ -103,17 +106,17 @@ def test_a_heat_map_of_several_scopes_is_one_picture() -> None:
 
 
 def test_thresholds_stand_in_for_targets(
-    source: list[str], tmp_path: Path, made: list[sweep.Plan]
+    source: list[str], tmp_path: Path, made: list[Config]
 ) -> None:
     options = ["--criteria", "sensitivity", "random", "--targets", "0.3", "0.5", "--samples", "2"]
     options += ["--thresholds", "sensitivity=0.5,0.75", "--rankings", "per layer", "global"]
     assert sweep.main([*source, *options, "--output", str(tmp_path)]) == 0
-    assert [(plan.criterion, plan.threshold, plan.target) for plan in made] == [
+    assert [(of.criterion, of.threshold, of.target_sparsity) for of in made] == [
         ("sensitivity", 0.5, 0.3),
         ("sensitivity", 0.75, 0.3),
         *[("random", None, target) for target in (0.3, 0.3, 0.5, 0.5)],
     ]
-    assert made[0].name == "sensitivity_at-0.5_mid"
+    assert Path(made[0].output).stem == "sensitivity_at-0.5_mid"
 
 
 def test_a_threshold_reaches_the_score(source: list[str], tmp_path: Path) -> None:
@@ -130,6 +133,8 @@ def test_a_threshold_reaches_the_score(source: list[str], tmp_path: Path) -> Non
         (["--criteria", "taylor", "--thresholds", "taylor=1"], "that has a threshold"),
         (["--criteria", "percentage", "--thresholds", "percentage=120"], "above 0 and below 100"),
         (["--seeds", "3", "--reference", "x"], "--reference given without --images"),
+        (["--criteria", "random", "learned", "--steps", "0"], "--max-steps is 0"),
+        (["--criteria", "random", "--targets", "0.3", "1.5"], "--target-sparsity is 1.5"),
     ],
 )
 def test_bad_options_are_answered_before_anything_is_made(
@@ -142,6 +147,17 @@ def test_bad_options_are_answered_before_anything_is_made(
     assert sweep.main([*source, *options, "--output", str(tmp_path / "s")]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("s/*"))
+
+
+def test_what_a_fit_would_write_over_is_answered_before_anything_is_made(
+    source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "learned_mid_30.html"
+    page.write_text("somebody's page")
+    options = ["--criteria", "random", "learned", "--output", str(tmp_path)]
+    assert sweep.main([*source, *options]) == 1
+    assert f"{page} is there already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [page]
 
 
 @pytest.mark.parametrize("options", [["--rankings", "best"], ["--no-such-option"]])
