@@ -8,29 +8,27 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ldcp_core import (
     DEFAULT_FLOOR,
-    HIDDEN,
     MAGNITUDES,
     Gates,
     Magnitude,
     Padding,
     Ranking,
-    expected_hidden,
-    expected_output,
     magnitude,
     scores_at,
     sites_of,
 )
+from .blocks import HostBlock
 from .choice import check_how_to_prune, check_offered, how_to_prune
 from .display import show_on_node
 from .identity import own_fingerprint
 from .io_types import CATEGORY, GatesType
 from .schema import schema
-from .sites import LEAVE_OUT, ModelError, find_blocks, model_topology, module_path, unet
-from .weights import NotCaptured, captured, captured_linear, captured_norm
+from .sites import LEAVE_OUT, ModelError, find_blocks, model_topology
+from .weights import NotCaptured
 
 log = logging.getLogger("ldcp")
 
@@ -83,20 +81,12 @@ def estimate(
     return Gates(scores, constants, padding, topology, info)
 
 
-def _gated_layers(model: Any, blocks: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Site, what each of its channels owns [C, ...] and constants [C], one site at a time."""
+def _gated_layers(model: Any, blocks: dict[str, HostBlock]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Site, what each of its channels has [C, ...] and constants [C], one site at a time."""
     host = (model.load_device, model.model.manual_cast_dtype or model.model.get_dtype())
-    layers = model_topology(model.model).layers_per_block
     for name, block in blocks.items():
-        if hasattr(block, "in_layers"):
-            for site, part in zip(sites_of(name), (block.in_layers, block.out_layers), strict=True):
-                conv = captured(part[-1], *host)
-                yield site, conv.weight, expected_output(conv, *captured_norm(part[0], *host))
-        else:
-            proj = captured_linear(block.net[0].proj, *host)
-            path = module_path(name, layers).removesuffix("ff") + "norm3"
-            affine = captured_norm(unet(model.model).get_submodule(path), *host)
-            yield sites_of(name)[0], HIDDEN.rows_of(proj.weight), expected_hidden(proj, *affine)
+        for site, (weight, constant) in zip(sites_of(name), block.estimates(*host), strict=True):
+            yield site, weight, constant
 
 
 def status(gates: Gates) -> list[str]:

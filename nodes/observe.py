@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,40 +26,17 @@ COMPILED = "torch.compile"
 Hook = Callable[[Any, tuple[Tensor, ...], Tensor], None]
 
 
-@dataclass(frozen=True)
-class Watched:
-    """Where the channels of one site can be seen: the only thing that kinds of sites differ in.
-
-    A constant would replace the output of ``output``. ``reader`` is the layer that reads the
-    channels, each with one column of its weights; None where a residual sum reads them.
-    ``channels`` is the dimension of the site's channels in both.
-    """
-
-    output: nn.Module
-    reader: nn.Module | None
-    channels: int = 1
-
-
-def watched(site: Site, block: nn.Module) -> Watched:
-    """The places to watch for a site of a ResBlock or feed-forward of the host."""
-    if site.kind.name == "hidden":
-        return Watched(block.net[0], block.net[2], channels=-1)
-    if site.kind.name == "inner":
-        return Watched(block.in_layers[-1], block.out_layers[-1])
-    return Watched(block.out_layers[-1], None)
-
-
-def find_watched(base_model: Any, sites: Sequence[Site], topology: Topology) -> dict[str, Watched]:
-    """Site name -> where to watch it; raises ModelError when the model does not fit."""
+def find_watched(base_model: Any, sites: Sequence[Site], topology: Topology) -> dict[Site, Watched]:
+    """Site -> where to watch it; raises ModelError when the model does not fit."""
     gates = Gates({site.name: torch.ones(site.channels) for site in sites}, topology=topology)
     blocks = find_blocks(base_model, gates)
-    return {site.name: watched(site, blocks[site.block.name]) for site in sites}
+    return {site: blocks[site.block.name].watched(site.kind) for site in sites}
 
 
 class Observer:
     """The wrapper, and what it has seen. It knows no ModelPatcher."""
 
-    def __init__(self, places: Mapping[str, Watched]) -> None:
+    def __init__(self, places: Mapping[Site, Watched]) -> None:
         self.seen = Calibration()
         self._places = places
         self._columns: dict[str, Tensor] = {}
@@ -85,7 +61,7 @@ class Observer:
 
     def check(self) -> None:
         """Raises ModelError when a layer was never seen, or gave what is no number."""
-        for site in self._places:
+        for site in (site.name for site in self._places):
             found = self.seen.outputs.get(site)
             if found is None:
                 raise ModelError(
@@ -104,23 +80,23 @@ class Observer:
         handles = []
         try:
             for site, place in self._places.items():
-                handles.append(place.output.register_forward_hook(self._output(site, place)))
+                handles.append(place.output.register_forward_hook(self._output(site)))
                 if place.reader is not None:
-                    handles.append(place.reader.register_forward_hook(self._input(site, place)))
+                    handles.append(place.reader.register_forward_hook(self._input(site)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _output(self, site: str, place: Watched) -> Hook:
+    def _output(self, site: Site) -> Hook:
         def see(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.seen.saw_output(site, output, place.channels)
+            self.seen.saw_output(site.name, output, site.kind.axis)
 
         return see
 
-    def _input(self, site: str, place: Watched) -> Hook:
+    def _input(self, site: Site) -> Hook:
         def see(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.seen.saw_input(site, inputs[0], place.channels)
+            self.seen.saw_input(site.name, inputs[0], site.kind.axis)
 
         return see
 
@@ -134,8 +110,10 @@ class Observer:
                 try:
                     weight = read(place.reader, device, dtype).weight
                 except NotCaptured as error:
-                    raise ModelError(f"LDCP: {site} is read by {error}; {LEAVE_OUT}") from error
-                self._columns[site] = column_norms(weight)
+                    raise ModelError(
+                        f"LDCP: {site.name} is read by {error}; {LEAVE_OUT}"
+                    ) from error
+                self._columns[site.name] = column_norms(weight)
 
 
 def observed(model: Any, sites: Sequence[Site], topology: Topology) -> tuple[Any, Observer]:

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from ..ldcp_core import (
     ALWAYS,
-    BlockGate,
-    FeedForwardGate,
     Gates,
     Schedule,
     block_gates,
@@ -28,7 +26,7 @@ from ..ldcp_core import (
     sites_of,
     step_index,
 )
-from .blocks import Compact, Forward, Judgement, compact, judge
+from .blocks import Compact, Forward, HostBlock, Judgement
 from .changes import changed_attribute
 from .parking import FullWeights, Parking, nbytes
 from .record import RunRecord
@@ -72,7 +70,7 @@ class Run:
         self.layers = layers
         self.parking = parking
         self.record = RunRecord(sampled=parking is not None)
-        self._blocks: dict[str, nn.Module] = {}
+        self._blocks: dict[str, HostBlock] = {}
         #: the latest judgements of each block: one from outside the U-Net and one from inside
         self._judgements: dict[str, deque[Judgement]] = defaultdict(lambda: deque(maxlen=2))
         #: the layers that each block began the run with
@@ -117,7 +115,7 @@ class Run:
         self._evaluated = ref(model), device
         found = []
         for key in self._owners(active).items():
-            block, judgement = self._blocks[key[0]], self._judgement(key[0])
+            block, judgement = self._blocks[key[0]].module, self._judgement(key[0])
             selected = self._suitable(key, judgement, changed_attribute(block, "forward"))
             if selected is not None:
                 found.append((block, self._forward(key, selected, judgement)))
@@ -129,7 +127,7 @@ class Run:
         for judgement in known:
             if judgement.holds():
                 return judgement
-        now = judge(self._blocks[name])
+        now = self._blocks[name].judge()
         if now.layers != self._layers.setdefault(name, now.layers):
             now = replace(now, bypassed="exchanged one of its layers during the run")
         known.append(now)
@@ -176,7 +174,7 @@ class Run:
     @torch.compiler.disable
     def _changed_meanwhile(self, key: Key, *inputs: Tensor) -> Tensor:
         """The output of a block that an extension has changed since the evaluation began."""
-        block, judgement = self._blocks[key[0]], self._judgement(key[0])
+        block, judgement = self._blocks[key[0]].module, self._judgement(key[0])
         self._reached = True
         selected = self._suitable(key, judgement)
         if selected is None:
@@ -247,7 +245,7 @@ class Run:
         }
         return {block: tuple(map(owner.get, sites_of(block))) for block in blocks_of(owner)}
 
-    def _gate(self, block: str, owners: Owners) -> BlockGate | FeedForwardGate:
+    def _gate(self, block: str, owners: Owners) -> Any:
         """The gate of one block, each site as its layer has it."""
         found = {
             site: self.layers[number]
@@ -265,7 +263,7 @@ class Run:
         gate, dtype = self._gate(name, owners), _compute_dtype(model)
         try:
             reason = self._rows_only.get(name, "")
-            selected = compact(self._blocks[name], gate, device, dtype, reason)
+            selected = self._blocks[name].compact(gate, device, dtype, reason)
         except NotCaptured as error:
             self.record.note_block(name, "unpruned", f"it has {error}")
             selected = None

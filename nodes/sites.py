@@ -12,9 +12,25 @@ from typing import Any
 
 from torch import nn
 
-from ..ldcp_core import Gates, Topology, block_of, blocks_of
-from .blocks import check_block
+from ..ldcp_core import (
+    Block,
+    FeedForward,
+    Gates,
+    ResBlock,
+    Topology,
+    block_of,
+    blocks_of,
+    kind_of,
+)
+from .blocks import HostBlock
+from .feedforward import ComfyFeedForward
+from .resblock import ComfyResBlock
 
+#: kind of block -> what knows ComfyUI's modules of it
+HOST_BLOCKS: Mapping[type[Block], type[HostBlock]] = {
+    ResBlock: ComfyResBlock,
+    FeedForward: ComfyFeedForward,
+}
 LEAVE_OUT = "leave out the node or extension that changes this layer"
 
 
@@ -55,9 +71,9 @@ def layer_path(site: str, layers_per_block: int = 2) -> str:
     >>> layer_path("mid_block.attentions.0.transformer_blocks.0.ff.net.0")
     'middle_block.1.transformer_blocks.0.ff.net.0.proj'
     """
-    layers = {"conv1": "in_layers.2", "conv2": "out_layers.3", "net.0": "net.0.proj"}
     block = block_of(site)
-    return f"{module_path(block, layers_per_block)}.{layers[site.removeprefix(block + '.')]}"
+    layers, layer = HOST_BLOCKS[kind_of(block)].layers, site.removeprefix(f"{block}.")
+    return f"{module_path(block, layers_per_block)}.{layers[layer]}"
 
 
 def unet(base_model: Any) -> nn.Module:
@@ -106,8 +122,8 @@ def _not_sd15(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def find_blocks(base_model: Any, gates: Gates) -> dict[str, nn.Module]:
-    """Block name -> module of the model, for every block that ``gates`` names.
+def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
+    """Block name -> that block of the model, for every block that ``gates`` names.
 
     Raises ModelError for another family, another width, or a block this host builds differently.
     """
@@ -126,8 +142,8 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, nn.Module]:
     for block in topology.blocks():
         if block.name in named:
             path = module_path(block.name, topology.layers_per_block)
-            found[block.name] = _module(unet(base_model), path)
-            problem = check_block(found[block.name], block)
+            found[block.name] = _host_block(type(block), unet(base_model), path)
+            problem = found[block.name].check(block)
             if problem:
                 raise ModelError(
                     f"LDCP: the model's {path} ({block.name}) cannot be pruned: {problem}; remove "
@@ -136,9 +152,9 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, nn.Module]:
     return found
 
 
-def _module(model: nn.Module, path: str) -> nn.Module:
+def _host_block(kind: type[Block], model: nn.Module, path: str) -> HostBlock:
     try:
-        return model.get_submodule(path)
+        return HOST_BLOCKS[kind](model, path)
     except AttributeError as error:
         raise ModelError(
             f"LDCP: the model has no layer {path}, expected in every SD1.5 U-Net; choose a "
