@@ -7,12 +7,10 @@ written as a character reference, which both undo.
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
-#: an underscore within a word is none
-_MARKUP = re.compile(r"[<>&*`~\[\]|\\#]|(?<![^\W_])_|_(?![^\W_])")
+from ..ldcp_core.text import SYNTAX
 
 
 def server() -> Any:
@@ -27,10 +25,20 @@ def show_on_node(text: str, node_id: str | None) -> None:
         host.send_progress_text(as_markup(text), node_id, host.client_id)
 
 
+def warn(notes: list[str], node_id: str | None) -> None:
+    """Have the browser say some notes by itself, should the node not be on the screen.
+
+    Text for a node inside a closed subgraph, or of another workflow's tab, gets lost.
+    """
+    host = server()
+    if host is not None and node_id is not None and notes:
+        host.send_sync("ldcp.notes", {"node": node_id, "notes": notes}, host.client_id)
+
+
 def as_markup(text: str) -> str:
     """
     >>> as_markup("<lambda>, a\\nb")
     '&#60;lambda&#62;, a  \\nb'
     """
-    escaped = _MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)
+    escaped = SYNTAX.sub(lambda found: f"&#{ord(found[0])};", text)
     return escaped.replace("\n", "  \n")
