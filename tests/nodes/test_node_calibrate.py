@@ -462,9 +462,7 @@ def test_the_gates_say_how_they_came_about(comfy, model, run):
     assert abs(gates.sparsity - 0.3) < 0.02
 
 
-def test_the_node_shows_what_came_out(
-    comfy, model, run, sampling, make_gates, shown, monkeypatch
-):
+def test_the_node_shows_what_came_out(comfy, model, run, sampling, make_gates, shown, monkeypatch):
     node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPCalibrateGates"]
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
     run(model, sparsity=0.3)

@@ -416,7 +416,8 @@ def test_a_typo_in_sites_is_refused_before_the_run_once(queue, sites):
 
 
 @pytest.mark.parametrize(
-    "sites", ["", " ", "mid", "mid, up", "mid up", "MID", '"mid"', "'mid'", "\u201cMid\u201d+FF", "*"]
+    "sites",
+    ["", " ", "mid", "mid, up", "mid up", "MID", '"mid"', "'mid'", "\u201cMid\u201d+FF", "*"],
 )
 def test_what_people_type_for_sites_is_accepted_before_the_run(queue, sites):
     assert not [text for text in queue(APPLY, sparsity=0.3, sites=sites) if "sites" in text]
