@@ -13,13 +13,12 @@ const TOAST_SECONDS = 20;
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
-/** Without "channels" sparsity said it all: -1 was "as learned". */
-function readChannels(node) {
-  const sparsity = widgetOf(node, "sparsity");
+/** Without "channels" the sparsity that was told said it all: -1 was "as learned". */
+function readChannels(node, told) {
   const linked = node.inputs?.some((input) => input.name === "sparsity" && input.link != null);
-  const asLearned = sparsity.value < 0 && !linked;
+  const asLearned = told < 0 && !linked;
   widgetOf(node, "channels").value = asLearned ? "as learned" : "a share";
-  if (asLearned) sparsity.value = 0.3;
+  if (asLearned) widgetOf(node, "sparsity").value = 0.3;
 }
 
 function greyOut(node) {
@@ -30,9 +29,9 @@ function greyOut(node) {
 
 function afterwards(widget, act) {
   const before = widget.callback;
-  widget.callback = function () {
-    before?.apply(this, arguments);
-    act();
+  widget.callback = function (told) {
+    before?.apply(this, arguments); // which brings the value into the widget's range
+    act(told);
   };
 }
 
@@ -43,8 +42,8 @@ function watch(node) {
     known = true;
     greyOut(node);
   });
-  afterwards(widgetOf(node, "sparsity"), () => {
-    if (!known) readChannels(node);
+  afterwards(widgetOf(node, "sparsity"), (told) => {
+    if (!known) readChannels(node, told);
     greyOut(node);
   });
   const { onConfigure } = node;
@@ -52,7 +51,8 @@ function watch(node) {
     onConfigure?.apply(this, arguments);
     const channels = widgetOf(node, "channels");
     const value = saved.widgets_values?.[node.widgets.indexOf(channels)];
-    if (!channels.options.values.includes(value)) readChannels(node);
+    if (!channels.options.values.includes(value))
+      readChannels(node, widgetOf(node, "sparsity").value);
     known = true;
     greyOut(node);
   };
