@@ -7,10 +7,12 @@ written as a character reference, which both undo.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
-from ..ldcp_core.text import SYNTAX
+#: an underscore within a word is none
+_MARKUP = re.compile(r"[<>&*`~\[\]|\\#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def server() -> Any:
@@ -40,5 +42,5 @@ def as_markup(text: str) -> str:
     >>> as_markup("<lambda>, a\\nb")
     '&#60;lambda&#62;, a  \\nb'
     """
-    escaped = SYNTAX.sub(lambda found: f"&#{ord(found[0])};", text)
+    escaped = _MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)
     return escaped.replace("\n", "  \n")
