@@ -320,7 +320,8 @@ class Browser:
         else:
             self.page.evaluate(FIT)
             part = {}
-        self.page.mouse.move(700, 5)  # no tooltip
+        height = self._view["viewport"]["height"]
+        self.page.mouse.move(150, height - 15)  # an empty place: no tooltip
         self.page.wait_for_timeout(1500)
         self.page.screenshot(path=str(path), **part)
         return path
