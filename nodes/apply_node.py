@@ -9,14 +9,15 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ldcp_core import ALWAYS, Gates, Schedule, savings
+from ..ldcp_core import ALWAYS, SD15, Gates, Schedule, Topology, savings
 from ..ldcp_core.text import quoted
 from .choice import check_offered, check_share, check_text
-from .display import server, show_on_node
+from .display import server, show_on_node, warn
 from .identity import differs_from_training
 from .io_types import CATEGORY, GatesType, ScheduleType
 from .parking import FULL_WEIGHTS, FullWeights
 from .patch import attach
+from .queued import inputs_of
 from .record import RunRecord
 from .run import Layer
 from .schema import schema
@@ -58,10 +59,7 @@ def chosen_keep_sets(gates: Gates, share: float | None, sites: str = "") -> dict
 
 def within(gates: Gates, sites: str) -> Gates:
     """The part of ``gates`` that lies in a scope; raises ValueError where there is none."""
-    try:
-        named = {site.name for site in gates.topology.sites(sites)}
-    except ValueError as error:
-        raise ValueError(f"LDCP: {error}") from error
+    named = sites_of_scope(gates.topology, sites)
     scores = {site: score for site, score in gates.scores.items() if site in named}
     if not scores:
         parts = ", ".join(dict.fromkeys(site.split(".")[0] for site in gates.scores))
@@ -70,6 +68,27 @@ def within(gates: Gates, sites: str) -> Gates:
             "empty to prune all that they have, or load gates of a larger scope"
         )
     return replace(gates, scores=scores)
+
+
+def sites_of_scope(topology: Topology, sites: str) -> set[str]:
+    """The names of the sites of a scope; raises ValueError where it cannot be read."""
+    try:
+        return {site.name for site in topology.sites(sites)}
+    except ValueError as error:
+        raise ValueError(f"LDCP: sites: {error}") from error
+
+
+def problem(sparsity: Any, channels: Any = "a share", sites: Any = "") -> str | None:
+    """Why these widgets cannot be meant, as far as they are known (sparsity None: not yet)."""
+    try:
+        if sparsity is not None:
+            wanted_share(channels, sparsity)
+        check_text("sites", sites)
+        if sites.strip():
+            sites_of_scope(SD15, sites)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def status(model: Any, layer: Layer, share: float | None) -> list[str]:
@@ -97,19 +116,22 @@ class Status:
     prompt: str | None = None
     notes: list[str] = field(default_factory=list)
 
-    def show(self) -> None:
+    def show(self, new: list[str]) -> None:
+        """Show everything; ``new`` is what the user should know and was not shown before."""
         more = len(self.notes) - SHOWN_NOTES
         rest = [f"and {more} more: see Pruning Report, or the log"] if more > 0 else []
         lines = [*self.lines, *self.notes[:SHOWN_NOTES], *rest]
         show_on_node("\n".join(lines), self.node_id)
+        warn(new, self.node_id)
 
     def after_run(self, record: RunRecord) -> None:
         """Show what a run noticed; a prompt may sample several times with one model."""
         prompt = getattr(server(), "last_prompt_id", None)
         if prompt is None or prompt != self.prompt:
             self.prompt, self.notes = prompt, []
-        self.notes += [note for note in record.notes if note not in self.notes]
-        self.show()
+        new = [note for note in record.notes if note not in self.notes]
+        self.notes += new
+        self.show(new)
 
 
 class LDCPApplyDynamicPruning(io.ComfyNode):
@@ -176,13 +198,10 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, sparsity: float | None = None) -> bool | str:
-        if sparsity in (None, AS_LEARNED):  # connected to another node, not known yet; or learned
-            return True
-        try:
-            check_share("sparsity", sparsity)
-        except ValueError as error:
-            return str(error)
-        return True
+        """Names one input, because ComfyUI repeats the answer for each (see `queued`)."""
+        queued = inputs_of(cls.hidden.unique_id if cls.hidden else None)
+        known = {name: queued[name] for name in ("channels", "sites") if name in queued}
+        return problem(sparsity, **known) or True
 
     @classmethod
     def execute(
@@ -205,8 +224,9 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
         patched = attach(model, layer, shown.after_run)
         shown.lines += status(model, layer, share)
         log.info("LDCP: %s", ", ".join(shown.lines))
-        if remark:
-            log.warning("LDCP: %s", remark)
-            shown.lines.append(remark)
-        shown.show()
+        remarks = [remark] if remark else []
+        for text in remarks:
+            log.warning("LDCP: %s", text)
+        shown.lines += remarks
+        shown.show(remarks)
         return io.NodeOutput(patched)

@@ -109,12 +109,13 @@ def fluctuation_gates(model: Any, choice: Choice, seen: Calibration, sites: Sequ
 def status(gates: Gates, given: bool) -> list[str]:
     """Sites and the share of channels pruned; how they were chosen; how much was seen."""
     info, sites = gates.info, len(gates.scores)
+    seen = info["calibration_evaluations"]
     requested = "" if given else f" ({info['target_sparsity']:.1%} requested)"
     chosen = "scores as given" if given else f"{info['criterion']}, {info['ranking']}"
     return [
         f"{sites} site{'s' * (sites != 1)}, {gates.sparsity:.1%} pruned{requested}",
         f"{chosen}, rule '{gates.padding}'",
-        f"{info['calibration_evaluations']:,} evaluations watched",
+        f"{seen:,} evaluation{'s' * (seen != 1)} watched",
     ]
 
 

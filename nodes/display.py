@@ -27,6 +27,16 @@ def show_on_node(text: str, node_id: str | None) -> None:
         host.send_progress_text(as_markup(text), node_id, host.client_id)
 
 
+def warn(notes: list[str], node_id: str | None) -> None:
+    """Have the browser say some notes by itself, should the node not be on the screen.
+
+    Text for a node inside a closed subgraph, or of another workflow's tab, gets lost.
+    """
+    host = server()
+    if host is not None and node_id is not None and notes:
+        host.send_sync("ldcp.notes", {"node": node_id, "notes": notes}, host.client_id)
+
+
 def as_markup(text: str) -> str:
     """
     >>> as_markup("<lambda>, a\\nb")

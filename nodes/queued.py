@@ -14,18 +14,18 @@ from typing import Any
 
 from .display import server
 
-_prompt: ContextVar[Any] = ContextVar("prompt", default=None)
+_sent: ContextVar[dict[str, Any]] = ContextVar("sent")
 
 
 def remember(sent: dict[str, Any]) -> dict[str, Any]:
-    """Keep the prompt that the server was sent, for the checks that follow."""
-    _prompt.set(sent.get("prompt"))
+    """Keep what the server was sent, for the checks that follow."""
+    _sent.set(sent)  # all of it: another extension may put another prompt there
     return sent
 
 
 def inputs_of(node_id: str | None) -> Mapping[str, Any]:
     """The inputs of a node of the prompt being checked, without links; empty where unknown."""
-    prompt = _prompt.get()
+    prompt = _sent.get({}).get("prompt")
     node = prompt.get(str(node_id)) if isinstance(prompt, dict) else None
     inputs = node.get("inputs", {}) if isinstance(node, dict) else {}
     return {name: value for name, value in inputs.items() if not isinstance(value, list)}

@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ldcp_core import Gates, one_line, save_gates
-from .apply_node import show_on_node
+from .display import show_on_node
 from .io_types import CATEGORY, GatesType
 from .load_node import FOLDER
 from .schema import schema

@@ -98,7 +98,7 @@ class LDCPStepSchedule(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, steps: str | None = None) -> bool | str:
         """Names one input, because ComfyUI repeats the answer for each (see `queued`)."""
-        widgets = {"steps": steps, **inputs_of(cls.hidden.unique_id if cls.hidden else None)}
+        widgets = {**inputs_of(cls.hidden.unique_id if cls.hidden else None), "steps": steps}
         return problem(**{name: widgets.get(name) for name in WIDGETS}) or True
 
     @classmethod

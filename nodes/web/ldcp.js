@@ -1,6 +1,6 @@
-// What the canvas alone can do for these nodes, in both of ComfyUI's frontends: open workflows that
-// are older than the widget "channels", grey out a sparsity that is not used, and give the text on
-// a node the room that it needs.
+// What the browser alone can do for these nodes, in both of ComfyUI's frontends: open workflows and
+// prompts that are older than the widget "channels", grey out a sparsity that is not used, give the
+// text on a node the room that it needs, and say in a toast what a node off the screen cannot.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -9,19 +9,16 @@ const APPLY = "LDCPApplyDynamicPruning";
 const TEXT = "$$node-text-preview"; // ComfyUI's widget for the text on a node
 const MARGIN = 20; // around that widget: above and below, left and right
 const HIGHEST = 200; // ComfyUI's own limit; what is longer scrolls
+const TOAST_SECONDS = 20;
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
-/** A workflow saved without "channels" said all by its sparsity: -1 was "as learned". */
-function bringUpToDate(node, saved) {
-  const channels = widgetOf(node, "channels");
-  const sparsity = widgetOf(node, "sparsity");
-  const known = saved.widgets_values?.[node.widgets.indexOf(channels)];
-  if (channels.options.values.includes(known)) return;
+/** Without "channels" the sparsity that was told said it all: -1 was "as learned". */
+function readChannels(node, told) {
   const linked = node.inputs?.some((input) => input.name === "sparsity" && input.link != null);
-  const asLearned = sparsity.value < 0 && !linked;
-  channels.value = asLearned ? "as learned" : "a share";
-  if (asLearned) sparsity.value = 0.3;
+  const asLearned = told < 0 && !linked;
+  widgetOf(node, "channels").value = asLearned ? "as learned" : "a share";
+  if (asLearned) widgetOf(node, "sparsity").value = 0.3;
 }
 
 function greyOut(node) {
@@ -30,11 +27,33 @@ function greyOut(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-function watchChannels(node) {
-  const channels = widgetOf(node, "channels");
-  const before = channels.callback;
-  channels.callback = function () {
-    before?.apply(this, arguments);
+function afterwards(widget, act) {
+  const before = widget.callback;
+  widget.callback = function (told) {
+    before?.apply(this, arguments); // which brings the value into the widget's range
+    act(told);
+  };
+}
+
+/** A prompt in the API's format tells a new node one widget after the other, sparsity first. */
+function watch(node) {
+  let known = false; // whether "channels" has been told
+  afterwards(widgetOf(node, "channels"), () => {
+    known = true;
+    greyOut(node);
+  });
+  afterwards(widgetOf(node, "sparsity"), (told) => {
+    if (!known) readChannels(node, told);
+    greyOut(node);
+  });
+  const { onConfigure } = node;
+  node.onConfigure = function (saved) {
+    onConfigure?.apply(this, arguments);
+    const channels = widgetOf(node, "channels");
+    const value = saved.widgets_values?.[node.widgets.indexOf(channels)];
+    if (!channels.options.values.includes(value))
+      readChannels(node, widgetOf(node, "sparsity").value);
+    known = true;
     greyOut(node);
   };
   greyOut(node);
@@ -60,19 +79,23 @@ function makeRoom(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
+/** Whether a node is on the canvas; one in a subgraph has the id "outer:inner". */
+function onCanvas(id) {
+  const path = String(id).split(":");
+  const last = path.pop();
+  let graph = app.rootGraph ?? app.graph;
+  for (const outer of path) graph = graph?.getNodeById(outer)?.subgraph;
+  return graph === app.canvas.graph && graph.getNodeById(last)?.type === APPLY;
+}
+
 app.registerExtension({
   name: "LDCP",
   beforeRegisterNodeDef(nodeType, { name }) {
     if (name !== APPLY) return;
-    const { onNodeCreated, onConfigure } = nodeType.prototype;
+    const { onNodeCreated } = nodeType.prototype;
     nodeType.prototype.onNodeCreated = function () {
       onNodeCreated?.apply(this, arguments);
-      watchChannels(this);
-    };
-    nodeType.prototype.onConfigure = function (saved) {
-      onConfigure?.apply(this, arguments);
-      bringUpToDate(this, saved);
-      greyOut(this);
+      watch(this);
     };
   },
   setup() {
@@ -80,5 +103,14 @@ app.registerExtension({
       app.canvas.graph.nodes.filter((node) => node.type.startsWith("LDCP")).forEach(makeRoom);
     // after ComfyUI's own listener, which makes the widget
     api.addEventListener("progress_text", () => requestAnimationFrame(makeAllRoom));
+
+    const said = new Set(); // several nodes in a row notice the same
+    api.addEventListener("execution_start", () => said.clear());
+    api.addEventListener("ldcp.notes", ({ detail: { node, notes } }) => {
+      const fresh = onCanvas(node) ? [] : notes.filter((note) => !said.has(note));
+      fresh.forEach((note) => said.add(note));
+      const severity = "warn", summary = "Apply Dynamic Pruning", life = 1000 * TOAST_SECONDS;
+      for (const detail of fresh) app.extensionManager.toast.add({ severity, summary, detail, life });
+    });
   },
 });

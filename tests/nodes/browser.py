@@ -5,6 +5,7 @@ Needs `playwright` and a Chromium: the one that ``LDCP_TEST_CHROMIUM`` names, or
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
@@ -134,6 +135,12 @@ TEXT = """([start]) => {
     return {lines: found.innerText.trim().split(/\\n+/), cut};
 }"""
 
+#: puts the nodes of these classes into one closed subgraph
+ENCLOSE = """([types]) => {
+    const {graph} = window.app.canvas;
+    graph.convertToSubgraph(new Set(graph.nodes.filter(n => types.includes(n.type))));
+}"""
+
 #: a mark of an error stays on a node until the next run that is accepted
 FORGIVE = """() => {
     window.app.lastNodeErrors = null;
@@ -183,12 +190,11 @@ class Browser:
 
     def drop(self, path: Path) -> None:
         """Drop a workflow file on the canvas, and wait until all of its nodes are there."""
-        import base64
-
         kind = {".json": "application/json", ".png": "image/png"}[path.suffix]
         content = base64.b64encode(path.read_bytes()).decode()
         self.page.evaluate(DROP, [path.name, kind, content])
-        nodes = len(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["nodes"])
+        saved = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        nodes = len(saved.get("nodes", saved))  # a prompt in the API's format is its nodes alone
         self.page.wait_for_function(
             f"() => window.app.graph.nodes.length === {nodes}", timeout=1000 * LOAD_SECONDS
         )
@@ -226,6 +232,16 @@ class Browser:
         """Empty the canvas, and put one node on it."""
         self.page.evaluate(ADD, [node_type])
         self.page.wait_for_timeout(500)
+
+    def enclose(self, *node_types: str) -> None:
+        """Put the nodes of some classes into one closed subgraph."""
+        self.page.evaluate(ENCLOSE, [node_types])
+        self.page.wait_for_timeout(500)
+
+    def toasts(self) -> list[str]:
+        """The texts of the messages that lie over the page, but for the host's own."""
+        texts = self.page.locator(".p-toast-message").all_inner_texts()
+        return [" ".join(text.split()) for text in texts if "Pruning" in text]
 
     def open_help(self, node_type: str) -> None:
         """Open the help of a node by the button that appears when it is chosen."""
@@ -304,7 +320,8 @@ class Browser:
         else:
             self.page.evaluate(FIT)
             part = {}
-        self.page.mouse.move(5, 300)  # no tooltip
+        height = self._view["viewport"]["height"]
+        self.page.mouse.move(150, height - 15)  # an empty place: no tooltip
         self.page.wait_for_timeout(1500)
         self.page.screenshot(path=str(path), **part)
         return path

@@ -273,6 +273,44 @@ def test_a_workflow_without_channels_opens_as_it_was_meant(page, tmp_path, nodes
         assert opened == {"sparsity": sparsity, **rest, "channels": channels}
 
 
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+def test_a_dropped_prompt_without_channels_opens_as_it_was_meant(page, tmp_path, nodes_2):
+    if not page.use_nodes_2(nodes_2):
+        pytest.skip("this frontend has no Nodes 2.0")
+    plain = {"full_weights": "auto", "sites": ""}
+    for inputs, sparsity, channels in (
+        ({"sparsity": -1, **plain}, 0.3, "as learned"),
+        ({"sparsity": 0.5, **plain}, 0.5, "a share"),
+        ({"sparsity": 0, **plain}, 0, "a share"),
+        ({"sparsity": 0.5, **plain, "channels": "as learned"}, 0.5, "as learned"),
+        ({"sparsity": 0.5, **plain, "channels": "a share"}, 0.5, "a share"),
+        ({"channels": "as learned", "sparsity": 0.5, **plain}, 0.5, "as learned"),
+    ):
+        path = tmp_path / "prompt.json"
+        path.write_text(json.dumps({"4": {"class_type": APPLY, "inputs": inputs}}))
+        page.drop(path)
+        (opened,) = (n["widgets"] for n in page.state()["nodes"] if n["type"] == APPLY)
+        assert opened == {"sparsity": sparsity, **plain, "channels": channels}
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+def test_what_a_node_in_a_closed_subgraph_has_to_say_is_said_in_a_toast(page, keep, nodes_2):
+    if not page.use_nodes_2(nodes_2):
+        pytest.skip("this frontend has no Nodes 2.0")
+    page.drop(ui_workflow.FOLDER / "ldcp_step_schedule.json")
+    make_small(page)
+    page.set_widgets("LDCPStepSchedule", steps="0, 99")
+    page.set_all("KSampler", seed=70 + nodes_2)
+    page.queue()
+    assert page.toasts() == []  # it is on the node
+    page.set_all("KSampler", seed=80 + nodes_2)
+    page.enclose("LDCPLoadGates", "LDCPStepSchedule", APPLY)
+    page.queue()
+    note = "this run has 1 step (0 to 0); the range 99 lies past the last one and prunes nothing"
+    assert page.toasts() == [f"Apply Dynamic Pruning {note}"]
+    keep(page, f"toast_{'nodes_2' if nodes_2 else 'classic'}")
+
+
 def test_a_refusal_reaches_the_user(page):
     page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
     page.set_widgets(APPLY, sparsity=-0.5, channels="a share")

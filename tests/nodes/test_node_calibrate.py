@@ -462,7 +462,7 @@ def test_the_gates_say_how_they_came_about(comfy, model, run):
     assert abs(gates.sparsity - 0.3) < 0.02
 
 
-def test_the_node_shows_what_came_out(comfy, model, run, make_gates, shown, monkeypatch):
+def test_the_node_shows_what_came_out(comfy, model, run, sampling, make_gates, shown, monkeypatch):
     node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPCalibrateGates"]
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
     run(model, sparsity=0.3)
@@ -480,6 +480,10 @@ def test_the_node_shows_what_came_out(comfy, model, run, make_gates, shown, monk
         "2 evaluations watched"
     )
     assert shown == [(text, "7", "browser")]
+    shown.clear()
+    run(model, gates=gates, settings=sampling(steps=1))
+    ((text, *_),) = shown
+    assert text.endswith("\n1 evaluation watched")
 
 
 def test_a_layer_that_is_never_evaluated_is_named(small_model, run, sampling):

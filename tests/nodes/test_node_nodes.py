@@ -360,6 +360,12 @@ def test_good_ranges_pass_and_the_unused_mode_is_not_judged(queue):
     assert queue_schedule(queue, "percent", "typo", 0.0, 0.6) == []
 
 
+def test_a_prompt_that_another_extension_has_put_there_is_the_one_that_is_checked(comfy, queue):
+    sent = comfy.queued.remember({"prompt": {"1": {"inputs": {"steps": "0-"}}}})
+    sent["prompt"] = {"1": {"inputs": {"steps": "5-"}}}
+    assert comfy.queued.inputs_of("1")["steps"] == "5-"
+
+
 def test_prompts_that_are_checked_at_once_do_not_mix(comfy, queue):
     async def send(steps):
         comfy.queued.remember({"prompt": {"1": {"inputs": {"steps": steps}}}})
@@ -395,6 +401,26 @@ def test_a_sparsity_without_meaning_is_refused_once(
     assert len(found) == 1 and f"sparsity {sparsity:g} is outside 0.0 to 1.0" in found[0]
     with pytest.raises(ValueError, match="is outside 0.0 to 1.0"):
         apply(model, make_gates(), sparsity)
+
+
+def test_a_sparsity_that_is_not_used_is_not_judged(comfy, model, make_gates, queue):
+    widgets = {"sparsity": 7.0, "channels": "as learned"}
+    assert not [text for text in queue(APPLY, **widgets) if "sparsity" in text]
+    comfy.nodes.NODE_CLASS_MAPPINGS[APPLY].execute(model, make_gates(), **widgets)
+
+
+@pytest.mark.parametrize("sites", ["mdi", "mid, upp", "mid_block.resnets.7.conv1", "'"])
+def test_a_typo_in_sites_is_refused_before_the_run_once(queue, sites):
+    found = [text for text in queue(APPLY, sparsity=0.3, sites=sites) if "sites" in text]
+    assert len(found) == 1 and f"sites: unknown scope or site {sites.split()[-1]!r}" in found[0]
+
+
+@pytest.mark.parametrize(
+    "sites",
+    ["", " ", "mid", "mid, up", "mid up", "MID", '"mid"', "'mid'", "\u201cMid\u201d+FF", "*"],
+)
+def test_what_people_type_for_sites_is_accepted_before_the_run(queue, sites):
+    assert not [text for text in queue(APPLY, sparsity=0.3, sites=sites) if "sites" in text]
 
 
 @pytest.mark.parametrize(
@@ -448,18 +474,25 @@ def test_the_default_prunes_as_learned_and_zero_nothing(model, make_gates, apply
 
 @pytest.fixture
 def screen(comfy, monkeypatch):
-    """What nodes show on a server: (lines, node, client), the latest last; Apply has the id 7."""
-    shown = []
+    """What nodes show on a server: (lines, node, client), the latest last; Apply has the id 7.
+
+    ``events`` are those that it sends to the browser: (name, content, client).
+    """
+    shown, events = [], []
 
     def send(text, *where):
         shown.append((html.unescape(text).split("  \n"), *where))
 
+    def send_event(*event):
+        events.append(event)
+
     server = SimpleNamespace(client_id="browser", last_prompt_id="a", send_progress_text=send)
+    server.send_sync = send_event
     fake = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
     monkeypatch.setitem(sys.modules, "server", fake)
     node = comfy.nodes.NODE_CLASS_MAPPINGS[APPLY]
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
-    return SimpleNamespace(shown=shown, server=server)
+    return SimpleNamespace(shown=shown, server=server, events=events)
 
 
 def test_the_status_counts_what_is_saved(comfy, model, make_gates, screen):
@@ -488,10 +521,16 @@ def test_a_range_past_the_end_is_said_on_the_node_after_the_run(
     # another sampler of the same prompt: both are told
     sample(patched, 3)
     assert len(screen.shown[-1][0]) == len(before) + 2
+    sample(patched, 3)
     # the next prompt starts anew
     screen.server.last_prompt_id = "b"
     sample(patched, 12)
     assert screen.shown[-1][0] == before
+    # for a node that is not on the screen: each note once a prompt
+    assert screen.events == [
+        ("ldcp.notes", {"node": "7", "notes": [note.replace("2 steps (0 to 1)", steps)]}, "browser")
+        for steps in ("2 steps (0 to 1)", "3 steps (0 to 2)")
+    ]
 
 
 def test_what_runs_unpruned_is_said_on_the_node_and_in_the_report(
@@ -546,6 +585,7 @@ def test_other_base_weights_are_a_warning_on_the_node_and_in_the_report(
     assert "trained on other base weights" in caplog.text
     (lines, *_) = screen.shown[-1]
     assert lines[-1].startswith("these gates were trained on other base weights")
+    assert screen.events == [("ldcp.notes", {"node": "7", "notes": [lines[-1]]}, "browser")]
     text, _ = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPPruningReport"].execute(patched).args
     assert f"note      {lines[-1]}" in text
 
