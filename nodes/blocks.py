@@ -112,7 +112,7 @@ def dropping(dropout: nn.Module) -> str:
     return "switched dropout on" if active else instead(dropout, nn.Dropout)
 
 
-def first(found: Iterable[str]) -> str:
+def first_of(found: Iterable[str]) -> str:
     return next(filter(None, found), "")
 
 

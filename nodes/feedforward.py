@@ -15,7 +15,7 @@ from ..ldcp_core import (
     SiteKind,
     expected_hidden,
 )
-from .blocks import Compact, Judgement, Watched, dropping, first, prunes, rebuilt
+from .blocks import Compact, Judgement, Watched, dropping, first_of, prunes, rebuilt
 from .changes import Watch, changed_call, changed_class, changed_function, hooks_on_all
 from .weights import captured_linear, captured_norm
 
@@ -34,10 +34,9 @@ class ComfyFeedForward:
         module = self.module
         linear = _linear_layers(module)
         if not linear:
-            kinds = [type(part).__name__ for part in getattr(module, "net", ())]
-            return (
-                f"it is a {type(module).__name__} of {kinds}, not GEGLU, dropout and a linear layer"
-            )
+            name = type(module).__name__
+            parts = [type(part).__name__ for part in getattr(module, "net", ())]
+            return f"it is a {name} of {parts}, not GEGLU, dropout and a linear layer"
         widths = [(layer.in_features, layer.out_features) for layer in linear]
         expected = [(block.channels, 2 * block.hidden), (block.hidden, block.channels)]
         if widths != expected:
@@ -56,7 +55,7 @@ class ComfyFeedForward:
         bypassed += map(changed_function, functions)
         bypassed.append(dropping(dropout))
         watch = Watch([block.net, *layers], [type(block)], functions)
-        return Judgement(first(bypassed), "", layers, watch.holds)
+        return Judgement(first_of(bypassed), "", layers, watch.holds)
 
     def compact(
         self, gate: FeedForwardGate, device: torch.device, dtype: torch.dtype, rows_only: str = ""
@@ -65,9 +64,8 @@ class ComfyFeedForward:
         if not prunes(gate.hidden):
             return None
         layers = [block.net[0].proj, block.net[2]]
-        core = CompactFeedForward(
-            gate, *(captured_linear(layer, device, dtype) for layer in layers)
-        )
+        weights = [captured_linear(layer, device, dtype) for layer in layers]
+        core = CompactFeedForward(gate, *weights)
         return Compact(core, core.tensors(), layers, layers)
 
     def watched(self, kind: SiteKind) -> Watched:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ldcp_core import Calibration, Gates, Site, Topology, column_norms
+from .blocks import Watched
 from .patch import detached
 from .sites import LEAVE_OUT, ModelError, find_blocks
 from .weights import NotCaptured, captured, captured_linear
@@ -110,9 +111,8 @@ class Observer:
                 try:
                     weight = read(place.reader, device, dtype).weight
                 except NotCaptured as error:
-                    raise ModelError(
-                        f"LDCP: {site.name} is read by {error}; {LEAVE_OUT}"
-                    ) from error
+                    message = f"LDCP: {site.name} is read by {error}; {LEAVE_OUT}"
+                    raise ModelError(message) from error
                 self._columns[site.name] = column_norms(weight)
 
 

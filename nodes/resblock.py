@@ -20,7 +20,7 @@ from ..ldcp_core import (
     SiteKind,
     expected_output,
 )
-from .blocks import Compact, Judgement, Watched, dropping, first, instead, prunes, rebuilt
+from .blocks import Compact, Judgement, Watched, dropping, first_of, instead, prunes, rebuilt
 from .changes import (
     CONVOLVE,
     Watch,
@@ -81,7 +81,7 @@ class ComfyResBlock:
             ["group_norm", "silu", "conv2d"],
             [(conv, name) for conv in convs for name in (CONVOLVE, *PADDING)],
         )
-        return Judgement(first(bypassed), first(folded), layers, watch.holds)
+        return Judgement(first_of(bypassed), first_of(folded), layers, watch.holds)
 
     def compact(
         self, gate: BlockGate, device: torch.device, dtype: torch.dtype, rows_only: str = ""
