@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -130,6 +131,24 @@ def parse_seed(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if value not in SEEDS:
         raise UserError(f"A seed is {value}.", "from 0 up to 2**63", "change the seed")
+    return value
+
+
+def parse_count(text: str) -> int:
+    """A number of things off a command line, from 1 up."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
+def parse_share(text: str) -> float:
+    """A share off a command line, between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 0.3 for 30%")
     return value
 
 

@@ -28,7 +28,7 @@ from training.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = "ldcp.checkpoint"
-VERSION = 2
+VERSION = 3
 _PATTERN = "step-*.safetensors"
 _TENSOR = "tensor"
 

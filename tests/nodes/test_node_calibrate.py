@@ -582,7 +582,7 @@ def test_in_the_server_calibrated_gates_are_made_saved_and_applied(comfyui_path,
         assert server.get("/extensions/LDCP/docs/LDCPCalibrateGates.md")
     assert result.status["first"].endswith("\n2 evaluations watched")
     assert result.status["second"] == (
-        "4 sites, 50.0% pruned (50.0% requested)  \nflap, per layer, rule 'zero'  \n"
+        "4 sites, 50.0% pruned (50.0% requested)\nflap, per layer, rule 'zero'\n"
         "4 evaluations watched"
     )
     assert result.status["save"] == "saved as calibrated_00001.safetensors"

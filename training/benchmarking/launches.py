@@ -31,12 +31,13 @@ from torch.utils.flop_counter import flop_registry
 
 from ldcp_core import PADDINGS, Padding, fused
 from ldcp_core.diffusers import CompactBlock, compact_blocks, topology_of
+from training.arguments import parse_count, parse_share
 from training.benchmarking.timing import DENSE
 from training.benchmarking.variants import TEXT_TOKENS, random_pruning
 from training.configs import SD15
 from training.console import explaining
 from training.gating import running
-from training.models import DTYPES
+from training.models import DTYPES, check_resolution
 
 PIXELS_PER_LATENT = 8
 GIGA, TERA = 1e9, 1e12
@@ -277,12 +278,19 @@ def main(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("--scope", nargs="+", default=["mid", "all", "all+ff"], help="(mid all all+ff)")
-    add("--sparsity", type=float, nargs="+", default=[0.4], help="shares pruned at random (0.4)")
+    add(
+        "--sparsity",
+        type=parse_share,
+        nargs="+",
+        default=[0.4],
+        help="shares pruned at random (0.4)",
+    )
     add("--padding", choices=PADDINGS, nargs="+", default=["zero"], help="(zero)")
-    add("--resolution", type=int, default=512, help="pixels, a multiple of 64 (512)")
-    add("--batch", type=int, default=2, help="(2: one image with guidance)")
+    add("--resolution", type=parse_count, default=512, help="pixels, a multiple of 64 (512)")
+    add("--batch", type=parse_count, default=2, help="(2: one image with guidance)")
     add("--precision", choices=list(DTYPES), default="fp16", help="(fp16)")
     options = vars(parser.parse_args(argv))
+    check_resolution(options["resolution"], PIXELS_PER_LATENT)
     found = count(
         options["scope"],
         options["sparsity"],

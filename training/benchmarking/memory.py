@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from ldcp_core import DEFAULT_SCOPE, SoftGate, blocks_of
 from ldcp_core.diffusers import topology_of
+from training.arguments import parse_count
 from training.configs import SD15
+from training.console import explaining
 from training.frozen import frozen_layers
 from training.gating import deviation, masked
-from training.models import DTYPES
+from training.models import DTYPES, check_resolution
 from training.replay import recording, replaying
 
 PIXELS_PER_LATENT = 8
@@ -130,14 +132,16 @@ def sd15_step_memory(
         return step_memory(fake_unet(config, dtype), scope, resolution, batch, checkpointing)
 
 
+@explaining
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.benchmark memory")
     add = parser.add_argument
     add("--scope", default=DEFAULT_SCOPE, help=f"({DEFAULT_SCOPE})")
-    add("--resolution", type=int, default=512, help="pixels (512)")
-    add("--batch", type=int, nargs="+", default=[1, 2], help="images per step (1 2)")
+    add("--resolution", type=parse_count, default=512, help="pixels (512)")
+    add("--batch", type=parse_count, nargs="+", default=[1, 2], help="images per step (1 2)")
     add("--precision", choices=DTYPES, default="bf16", help="of the U-Net (bf16)")
     arguments = parser.parse_args(argv)
+    check_resolution(arguments.resolution, PIXELS_PER_LATENT)
     print("Computed, not measured: the tensors of one step of learning on SD1.5's U-Net,")
     print(f"scope {arguments.scope}, {arguments.resolution} pixels, {arguments.precision}.\n")
     print("| batch | checkpointing | weights, MiB | kept for backward, MiB | peak, MiB |")

@@ -28,7 +28,7 @@ import torch
 
 from ldcp_core import SoftGate
 from ldcp_core.diffusers import topology_of
-from training.arguments import DEMO_SETTINGS
+from training.arguments import DEMO_SETTINGS, parse_count
 from training.benchmarking import machine
 from training.budget import Budget
 from training.cache import default_cache
@@ -200,12 +200,12 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--model", default=DEMO_SETTINGS["model"], help="(the embedded demo)")
     add("--data", default=DEMO_SETTINGS["data"], help="(the embedded demo's drawn faces)")
-    add("--resolution", type=int, help="pixels (the model's own)")
-    add("--batch", type=int, default=4, help="images per step (4)")
-    add("--steps", type=int, default=6, help="timed steps per round, at least (6)")
+    add("--resolution", type=parse_count, help="pixels (the model's own)")
+    add("--batch", type=parse_count, default=4, help="images per step (4)")
+    add("--steps", type=parse_count, default=6, help="timed steps per round, at least (6)")
     add("--precision", choices=DTYPES, default="fp32", help="of the U-Net, in all loops (fp32)")
-    add("--rounds", type=int, default=3, help="(3)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="(PyTorch's choice)")
+    add("--rounds", type=parse_count, default=3, help="(3)")
+    add("--threads", type=parse_count, default=torch.get_num_threads(), help="(PyTorch's choice)")
     add("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # one measurement, as JSON
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
