@@ -60,7 +60,9 @@ def gates_path(name: str) -> str:
         more = f" and {len(names) - KNOWN} more" if len(names) > KNOWN else ""
         raise FileNotFoundError(
             f"LDCP: no gate file {one_line(repr(name))} in {folders} (found there: {known}{more}); "
-            "put a gate file made by training.fit into this folder, refresh the page and choose it"
+            "make gates without training: put Estimate Gates from Model or Calibrate Gates in the "
+            "place of this node, and Save Gates behind it; or put a gate file made by training.fit "
+            "into this folder, refresh the page and choose it"
         )
     return path
 

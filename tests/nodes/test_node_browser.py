@@ -63,10 +63,11 @@ def expected(start):
         workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_basic.json")
         for name, widgets in changes.items():
             prompt = ui_workflow.to_prompt(workflow, schemas)
+            ui_workflow.load_gates(prompt)
             size = {"width": PIXELS, "height": PIXELS}
             ui_workflow.set_widgets(prompt, EmptyLatentImage=size, KSampler={"steps": 1})
             ui_workflow.set_widgets(prompt, **widgets)
-            found[name] = pixels(server.run(prompt).files["LDCP_basic"])
+            found[name] = pixels(server.run(prompt).files["LDCP_pruned"])
             server.post("/free", {"unload_models": True, "free_memory": True})
     names = list(found)
     for i, one in enumerate(names):
@@ -87,6 +88,19 @@ def page(server):
     with browser.Browser(server) as opened:
         opened.use_nodes_2(False)
         yield opened
+
+
+@pytest.fixture
+def loading(tmp_path):
+    """Where a shipped workflow lies that loads its gates from a file."""
+
+    def write(name):
+        path = tmp_path / f"{name}.json"
+        workflow = ui_workflow.with_gate_file(ui_workflow.read(ui_workflow.FOLDER / path.name))
+        path.write_text(json.dumps(workflow), encoding="utf-8")
+        return path
+
+    return write
 
 
 @pytest.fixture
@@ -127,13 +141,13 @@ def in_order(state):
     assert state["dialogs"] == []
 
 
-def test_what_happens_between_two_runs_does_not_show_in_the_images(expected, page):
+def test_what_happens_between_two_runs_does_not_show_in_the_images(expected, page, loading):
     # first in this file: the server that gives what is expected has ended before this one starts
-    page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
+    page.drop(loading("ldcp_basic"))
     make_small(page)
 
     def queued():
-        return pixels(page.images(page.queue())["LDCP_basic"])
+        return pixels(page.images(page.queue())["LDCP_pruned"])
 
     def forget():
         """Another run in between, so that the next one is computed and not remembered."""
@@ -171,12 +185,12 @@ def test_what_happens_between_two_runs_does_not_show_in_the_images(expected, pag
     assert difference(queued(), expected["pruned"]) == 0
 
 
-def test_muted_and_deleted_nodes_leave_nothing_behind(expected, page):
-    page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
+def test_muted_and_deleted_nodes_leave_nothing_behind(expected, page, loading):
+    page.drop(loading("ldcp_basic"))
     make_small(page)
 
     def queued():
-        return pixels(page.images(page.queue())["LDCP_basic"])
+        return pixels(page.images(page.queue())["LDCP_pruned"])
 
     assert difference(queued(), expected["pruned"]) == 0
 
@@ -234,6 +248,7 @@ def test_every_line_on_a_node_is_seen_also_what_the_run_noticed(page, keep, node
     page.drop(ui_workflow.FOLDER / "ldcp_step_schedule.json")
     make_small(page, steps=2)
     page.set_widgets("LDCPStepSchedule", steps="0, 99")
+    page.set_widgets("LDCPEstimateGates", sparsity=0.5)
     page.set_all("KSampler", seed=int(nodes_2))  # Apply may be cached; a run is not
     page.queue()
     text = page.text("4 sites")
@@ -304,7 +319,7 @@ def test_what_a_node_in_a_closed_subgraph_has_to_say_is_said_in_a_toast(page, ke
     page.queue()
     assert page.toasts() == []  # it is on the node
     page.set_all("KSampler", seed=80 + nodes_2)
-    page.enclose("LDCPLoadGates", "LDCPStepSchedule", APPLY)
+    page.enclose("LDCPEstimateGates", "LDCPStepSchedule", APPLY)
     page.queue()
     note = "this run has 1 step (0 to 0); the range 99 lies past the last one and prunes nothing"
     assert page.toasts() == [f"Apply Dynamic Pruning {note}"]

@@ -47,12 +47,17 @@ def server(comfy, comfyui_path, base, sd15_checkpoint, make_gates):
 
 @pytest.fixture(scope="module")
 def shipped(server):
-    """Make a fresh prompt of a shipped workflow, with some widgets changed."""
+    """Make a fresh prompt of a shipped workflow, with some widgets changed.
+
+    Its gates come from a file with large constants, but where saving them is what is shown.
+    """
     schemas = server.schemas()
 
     def make(name, **changes):
         workflow = ui_workflow.read(ui_workflow.FOLDER / f"{name}.json")
         prompt = ui_workflow.to_prompt(workflow, schemas)
+        if name != "ldcp_estimate_and_save":
+            ui_workflow.load_gates(prompt)
         ui_workflow.set_widgets(prompt, **changes)
         return prompt
 
@@ -84,7 +89,8 @@ def test_the_workflows_are_offered_as_templates_and_the_nodes_have_help(server):
 def test_the_basic_workflow_makes_an_image_and_shows_what_it_prunes(server, shipped):
     prompt = shipped("ldcp_basic", EmptyLatentImage=SMALL, KSampler={"steps": 1})
     result = server.run(prompt)
-    assert pixels(result.files["LDCP_basic"]).shape == (64, 64, 3)
+    assert {"LDCP_pruned", "LDCP_full"} == set(result.files)
+    assert pixels(result.files["LDCP_pruned"]).shape == (64, 64, 3)
     ((node, shown),) = result.status.items()
     assert prompt[node]["class_type"] == "LDCPApplyDynamicPruning"
     assert re.fullmatch(r"4 sites, \d\d\.\d% pruned\n.* MiB of weights .*\nall steps", shown)
@@ -210,7 +216,7 @@ def test_of_several_sparsities_zero_is_the_model_itself_and_more_changes_more(se
             comfy_server.Refused,
             {"LDCPLoadGates": {"gates_name": "gone.safetensors"}},
             "no gate file 'gone.safetensors'",
-            "put a gate file made by training.fit into this folder",
+            "make gates without training: put Estimate Gates from Model or Calibrate Gates",
         ),
         (
             comfy_server.Refused,

@@ -74,13 +74,15 @@ def test_nothing_of_the_machine_it_was_made_on_is_left(path):
 def test_it_starts_as_a_user_would_and_says_what_to_do(path):
     workflow = ui_workflow.read(path)
     (checkpoint,) = find(workflow, "CheckpointLoaderSimple")
-    gates = find(workflow, "LDCPLoadGates")
     (latent,) = find(workflow, "EmptyLatentImage")
     (note,) = find(workflow, "MarkdownNote")
     assert checkpoint["widgets_values"] == ["v1-5-pruned-emaonly.safetensors"]
-    makes_its_gates = path.stem in ("ldcp_estimate_and_save", "ldcp_calibrate")
-    named = [] if makes_its_gates else [["gates.safetensors"]]
-    assert [node["widgets_values"] for node in gates] == named
+    assert not find(workflow, "LDCPLoadGates")  # a fresh installation has no gate file
+    for apply in find(workflow, "LDCPApplyDynamicPruning"):
+        gates, _ = origin(workflow, apply, "gates")
+        assert gates["type"] in ("LDCPEstimateGates", "LDCPCalibrateGates")
+        # of the model that is pruned
+        assert origin(workflow, gates, "model") == origin(workflow, apply, "model")
     assert latent["widgets_values"] == [512, 512, 1]
     for sampler in find(workflow, "KSampler"):
         assert sampler["widgets_values"][1:3] == ["fixed", 20]
@@ -94,6 +96,14 @@ def test_its_picture_holds_the_same_graph(path):
     found = workflow_png.embedded(picture)
     assert found == ui_workflow.read(path), "run python tests/nodes/workflow_png.py"
     assert picture.stat().st_size < 400_000
+
+
+@each_file
+def test_it_has_the_thumbnail_that_the_templates_menu_asks_for(path):
+    thumbnail = path.with_suffix(".jpg")
+    with workflow_png.Image.open(thumbnail) as image:
+        assert image.format == "JPEG" and image.size == workflow_png.THUMBNAIL
+    assert thumbnail.stat().st_size < 40_000
 
 
 @pytest.mark.parametrize("page", sorted(workflow_png.HELP.glob("*.md")), ids=lambda p: p.stem)
@@ -118,14 +128,19 @@ def test_a_picture_without_a_graph_gets_one(tmp_path):
         assert image.convert("RGB").getpixel((3, 3)) == (200, 20, 20)
 
 
-def test_the_two_samplers_side_by_side_differ_in_the_model_alone():
-    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_step_schedule.json")
+@pytest.mark.parametrize("name", ["ldcp_basic", "ldcp_step_schedule"])
+def test_the_two_samplers_side_by_side_differ_in_the_model_alone(name):
+    workflow = ui_workflow.read(ui_workflow.FOLDER / f"{name}.json")
     origins = {link[0]: link[1:3] for link in workflow["links"]}
     first, second = find(workflow, "KSampler")
     assert first["widgets_values"] == second["widgets_values"]
     for a, b in zip(first["inputs"], second["inputs"], strict=True):
         same = origins[a["link"]] == origins[b["link"]]
         assert same == (a["name"] != "model")
+
+
+def test_the_schedule_leaves_the_first_steps_to_the_full_model():
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_step_schedule.json")
     (schedule,) = find(workflow, "LDCPStepSchedule")
     assert schedule["widgets_values"][:2] == ["steps", "5-"]
 
@@ -160,8 +175,6 @@ def test_the_estimated_gates_are_those_that_are_saved_and_applied():
     assert estimated[0]["type"] == "LDCPEstimateGates"
     assert origin(workflow, apply, "gates") == estimated
     assert origin(workflow, sampler, "model")[0] == apply
-    # of the model that is pruned
-    assert origin(workflow, apply, "model") == origin(workflow, estimated[0], "model")
 
 
 def test_the_calibration_and_the_pruned_run_sample_the_same():

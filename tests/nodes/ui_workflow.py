@@ -70,6 +70,26 @@ def to_prompt(workflow: Workflow, schemas: Schemas) -> dict[str, dict[str, Any]]
     return prompt
 
 
+def load_gates(prompt: dict[str, dict[str, Any]], name: str = "gates.safetensors") -> None:
+    """Let a prompt of a shipped workflow take its gates from a file, not from the weights."""
+    for node in prompt.values():
+        if node["class_type"] == "LDCPEstimateGates":
+            node |= {"class_type": "LDCPLoadGates", "inputs": {"gates_name": name}}
+
+
+def with_gate_file(workflow: Workflow, name: str = "gates.safetensors") -> Workflow:
+    """The same of a workflow, before it is opened in a browser."""
+    (node,) = (node for node in workflow["nodes"] if node["type"] == "LDCPEstimateGates")
+    (model,) = (socket["link"] for socket in node["inputs"])
+    node |= {"type": "LDCPLoadGates", "inputs": [], "widgets_values": [name]}
+    node["properties"] = {"Node name for S&R": "LDCPLoadGates"}
+    workflow["links"] = [link for link in workflow["links"] if link[0] != model]
+    for other in workflow["nodes"]:
+        for socket in other["outputs"]:
+            socket["links"] = [link for link in socket["links"] or [] if link != model]
+    return workflow
+
+
 def set_widgets(prompt: dict[str, dict[str, Any]], **changes: dict[str, Any]) -> None:
     """Set widgets of every node of a class: ``set_widgets(prompt, KSampler={"steps": 2})``.
 

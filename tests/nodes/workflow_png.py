@@ -6,8 +6,8 @@ graph:
 
     python tests/nodes/workflow_png.py [screenshot.png named like the workflow, or like a node ...]
 
-One of a node becomes the picture of its help page. The browser tests take both kinds (see
-`test_node_browser`).
+The templates menu shows a JPEG beside the file. A screenshot of a node becomes the picture of its
+help page. The browser tests take both kinds (see `test_node_browser`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import ui_workflow
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 TEXT = "workflow"
+#: of the templates menu, in pixels
+THUMBNAIL = (480, 270)
 HELP = ui_workflow.FOLDER.parent / "nodes" / "web" / "docs"
 
 
@@ -41,6 +43,8 @@ def embed(picture: Path, workflow: Path) -> Path:
         reduced = image if image.mode == "P" else few_colours(image.convert("RGB"))
         path = workflow.with_suffix(".png")
         reduced.save(path, pnginfo=info, optimize=True)
+        small = ImageOps.fit(image.convert("RGB"), THUMBNAIL, Image.Resampling.LANCZOS)
+        small.save(path.with_suffix(".jpg"), quality=80, optimize=True)
     return path
 
 
