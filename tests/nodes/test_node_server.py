@@ -226,7 +226,7 @@ def test_of_several_sparsities_zero_is_the_model_itself_and_more_changes_more(se
         ),
         (
             comfy_server.Refused,
-            {"LDCPApplyDynamicPruning": {"sparsity": -0.5}},
+            {"LDCPApplyDynamicPruning": {"sparsity": -0.5, "channels": "a share"}},
             "sparsity -0.5",
             "outside 0.0 to 1.0",
         ),
