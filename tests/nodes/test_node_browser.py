@@ -186,11 +186,11 @@ def test_what_happens_between_two_runs_does_not_show_in_the_images(expected, pag
 
 
 def test_muted_and_deleted_nodes_leave_nothing_behind(expected, page, loading):
-    page.drop(loading("ldcp_basic"))
+    page.drop(loading("ldcp_report"))  # where nothing can run without Apply
     make_small(page)
 
     def queued():
-        return pixels(page.images(page.queue())["LDCP_pruned"])
+        return pixels(page.images(page.queue())["LDCP_report"])
 
     assert difference(queued(), expected["pruned"]) == 0
 
@@ -242,13 +242,12 @@ def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
-def test_every_line_on_a_node_is_seen_also_what_the_run_noticed(page, keep, nodes_2):
+def test_every_line_on_a_node_is_seen_also_what_the_run_noticed(page, keep, loading, nodes_2):
     if not page.use_nodes_2(nodes_2):
         pytest.skip("this frontend has no Nodes 2.0")
-    page.drop(ui_workflow.FOLDER / "ldcp_step_schedule.json")
+    page.drop(loading("ldcp_step_schedule"))
     make_small(page, steps=2)
     page.set_widgets("LDCPStepSchedule", steps="0, 99")
-    page.set_widgets("LDCPEstimateGates", sparsity=0.5)
     page.set_all("KSampler", seed=int(nodes_2))  # Apply may be cached; a run is not
     page.queue()
     text = page.text("4 sites")
@@ -327,7 +326,7 @@ def test_what_a_node_in_a_closed_subgraph_has_to_say_is_said_in_a_toast(page, ke
 
 
 def test_a_refusal_reaches_the_user(page):
-    page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
+    page.drop(ui_workflow.FOLDER / "ldcp_report.json")  # where nothing can run without Apply
     page.set_widgets(APPLY, sparsity=-0.5, channels="a share")
     with pytest.raises(RuntimeError, match="sparsity -0.5 is outside 0.0 to 1.0"):
         page.queue()
