@@ -83,11 +83,21 @@ def with_gate_file(workflow: Workflow, name: str = "gates.safetensors") -> Workf
     (model,) = (socket["link"] for socket in node["inputs"])
     node |= {"type": "LDCPLoadGates", "inputs": [], "widgets_values": [name]}
     node["properties"] = {"Node name for S&R": "LDCPLoadGates"}
-    workflow["links"] = [link for link in workflow["links"] if link[0] != model]
-    for other in workflow["nodes"]:
-        for socket in other["outputs"]:
-            socket["links"] = [link for link in socket["links"] or [] if link != model]
+    _unlink(workflow, {model})
     return workflow
+
+
+def remove(workflow: Workflow, *numbers: int) -> None:
+    """Take nodes out of a workflow, with the links to them."""
+    workflow["nodes"] = [node for node in workflow["nodes"] if node["id"] not in numbers]
+    _unlink(workflow, {link[0] for link in workflow["links"] if {link[1], link[3]} & set(numbers)})
+
+
+def _unlink(workflow: Workflow, gone: set[int]) -> None:
+    workflow["links"] = [link for link in workflow["links"] if link[0] not in gone]
+    for node in workflow["nodes"]:
+        for socket in node["outputs"]:
+            socket["links"] = [link for link in socket["links"] or [] if link not in gone]
 
 
 def set_widgets(prompt: dict[str, dict[str, Any]], **changes: dict[str, Any]) -> None:
