@@ -81,6 +81,9 @@ def save_latents(prompt):
 
 def test_the_workflows_are_offered_as_templates_and_the_nodes_have_help(server):
     assert b'"ldcp_step_schedule"' in server.get("/workflow_templates")
+    for path in ui_workflow.FILES:
+        picture = server.get(f"/api/workflow_templates/LDCP/{path.stem}.jpg")
+        assert picture == path.with_suffix(".jpg").read_bytes()
     pages = ("LoadGates", "ApplyDynamicPruning", "StepSchedule", "PruningReport")
     for page in (*pages, "EstimateGates", "CalibrateGates", "SaveGates"):
         assert server.get(f"/extensions/LDCP/docs/LDCP{page}.md")
