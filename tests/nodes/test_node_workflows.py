@@ -74,7 +74,7 @@ def test_comfyui_accepts_it(comfy, schemas, path):
 
 
 def test_widgets_get_the_values_that_the_canvas_saved_for_them(schemas):
-    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_basic.json")
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_report.json")
     prompt = ui_workflow.to_prompt(workflow, schemas)
     (sampler,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "KSampler")
     plain = {name: value for name, value in sampler.items() if not isinstance(value, list)}
