@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,8 +118,10 @@ class Pruning:
         self._selected_from: list[Any] = []
         self._timesteps: Any = None
         self._firsts: list[float] = []
+        names = blocks_of(self._keep_sets)
+        self._adapters = [adapter(unet, name) for name in names]
         self._state()  # refuses what it does not understand before anything changes
-        blocks = {name: unet.get_submodule(name) for name in blocks_of(self._keep_sets)}
+        blocks = {name: unet.get_submodule(name) for name in names}
         switched = [(b, "forward", self._switched(name, b.forward)) for name, b in blocks.items()]
         self._in_place = ExitStack()
         self._in_place.enter_context(replaced(switched))
@@ -166,7 +169,7 @@ class Pruning:
 
     def _state(self) -> list[Any]:
         """Equal for as long as the weights that were selected are the U-Net's."""
-        return [_state(layer) for layer in gated_layers(self._unet, blocks_of(self._keep_sets))]
+        return [_state(layer) for block in self._adapters for layer in block.layers()]
 
     def _prunes(self, timestep: Any) -> bool:
         if self._schedule == ALWAYS:
@@ -267,7 +270,6 @@ class DiffusersResBlock:
         self.block = block
         self.groups: int = block.norm2.num_groups
         self.eps: float = block.norm2.eps
-        self._affine = block.norm2.weight.float(), block.norm2.bias.float()
 
     def layers(self) -> list[nn.Module]:
         return [self.block.conv1, self.block.conv2]
@@ -301,6 +303,10 @@ class DiffusersResBlock:
     def norm2_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return self._affine
 
+    @cached_property
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        return self.block.norm2.weight.float(), self.block.norm2.bias.float()
+
     def conv1(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _base(self.block.conv1)._conv_forward(x, weight, bias)
         return y
@@ -324,13 +330,13 @@ class DiffusersFeedForward:
         parts = [type(part).__name__ for part in getattr(block, "net", ())]
         if parts[:1] != ["GEGLU"] or len(parts) != 3:
             raise UnsupportedModel(f"{name} is a {type(block).__name__} that SD1.5 does not have")
-        self._layers = [block.net[0].proj, block.net[2]]
+        self.block = block
 
     def layers(self) -> list[nn.Module]:
-        return self._layers
+        return [self.block.net[0].proj, self.block.net[2]]
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[LinearWeights, LinearWeights]:
-        proj, out = self._layers
+        proj, out = self.layers()
         return LinearWeights(*weights_of(proj, dtype)), LinearWeights(*weights_of(out, dtype))
 
     def compact(self, gate: FeedForwardGate, dtype: torch.dtype | None) -> CompactFeedForward:
@@ -449,7 +455,6 @@ def compact_blocks(
     Blocks that lose nothing are left out. Constants are folded in ``dtype``, by default that of the
     weights.
     """
-
     found: dict[str, CompactBlock] = {}
     pruned = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
     for name, gate in block_gates(pruned, constants, padding).items():

@@ -128,6 +128,28 @@ def test_only_the_steps_of_the_schedule_are_pruned(pipe: StableDiffusionPipeline
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, again, strict=True))
 
 
+def test_the_pipelines_own_callback_can_put_it_in_and_take_it_out(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    gates, dense, active, inside = gates_of(pipe.unet), course(pipe), [], []
+
+    def decide(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        active.append([pruning.active for pruning in inside])
+        if step == 1:
+            inside.append(pruned(pipe.unet, gates))
+        if step == 3:
+            inside.pop().remove()
+        latents.append(values["latents"].clone())
+        return values
+
+    latents: list[torch.Tensor] = []
+    size = {"height": 32, "width": 32, "num_inference_steps": STEPS}
+    pipe("a face", generator=torch.manual_seed(3), callback_on_step_end=decide, **size)
+    assert active == [[], [], [True], [True], [], []]
+    same = [torch.equal(found, of) for found, (_, of) in zip(latents, dense, strict=True)]
+    assert same == [True, True, False, False, False, False]
+
+
 def test_a_stretch_in_percent_needs_no_scheduler(pipe: StableDiffusionPipeline) -> None:
     with pruned(pipe.unet, gates_of(pipe.unet), steps=Schedule.percent(0.0, 0.6)) as pruning:
         active = [active for active, _ in course(pipe, pruning)]
