@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -282,6 +281,8 @@ class DiffusersResBlock:
         return CompactResBlock(gate, *self.weights(dtype))
 
     def running(self, compact: Callable[..., Tensor]) -> BlockForward:
+        norm = self.block.norm2
+        self._affine = norm.weight.float(), norm.bias.float()  # once, not in every evaluation
         return lambda x, temb, *args, **kwargs: compact(self, x, self.embed(temb))
 
     def masked(self, gates: Sequence[SoftGate | None], padding: Padding) -> BlockForward:
@@ -302,10 +303,6 @@ class DiffusersResBlock:
 
     def norm2_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return self._affine
-
-    @cached_property
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        return self.block.norm2.weight.float(), self.block.norm2.bias.float()
 
     def conv1(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _base(self.block.conv1)._conv_forward(x, weight, bias)
