@@ -11,17 +11,15 @@ from torch import Tensor
 
 from ..ldcp_core import ALWAYS, SD15, Gates, Schedule, Topology, savings
 from ..ldcp_core.text import quoted
-from .choice import check_offered, check_share, check_text
-from .display import server, show_on_node, warn
-from .identity import differs_from_training
-from .io_types import CATEGORY, GatesType, ScheduleType
-from .parking import FULL_WEIGHTS, FullWeights
-from .patch import attach
+from .host.identity import differs_from_training
+from .host.model import model_topology
+from .host.parking import FULL_WEIGHTS, FullWeights
+from .host.patch import attach
+from .host.record import RunRecord
+from .host.run import Layer
+from .inputs import check_offered, check_share, check_text
 from .queued import inputs_of
-from .record import RunRecord
-from .run import Layer
-from .schema import schema
-from .sites import model_topology
+from .shared import CATEGORY, GatesType, ScheduleType, schema, server, show_on_node, warn
 
 CHANNELS = ["as learned", "a share"]
 #: as a sparsity: what prompts and workflows say that were made before ``channels`` was there

@@ -3,107 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from comfy_api.latest import io
 
-from ..ldcp_core import (
-    DEFAULT_FLOOR,
-    Calibration,
-    Gates,
-    Padding,
-    Ranking,
-    scores_at,
-)
-from .choice import check_how_to_prune, check_offered, how_to_prune
-from .display import show_on_node
-from .estimate_node import estimate
-from .identity import own_fingerprint
-from .io_types import CATEGORY, CalibrationType, GatesType
-from .observe import observed
-from .schema import schema
-from .sites import find_blocks, model_topology
+from ..ldcp_core import Calibration, Gates, Padding, Ranking
+from .choose import CRITERIA, Choice, Criterion, calibrate
+from .inputs import check_offered, how_to_prune
+from .shared import CATEGORY, CalibrationType, GatesType, schema, show_on_node
 
-Criterion = Literal["flap", "l1", "l2"]
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 log = logging.getLogger("ldcp")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How gates are chosen from what was seen."""
-
-    criterion: Criterion
-    sparsity: float
-    ranking: Ranking
-    padding: Padding
-    scope: str
-
-
-def calibrate(
-    model: Any,
-    choice: Choice,
-    sampling: dict[str, Any],
-    given: Gates | None = None,
-    earlier: Calibration | None = None,
-) -> tuple[Gates, dict[str, Any], Calibration]:
-    """Sample once with the ModelPatcher ``model``; gates, the latent sampled, and what was seen.
-
-    ``sampling`` are the arguments of the host's ``common_ksampler``. With ``given`` gates their
-    scores stay, and their constants become the means seen. ``earlier`` adds what another run has
-    seen. Raises ModelError when the model is not of SD1.5's family or its layers can't be watched,
-    ValueError for a choice that is not offered or an ``earlier`` of other layers.
-    """
-    from nodes import common_ksampler  # ComfyUI's own nodes.py
-
-    check_offered("criterion", choice.criterion, CRITERIA)  # before minutes of sampling
-    check_how_to_prune(choice.sparsity, choice.ranking, choice.padding, choice.scope)
-    topology = model_topology(model.model)
-    if given is not None:
-        find_blocks(model.model, given)
-        sites = [site for site in topology.all_sites() if site.name in given.scores]
-    else:
-        sites = topology.sites(choice.scope)
-    watched, observer = observed(model, sites, topology)
-    (latent,) = common_ksampler(watched, **sampling)
-    observer.check()
-    seen = observer.seen if earlier is None else earlier + observer.seen
-    if given is not None:
-        gates = given
-    elif choice.criterion == "flap":
-        gates = fluctuation_gates(model, choice, seen, [site.name for site in sites])
-    else:
-        gates = estimate(model, **vars(choice))
-    info = {
-        **gates.info,
-        "calibrated": "activations",
-        "calibration_evaluations": seen.evaluations,
-    }
-    means = seen.constants()
-    constants = {site.name: means[site.name] for site in sites}
-    return replace(gates, constants=constants, info=info), latent, seen
-
-
-def fluctuation_gates(model: Any, choice: Choice, seen: Calibration, sites: Sequence[str]) -> Gates:
-    """Gates that prune the channels whose mean says most about them."""
-    importances = seen.importances()
-    ordered = {site: importances[site] for site in sites}
-    scores = scores_at(ordered, choice.sparsity, choice.ranking, DEFAULT_FLOOR)
-    gates = Gates(scores, padding=choice.padding, topology=model_topology(model.model))
-    info = {
-        "criterion": choice.criterion,
-        "ranking": choice.ranking,
-        "scope": choice.scope,
-        "target_sparsity": choice.sparsity,
-        "floor": DEFAULT_FLOOR,
-        "achieved_sparsity": gates.sparsity,
-    }
-    base = own_fingerprint(model, gates)
-    if base is not None:
-        info["fingerprint"] = base
-    return replace(gates, info=info)
 
 
 def status(gates: Gates, given: bool) -> list[str]:

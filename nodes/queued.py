@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from .display import server
+from .shared import server
 
 _sent: ContextVar[dict[str, Any]] = ContextVar("sent")
 

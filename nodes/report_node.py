@@ -10,11 +10,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ldcp_core import Gates, Report, ReportLayer, build_report, report_image
-from .display import show_on_node
-from .io_types import CATEGORY, GatesType
-from .patch import attached
-from .schema import schema
-from .sites import ModelError, find_blocks, model_topology
+from .host.model import ModelError, find_blocks, model_topology
+from .host.patch import attached
+from .shared import CATEGORY, GatesType, schema, show_on_node
 
 NOT_MEASURED = (
     "not measured: no run of this model yet; connect 'after' to the sampler's LATENT, or to an "

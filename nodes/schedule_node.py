@@ -7,10 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ldcp_core import Schedule
-from .choice import check_offered, check_share, check_text
-from .io_types import CATEGORY, ScheduleType
+from .inputs import check_offered, check_share, check_text
 from .queued import inputs_of
-from .schema import schema
+from .shared import CATEGORY, ScheduleType, schema
 
 MODES = ["steps", "percent"]
 WIDGETS = ("mode", "steps", "start_percent", "end_percent")

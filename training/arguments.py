@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ldcp_core import PADDINGS, SCOPES
-from training.budget import BudgetKind
 from training.config import (
     PRESETS,
     SEEDS,
@@ -20,7 +19,8 @@ from training.config import (
     RunOptions,
 )
 from training.errors import UserError
-from training.learning import TRAVEL
+from training.learning.budget import BudgetKind
+from training.learning.learner import TRAVEL
 
 DEMO = Path(__file__).parent / "demo"
 #: what --demo stands for; every option can still be given

@@ -64,7 +64,7 @@ from training.benchmarking.variants import (
 )
 from training.console import explaining, log_progress
 from training.errors import UserError
-from training.models import DTYPES, load_model
+from training.model.load import DTYPES, load_model
 from training.output import output_files, report_of, write
 
 log = logging.getLogger("training.benchmark")

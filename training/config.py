@@ -7,8 +7,8 @@ from math import inf
 from typing import Any, Literal, get_args
 
 from ldcp_core import DEFAULT_FLOOR, DEFAULT_SCOPE, PADDINGS, Padding
-from training.budget import BudgetKind
 from training.errors import UserError
+from training.learning.budget import BudgetKind
 
 Constant = Literal["mean", "zero"]
 Reconstruction = Literal["teacher", "noise"]
@@ -74,12 +74,14 @@ class FitConfig:
     resolution: int | None = None  # pixels; None: the model's own
     batch_size: int = 2
     gradient_accumulation: int = 4
-    reuse: int = 4  # steps that meet the same images, noise and timesteps: see `training.reuse`
+    reuse: int = (
+        4  # steps that meet the same images, noise and timesteps: see `training.step.reuse`
+    )
     learning_rate: float | None = None  # of the logits (Adam); None: by the number of steps
     epochs: float | None = None  # no limit by default: max_steps ends the fit
     max_steps: int = 1000  # optimizer steps
     precision: Precision = "fp32"
-    streaming: bool = False  # read tables as they come: see `training.streaming`
+    streaming: bool = False  # read tables as they come: see `training.data.streaming`
     device: str = "auto"
     validation_fraction: float = 0.1
     validation_samples: int = 64  # held-out images × timesteps of one validation pass

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ldcp_core import Magnitude, Padding, Site, SoftGate, magnitude
 from training.console import progress
-from training.denoising import Denoising, Problem
-from training.gating import watched
+from training.model.gating import watched
+from training.step.denoising import Denoising, Problem
 
 Importances = dict[str, Tensor]
 Criterion = Literal[

@@ -32,16 +32,16 @@ import torch
 
 from ldcp_core import Gates, Latent, markdown, one_line, savings
 from training.arguments import DEMO_SETTINGS, parse_seed
-from training.baselines import baselines
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
-from training.cache import default_cache
 from training.config import A_COUNT, COUNTS, require
 from training.console import explaining, log_progress, name_of
-from training.data import ImageData, open_dataset
-from training.denoising import Denoising, HeldOut
+from training.data.cache import default_cache
+from training.data.images import ImageData, open_dataset
+from training.data.splits import Split, unseen
 from training.errors import UserError
+from training.evaluation.baselines import baselines
 from training.evaluation.images import compare_images
 from training.evaluation.networks import CLIP, INCEPTION, VGG, load_networks
 from training.evaluation.plots import grid, plot
@@ -49,9 +49,9 @@ from training.evaluation.reference import Reference
 from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
-from training.models import DiffusionModel, check_resolution, load_model, usable_device
+from training.model.load import DiffusionModel, check_resolution, load_model, usable_device
+from training.model.precision import PRECISIONS, storage_of
 from training.output import PICTURE, output_files, output_folder, report_of, write
-from training.precision import PRECISIONS, storage_of
 from training.provenance import is_number, is_text, read
 from training.sample import (
     DENSE,
@@ -64,7 +64,7 @@ from training.sample import (
     read_prompts,
     sample,
 )
-from training.splits import Split, unseen
+from training.step.denoising import Denoising, HeldOut
 
 log = logging.getLogger("training.evaluate")
 

@@ -6,7 +6,7 @@
     accelerate launch --multi_gpu -m training.fit ...
 
 U-Net, VAE and text encoder are frozen; one score per channel is learned from two competing losses,
-the MSE against the dense model's output and the L1 of the scores (see `training.learning`).
+the MSE against the dense model's output and the L1 of the scores (see `training.learning.learner`).
 """
 
 from __future__ import annotations
@@ -32,33 +32,39 @@ from ldcp_core import (
 )
 from ldcp_core.diffusers import topology_of
 from training.arguments import parse_arguments
-from training.budget import Budget
-from training.cache import CacheNotWritable, default_cache
-from training.calibration import calibrate
-from training.checkpoint import Checkpoints, check_identity
 from training.config import FitConfig
 from training.console import explaining, log_progress
-from training.data import Position, open_dataset
-from training.denoising import Denoising
-from training.encoding import WORKERS, EncodedImages
+from training.data.cache import CacheNotWritable, default_cache
+from training.data.encoding import WORKERS, EncodedImages
+from training.data.images import Position, open_dataset
+from training.data.splits import Split
+from training.data.streaming import Data, StreamedImages
 from training.errors import UserError
-from training.learning import TARGET_TOLERANCE, GateLearner
-from training.loop import Learning, run
-from training.models import (
+from training.learning.budget import Budget
+from training.learning.calibration import calibrate
+from training.learning.checkpoint import Checkpoints, check_identity
+from training.learning.learner import TARGET_TOLERANCE, GateLearner
+from training.learning.loop import Learning, run
+from training.learning.processes import Processes
+from training.learning.result import FitResult, finish
+from training.learning.samples import Samples
+from training.learning.stopping import Stopped
+from training.learning.watching import (
+    CsvHistory,
+    SampleImages,
+    TensorBoard,
+    Watcher,
+    summary_writer,
+)
+from training.model.load import (
     DTYPES,
     DiffusionModel,
     check_resolution,
     load_model,
     usable_device,
 )
-from training.outcome import FitResult, finish
 from training.output import GATES, HISTORY, PAGE, PICTURE, claimed, output_file, output_folder
-from training.processes import Processes
-from training.samples import Samples
-from training.splits import Split
-from training.stopping import Stopped
-from training.streaming import Data, StreamedImages
-from training.watching import CsvHistory, SampleImages, TensorBoard, Watcher, summary_writer
+from training.step.denoising import Denoising
 
 __all__ = ["FitResult", "fit", "main", "parse_arguments"]
 

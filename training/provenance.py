@@ -12,9 +12,9 @@ from importlib.metadata import version
 from typing import Any, TypeGuard
 
 from ldcp_core import Gates, one_line
-from training.budget import Budget
 from training.console import name_of
 from training.errors import UserError
+from training.learning.budget import Budget
 
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
 #: settings that are paths; their folders are nobody else's business

@@ -29,14 +29,14 @@ from PIL.PngImagePlugin import PngInfo
 from ldcp_core import Gates, load_gates, one_line
 from ldcp_core.diffusers import compact_blocks, topology_of
 from training.arguments import DEMO_SETTINGS, parse_seed
-from training.cache import digest
 from training.config import A_COUNT, COUNTS, require
 from training.console import explaining, log_progress, name_of, progress
-from training.data import open_image
+from training.data.cache import digest
+from training.data.images import open_image
 from training.errors import UserError
-from training.models import DiffusionModel, load_model
+from training.model.load import DiffusionModel, load_model
+from training.model.precision import PRECISIONS, in_precision
 from training.output import PICTURE, output_file, output_folder, write
-from training.precision import PRECISIONS, in_precision
 
 log = logging.getLogger("training.sample")
 

@@ -50,18 +50,18 @@ from ldcp_core import (
 from ldcp_core.diffusers import topology_of
 from training import criteria
 from training.arguments import DEMO_SETTINGS
-from training.budget import Budget, BudgetKind
 from training.config import A_COUNT, COUNTS, SEEDS, require
 from training.console import explaining, log_progress, name_of, progress
 from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
-from training.data import ImageData, open_dataset
-from training.denoising import Denoising
+from training.data.images import ImageData, open_dataset
+from training.data.splits import Split
 from training.errors import UserError
-from training.gating import ChannelMeans
-from training.models import DTYPES, check_resolution, load_model
+from training.learning.budget import Budget, BudgetKind
+from training.model.gating import ChannelMeans
+from training.model.load import DTYPES, check_resolution, load_model
 from training.output import GATES, claimed, output_file
 from training.provenance import provenance
-from training.splits import Split
+from training.step.denoising import Denoising
 
 log = logging.getLogger("training.score")
 

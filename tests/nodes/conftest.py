@@ -46,14 +46,17 @@ def comfy(comfyui_path, report_note):
         pytest.skip(message)
     assert asyncio.run(nodes.load_custom_node(str(REPOSITORY)))
     pack = str(REPOSITORY).replace(".", "_x_")  # the name that ComfyUI gives it
-    parts = ("sites", "blocks", "patch", "identity", "schema", "display", "queued")
-    parts = (*parts, "load_node", "schedule_node", "apply_node")
+    parts = ["shared", "files", "queued", "load_node", "schedule_node", "apply_node"]
+    parts += [f"host.{name}" for name in ("model", "blocks", "patch", "identity")]
     return SimpleNamespace(
         root=comfy,
         nodes=nodes,
         folder_paths=folder_paths,
         core=sys.modules[f"{pack}.ldcp_core"],
-        **{name: importlib.import_module(f"{pack}.nodes.{name}") for name in parts},
+        **{
+            name.removeprefix("host."): importlib.import_module(f"{pack}.nodes.{name}")
+            for name in parts
+        },
     )
 
 
@@ -126,10 +129,10 @@ def masked(comfy):
             handles.append(conv.register_forward_hook(timed, **options))
 
         for site, keep in (keep_sets or gates.keep_sets()).items():
-            layer = unet.get_submodule(comfy.sites.layer_path(site).removesuffix(".proj"))
+            layer = unet.get_submodule(comfy.model.layer_path(site).removesuffix(".proj"))
             add(layer, replacer(keep, gates.constant(site)))
             if site.endswith("conv1") and gates.padding == "extend":
-                conv2 = unet.get_submodule(comfy.sites.layer_path(site[:-1] + "2"))
+                conv2 = unet.get_submodule(comfy.model.layer_path(site[:-1] + "2"))
                 # before a residual gate replaces its rows
                 add(conv2, extended(keep), prepend=True)
         try:

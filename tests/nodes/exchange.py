@@ -26,7 +26,7 @@ def make_exchange(folder: Path) -> None:
 
     from ldcp_core import load_gates
     from training import fit, gating
-    from training.models import _clip_tokenizer, load_model
+    from training.model.load import _clip_tokenizer, load_model
 
     model, images = folder / "model", folder / "images"
     images.mkdir(parents=True)

@@ -308,7 +308,7 @@ def test_nothing_is_left_on_the_model(comfy, small_model, run, sampling, ksample
     assert not model.callbacks or not any(
         "ldcp" in str(key) for found in model.callbacks.values() for key in found
     )
-    blocks = comfy.sites.find_blocks(model.model, make_gates())
+    blocks = comfy.model.find_blocks(model.model, make_gates())
     assert not any(block.judge().bypassed for block in blocks.values())
     assert torch.equal(ksampler(model, sampling()), plain)
 
@@ -508,14 +508,14 @@ def test_a_model_of_another_family_or_width_is_refused_before_sampling(
 ):
     monkeypatch.setattr("nodes.common_ksampler", lambda *_, **__: pytest.fail("sampled"))
     wide = make_gates(topology=comfy.core.SD15)
-    with pytest.raises(comfy.sites.ModelError, match="the gates have 1280 channels"):
+    with pytest.raises(comfy.model.ModelError, match="the gates have 1280 channels"):
         run(model, gates=wide)
     with pytest.raises(ValueError, match="sparsity 1.5 is outside"):
         run(model, sparsity=1.5)
     fake = type("SDXL", (), {})()
     fake.unet_config = {**model.model.model_config.unet_config, "channel_mult": [1, 2, 4]}
     monkeypatch.setattr(model.model, "model_config", fake)
-    with pytest.raises(comfy.sites.ModelError, match=r"this model is SDXL \(3 resolution levels"):
+    with pytest.raises(comfy.model.ModelError, match=r"this model is SDXL \(3 resolution levels"):
         run(model)
 
 

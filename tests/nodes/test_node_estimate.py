@@ -41,7 +41,7 @@ def apply(comfy):
 
 @pytest.fixture
 def folder(comfy, tmp_path, monkeypatch):
-    entry = ([str(tmp_path)], comfy.load_node.EXTENSIONS)
+    entry = ([str(tmp_path)], comfy.files.EXTENSIONS)
     monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "ldcp_gates", entry)
     return tmp_path
 
@@ -299,7 +299,7 @@ def test_another_family_is_refused(comfy, model, estimate, monkeypatch):
     fake = type("SDXL", (), {})()
     fake.unet_config = {**model.model.model_config.unet_config, "channel_mult": [1, 2, 4]}
     monkeypatch.setattr(model.model, "model_config", fake)
-    with pytest.raises(comfy.sites.ModelError, match=r"this model is SDXL \(3 resolution levels"):
+    with pytest.raises(comfy.model.ModelError, match=r"this model is SDXL \(3 resolution levels"):
         estimate(model)
 
 

@@ -28,7 +28,7 @@ APPLY = "LDCPApplyDynamicPruning"
 
 @pytest.fixture
 def folder(comfy, tmp_path, monkeypatch):
-    entry = ([str(tmp_path)], comfy.load_node.EXTENSIONS)
+    entry = ([str(tmp_path)], comfy.files.EXTENSIONS)
     monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "ldcp_gates", entry)
     return tmp_path
 
@@ -100,10 +100,10 @@ def test_an_older_host_gets_no_aliases_and_a_newer_one_those_of_the_node(comfy, 
         search_aliases: list = dataclasses.field(default_factory=list)
 
     monkeypatch.setattr(io, "Schema", Older)
-    assert comfy.schema.schema("LDCPLoadGates", category="a") == Older("LDCPLoadGates", "a")
+    assert comfy.shared.schema("LDCPLoadGates", category="a") == Older("LDCPLoadGates", "a")
     monkeypatch.setattr(io, "Schema", Newer)
-    assert "load gates" in comfy.schema.schema("LDCPLoadGates").search_aliases
-    assert set(comfy.schema.SEARCH_ALIASES) == set(NODE_IDS)
+    assert "load gates" in comfy.shared.schema("LDCPLoadGates").search_aliases
+    assert set(comfy.shared.SEARCH_ALIASES) == set(NODE_IDS)
 
 
 def test_gates_written_by_the_core_are_loaded(comfy, make_gates, folder):
@@ -136,7 +136,7 @@ def test_the_folder_takes_gate_files_alone_and_keeps_the_users_other_folders(
     # as extra_model_paths.yaml leaves it: another folder, and every extension
     monkeypatch.setitem(folders, "ldcp_gates", ([str(tmp_path)], set()))
     monkeypatch.setattr(comfy.folder_paths, "models_dir", str(tmp_path / "models"))
-    comfy.load_node.register_folder()
+    comfy.files.register_folder()
     default = tmp_path / "models" / "ldcp_gates"
     assert folders["ldcp_gates"] == ([str(tmp_path), str(default)], {".safetensors"})
     assert default.is_dir()
@@ -168,7 +168,7 @@ def test_a_folder_that_is_gone_is_a_missing_file_and_not_an_exception(
     import execution
 
     gone, there = folder / "gone", folder / "there"
-    entry = ([str(gone), str(there)], comfy.load_node.EXTENSIONS)
+    entry = ([str(gone), str(there)], comfy.files.EXTENSIONS)
     monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "ldcp_gates", entry)
     for path in (gone, there):
         path.mkdir()
@@ -202,7 +202,7 @@ def test_what_killed_savers_left_goes_when_the_pack_is_loaded(comfy, make_gates,
     os.utime(left, (0, 0))
     load = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPLoadGates"]
     assert load.INPUT_TYPES()["required"]["gates_name"][1]["options"] == []
-    comfy.load_node.register_folder()
+    comfy.files.register_folder()
     assert not left.exists()
 
 
@@ -227,7 +227,7 @@ def outside(comfy, folder, make_gates, monkeypatch):
     """A folder for gate files, and a good gate file right beside it that must not be reached."""
     inside = folder / "models"
     inside.mkdir()
-    entry = ([str(inside)], comfy.load_node.EXTENSIONS)
+    entry = ([str(inside)], comfy.files.EXTENSIONS)
     monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "ldcp_gates", entry)
     path = folder / "outside.safetensors"
     comfy.core.save_gates(make_gates(), path)
@@ -560,11 +560,11 @@ def test_of_many_notes_the_node_shows_the_first(comfy, screen):
 
 def test_text_is_shown_as_it_is_and_never_read_as_markup(comfy, screen):
     text = "<img src=x onerror=alert(1)> & *a* _b_ __c__ `d` [[e|f]] # g"
-    comfy.display.show_on_node(f"{text}\n{text}", "7")
+    comfy.shared.show_on_node(f"{text}\n{text}", "7")
     assert screen.shown[-1][0] == [text, text]
-    sent = comfy.display.as_markup(text)
+    sent = comfy.shared.as_markup(text)
     assert not set(sent) & set("<>*_`[]|") and sent.count("&") == sent.count("&#")
-    assert comfy.display.as_markup("mid_block.resnets.0") == "mid_block.resnets.0"
+    assert comfy.shared.as_markup("mid_block.resnets.0") == "mid_block.resnets.0"
 
 
 def test_without_a_server_the_node_runs(model, make_gates, apply, monkeypatch):

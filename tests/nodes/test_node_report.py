@@ -164,7 +164,7 @@ def test_an_override_of_the_sparsity_is_what_is_reported(node, model, attach, ga
 
 
 def test_a_model_without_pruning_is_refused(comfy, node, model):
-    with pytest.raises(comfy.sites.ModelError) as error:
+    with pytest.raises(comfy.model.ModelError) as error:
         node.execute(model)
     assert "this model is not pruned" in str(error.value)
     assert "comes out of Apply Dynamic Pruning, or gates from Load" in str(error.value)
@@ -172,7 +172,7 @@ def test_a_model_without_pruning_is_refused(comfy, node, model):
 
 def test_gates_of_another_width_are_refused(comfy, node, model):
     gates = comfy.core.Gates({CONV1: torch.ones(1280)})
-    with pytest.raises(comfy.sites.ModelError, match="the gates have 1280 channels at mid_block"):
+    with pytest.raises(comfy.model.ModelError, match="the gates have 1280 channels at mid_block"):
         node.execute(model, gates)
 
 

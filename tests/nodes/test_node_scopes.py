@@ -22,7 +22,7 @@ def rms(x):
 @pytest.fixture
 def gates_of(comfy, model, make_gates):
     def make(scope, padding="zero", constants=0.3, seed=1, info=()):
-        sites = [site.name for site in comfy.sites.model_topology(model.model).sites(scope)]
+        sites = [site.name for site in comfy.model.model_topology(model.model).sites(scope)]
         return make_gates(sites, padding, seed, constants, info=info)
 
     return make
@@ -65,7 +65,7 @@ def test_a_feed_forward_in_bfloat16(comfy, small_model, make_gates, sample, mask
     """Looked at where it is: in the model's output rounding hides what a single layer does."""
     model, gates = small_model(dtype=torch.bfloat16), make_gates([FF], constants=8)
     module = model.model.diffusion_model.get_submodule(
-        comfy.sites.module_path(FF[: -len(".net.0")])
+        comfy.model.module_path(FF[: -len(".net.0")])
     )
     seen = []
     hook = module.register_forward_hook(lambda m, inputs, output: seen.append((*inputs, output)))
@@ -85,7 +85,7 @@ def lora(comfy, model, sites):
     generator = torch.Generator().manual_seed(4)
     state, patches = model.model.state_dict(), {}
     for site in sites:
-        path = comfy.sites.layer_path(site)
+        path = comfy.model.layer_path(site)
         paths = [path, path.replace("net.0.proj", "net.2")] if "net.0" in path else [path]
         for path in paths:
             key = f"diffusion_model.{path}.weight"
@@ -134,7 +134,7 @@ def test_parts_of_one_file_have_schedules_of_their_own(
     both = node.execute(mid, gates, -1.0, late, sites="up + ff").args[0]
     evaluated = []
     sample(both, 4, (16, 16), evaluated=evaluated)
-    topology = comfy.sites.model_topology(model.model)
+    topology = comfy.model.model_topology(model.model)
     for *call, output, step in evaluated:
         names = [site.name for site in topology.sites("mid")]
         if step >= 2:
@@ -170,7 +170,7 @@ def test_a_feed_forward_changed_by_another_extension_runs_unpruned_and_says_so(
 ):
     model, gates = small_model(), make_gates([FF])
     plain = sample(model, 2)
-    proj = model.model.diffusion_model.get_submodule(comfy.sites.layer_path(FF))
+    proj = model.model.diffusion_model.get_submodule(comfy.model.layer_path(FF))
     proj.forward = lambda x, forward=proj.forward: forward(x)
     layer = comfy.patch.Layer(gates, gates.keep_sets())
     assert torch.equal(sample(comfy.patch.attach(model, layer), 2), plain)
@@ -181,7 +181,7 @@ def test_a_linear_layer_with_an_own_computation_runs_unpruned_and_says_so(
     comfy, small_model, make_gates, sample, caplog
 ):
     model, gates = small_model(), make_gates([FF])
-    proj = model.model.diffusion_model.get_submodule(comfy.sites.layer_path(FF))
+    proj = model.model.diffusion_model.get_submodule(comfy.model.layer_path(FF))
 
     class Quantized(type(proj)):
         def forward(self, x):

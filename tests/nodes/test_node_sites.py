@@ -16,11 +16,11 @@ def test_every_site_is_the_conv_of_that_width_and_every_res_block_is_named(comfy
 
     unet, blocks = full_checkpoint.unet(), comfy.core.SD15.res_blocks()
     for block in blocks:
-        conv1 = unet.get_submodule(comfy.sites.layer_path(f"{block.name}.conv1"))
-        conv2 = unet.get_submodule(comfy.sites.layer_path(f"{block.name}.conv2"))
+        conv1 = unet.get_submodule(comfy.model.layer_path(f"{block.name}.conv1"))
+        conv2 = unet.get_submodule(comfy.model.layer_path(f"{block.name}.conv2"))
         assert (conv1.in_channels, conv1.out_channels) == (block.in_channels, block.out_channels)
         assert (conv2.in_channels, conv2.out_channels) == (block.out_channels, block.out_channels)
-    mapped = {comfy.sites.module_path(block.name) for block in blocks}
+    mapped = {comfy.model.module_path(block.name) for block in blocks}
     assert mapped == {n for n, m in unet.named_modules() if isinstance(m, ResBlock)}
     assert len(mapped) == len(blocks) == 22
 
@@ -30,11 +30,11 @@ def test_every_feed_forward_is_named_with_its_widths(comfy):
 
     unet, found = full_checkpoint.unet(), set()
     for block in comfy.core.SD15.blocks():
-        path = comfy.sites.module_path(block.name)
-        assert comfy.sites.HOST_BLOCKS[type(block)](unet, path).check(block) is None
+        path = comfy.model.module_path(block.name)
+        assert comfy.model.HOST_BLOCKS[type(block)](unet, path).check(block) is None
         if isinstance(block, comfy.core.FeedForward):
             (site,) = block.sites
-            proj = unet.get_submodule(comfy.sites.layer_path(site.name))
+            proj = unet.get_submodule(comfy.model.layer_path(site.name))
             assert proj.weight.shape == (2 * site.channels, block.channels)
             found.add(path)
     assert found == {n for n, m in unet.named_modules() if isinstance(m, FeedForward)}
@@ -42,7 +42,7 @@ def test_every_feed_forward_is_named_with_its_widths(comfy):
 
 
 def test_the_examples_in_the_site_map_are_right(comfy):
-    found = doctest.testmod(comfy.sites)
+    found = doctest.testmod(comfy.model)
     assert found.attempted and not found.failed
 
 
@@ -51,7 +51,7 @@ def test_the_blocks_run_in_the_order_of_the_topology(comfy, model):
     unet = model.model.diffusion_model
     blocks = comfy.core.Topology((32, 64, 128, 128), context_width=64).blocks()
     for block in blocks:
-        module = unet.get_submodule(comfy.sites.module_path(block.name))
+        module = unet.get_submodule(comfy.model.module_path(block.name))
         handles.append(module.register_forward_hook(lambda *_, name=block.name: order.append(name)))
     unet(torch.randn(1, 4, 32, 32), torch.tensor([500.0]), torch.randn(1, 77, 64))
     for handle in handles:
@@ -61,7 +61,7 @@ def test_the_blocks_run_in_the_order_of_the_topology(comfy, model):
 
 def test_the_topology_is_read_from_the_model(comfy, model):
     expected = comfy.core.Topology((32, 64, 128, 128), context_width=64)
-    assert comfy.sites.model_topology(model.model) == expected
+    assert comfy.model.model_topology(model.model) == expected
 
 
 def test_an_inpainting_model_is_accepted(comfy, small_model, make_gates):
@@ -86,7 +86,7 @@ def test_another_family_is_refused(comfy, model, make_gates, monkeypatch, family
     fake.unet_config = {"image_model": "flux"} if config is None else {**real, **config}
     monkeypatch.setattr(model.model, "model_config", fake)
     gates = make_gates()
-    with pytest.raises(comfy.sites.ModelError) as error:
+    with pytest.raises(comfy.model.ModelError) as error:
         comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
     message = str(error.value)
     assert f"this model is {family}" in message and reason in message
@@ -95,7 +95,7 @@ def test_another_family_is_refused(comfy, model, make_gates, monkeypatch, family
 
 def test_gates_of_another_width_are_refused(comfy, model, make_gates):
     gates = make_gates(topology=comfy.core.SD15)
-    with pytest.raises(comfy.sites.ModelError) as error:
+    with pytest.raises(comfy.model.ModelError) as error:
         comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
     assert str(error.value).startswith(
         "LDCP: the gates have 1280 channels at mid_block.resnets.0.conv1, the model has 128; "
@@ -117,6 +117,6 @@ def test_a_res_block_of_another_kind_is_refused(
 ):
     block, gates = model.model.diffusion_model.middle_block[0], make_gates()
     monkeypatch.setattr(block, attribute, value, raising=False)
-    with pytest.raises(comfy.sites.ModelError, match=reason) as error:
+    with pytest.raises(comfy.model.ModelError, match=reason) as error:
         comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
     assert "middle_block.0 (mid_block.resnets.0) cannot be pruned" in str(error.value)

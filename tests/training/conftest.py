@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from training import fit, outcome
-from training.models import DiffusionModel, _clip_tokenizer, load_model
+from training import fit
+from training.learning import result as outcome
+from training.model.load import DiffusionModel, _clip_tokenizer, load_model
 
 WIDTHS = (16, 16, 32, 32)
 

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from training import fit, outcome
+from training import fit
 from training.config import FitConfig, RunOptions
-from training.models import DiffusionModel, load_model
+from training.learning import result as outcome
+from training.model.load import DiffusionModel, load_model
 
 STEPS = 16
 

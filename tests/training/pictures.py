@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from training.data import ImageData
+from training.data.images import ImageData
 
 RED = (255, 0, 0)
 

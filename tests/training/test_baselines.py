@@ -9,12 +9,12 @@ import torch
 
 from ldcp_core import Gates, Topology
 from ldcp_core.diffusers import topology_of
-from training.baselines import baselines, measured
-from training.data import open_dataset
-from training.denoising import Denoising
-from training.gating import ChannelMeans, watched
-from training.models import DiffusionModel
+from training.data.images import open_dataset
+from training.evaluation.baselines import baselines, measured
+from training.model.gating import ChannelMeans, watched
+from training.model.load import DiffusionModel
 from training.sample import Candidate
+from training.step.denoising import Denoising
 
 
 def random_gates(topology: Topology) -> Gates:

@@ -29,7 +29,7 @@ from training.benchmarking.variants import (
     unet_variants,
 )
 from training.errors import UserError
-from training.gating import masked, running
+from training.model.gating import masked, running
 
 TOLERANCE = 1e-5
 

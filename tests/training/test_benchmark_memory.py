@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from training.benchmarking.memory import LiveBytes, fake_unet, step_memory
-from training.models import DiffusionModel
+from training.model.load import DiffusionModel
 
 
 def test_live_bytes_are_counted_by_hand() -> None:

@@ -9,8 +9,8 @@ import pytest
 from training.benchmarking import training as benchmark
 from training.benchmarking.training import LOOPS, WARM_UP, _median, measure, render
 from training.config import FitConfig
-from training.loop import Learning
-from training.reuse import WINDOW
+from training.learning.loop import Learning
+from training.step.reuse import WINDOW
 
 
 @pytest.mark.parametrize("loop", LOOPS)

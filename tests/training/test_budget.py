@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldcp_core import Latent, Topology
-from training.budget import Budget
+from training.learning.budget import Budget
 
 TINY = Topology(widths=(8, 8, 16, 16), context_width=8)
 SITES = TINY.sites("mid+ff")  # two ResBlocks of 16 channels and a feed-forward of 64

@@ -19,15 +19,16 @@ from pictures import draw, png
 from torch import Tensor
 
 from ldcp_core import load_gates
-from training import cache as cache_module
-from training import data as data_module
-from training import encoding, fit, stamps
-from training.cache import SHARD, TensorCache, default_cache
-from training.data import open_dataset
-from training.denoising import Denoising, Encoder
-from training.encoding import EncodedImages
+from training import fit
+from training.data import cache as cache_module
+from training.data import encoding, stamps
+from training.data import images as data_module
+from training.data.cache import SHARD, TensorCache, default_cache
+from training.data.encoding import EncodedImages
+from training.data.images import open_dataset
 from training.errors import UserError
-from training.models import DiffusionModel
+from training.model.load import DiffusionModel
+from training.step.denoising import Denoising, Encoder
 
 FORBIDDEN: Callable[..., Any] = lambda *_, **__: pytest.fail("something was computed again")  # noqa: E731
 

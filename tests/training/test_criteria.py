@@ -12,9 +12,9 @@ from ldcp_core import Site, Topology
 from ldcp_core.diffusers import topology_of
 from training import criteria
 from training.criteria import Diversity, Ladder
-from training.data import ImageData, open_dataset
-from training.denoising import Denoising
-from training.models import DiffusionModel
+from training.data.images import ImageData, open_dataset
+from training.model.load import DiffusionModel
+from training.step.denoising import Denoising
 
 CONV1, CONV2 = "mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"
 FF = "mid_block.attentions.0.transformer_blocks.0.ff.net.0"

@@ -11,8 +11,8 @@ import pytest
 from pictures import RED, draw, ids, png
 from PIL import Image, ImageFile
 
-from training import data as data_module
-from training.data import (
+from training.data import images as data_module
+from training.data.images import (
     BrokenImage,
     ImageData,
     decode_image,
@@ -104,7 +104,7 @@ def test_images_are_opened_in_one_place() -> None:
         f for room in ("training", "nodes", "ldcp_core") for f in (root / room).rglob("*.py")
     ]
     opening = {f.relative_to(root).as_posix() for f in sources if "Image.open(" in f.read_text()}
-    assert opening == {"training/data.py"}
+    assert opening == {"training/data/images.py"}
 
 
 @pytest.mark.parametrize("side", [9_500, 13_500])  # from twice the limit on Pillow itself refuses
@@ -269,6 +269,9 @@ def test_a_broken_image_does_not_disturb_the_others(faces: ImageData, tmp_path: 
 
 def test_warnings_go_through_logging(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    with caplog.at_level(logging.WARNING, logger="training.data"), pytest.raises(BrokenImage):
+    with (
+        caplog.at_level(logging.WARNING, logger="training.data.images"),
+        pytest.raises(BrokenImage),
+    ):
         open_dataset(str(tmp_path), resolution=4)[0]
     assert [record.levelname for record in caplog.records] == ["WARNING"]

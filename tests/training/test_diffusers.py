@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldcp_core import Gates, Schedule, save_gates
 from ldcp_core.diffusers import Pruning, UnsupportedModel, pruned, topology_of
-from training.gating import hard_gates, masked
+from training.model.gating import hard_gates, masked
 
 # those of diffusers' own schedulers
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

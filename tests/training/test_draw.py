@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data import open_dataset
+from training.data.images import open_dataset
 from training.demo import draw as module
 from training.demo.draw import main
 

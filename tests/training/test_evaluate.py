@@ -15,11 +15,11 @@ from PIL import Image
 
 from ldcp_core import SD15, Gates, load_gates, save_gates
 from training import evaluate, fit, sample, score
-from training.data import open_dataset
-from training.denoising import HeldOut
+from training.data.images import open_dataset
 from training.evaluation.plots import panels_of
 from training.evaluation.report import COLUMNS
 from training.evaluation.statistics import PARTS, bootstrap, by_timestep, ranks
+from training.step.denoising import HeldOut
 
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
 

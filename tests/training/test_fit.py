@@ -16,12 +16,12 @@ import torch
 
 from ldcp_core import Gates, load_gates
 from ldcp_core.diffusers import topology_of
-from training import outcome
-from training.data import open_dataset
-from training.denoising import Denoising
+from training.data.images import open_dataset
 from training.errors import UserError
 from training.fit import fit, main, parse_arguments
-from training.models import DiffusionModel, load_model
+from training.learning import result as outcome
+from training.model.load import DiffusionModel, load_model
+from training.step.denoising import Denoising
 
 QUICK = ["--batch-size", "4", "--gradient-accumulation", "1", "--max-steps", "60"]
 

@@ -7,8 +7,8 @@ import torch
 
 from ldcp_core import PADDINGS, SoftGate
 from ldcp_core.diffusers import topology_of
-from training.gating import ChannelMeans, compacted, hard_gates, masked
-from training.models import DiffusionModel
+from training.model.gating import ChannelMeans, compacted, hard_gates, masked
+from training.model.load import DiffusionModel
 
 TOLERANCE = 1e-5
 

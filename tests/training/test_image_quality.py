@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from training.data import open_dataset
+from training.data.images import open_dataset
 from training.errors import UserError
 from training.evaluation import images as image_quality
 from training.evaluation.distances import cmmd, fid, kid, precision_recall
 from training.evaluation.images import clip_scores, compare_images, pair_metrics
 from training.evaluation.networks import Clip, Inception, Networks, Vgg, load_networks
 from training.evaluation.reference import Reference
-from training.models import _clip_tokenizer
+from training.model.load import _clip_tokenizer
 
 FACES = ["a face", "a dog's face"]
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import kernels
-from training.frozen import frozen_layers
-from training.gating import overridden
-from training.kernels import fast_layers
-from training.precision import _stored_forward, storage_of
+from training.model import kernels
+from training.model.gating import overridden
+from training.model.kernels import fast_layers
+from training.model.precision import _stored_forward, storage_of
+from training.step.frozen import frozen_layers
 
 LAYERS = {
     "convolution": (nn.Conv2d(256, 264, 3, padding=1), (2, 256, 4, 3)),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldcp_core import THRESHOLD, Topology
-from training.budget import Budget
-from training.learning import (
+from training.learning.budget import Budget
+from training.learning.learner import (
     LAST_LEARNING_RATE,
     LAST_NOISE,
     NOISE,

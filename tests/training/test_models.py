@@ -25,10 +25,10 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training import models
-from training.configs import SD15, single_file
 from training.errors import UserError
-from training.models import embed_prompts, encode_images, load_model
+from training.model import load as models
+from training.model.configs import SD15, single_file
+from training.model.load import embed_prompts, encode_images, load_model
 
 Shapes = dict[str, tuple[int, ...]]
 WIDTHS = (320, 640, 1280, 1280)

@@ -15,9 +15,9 @@ from ldcp_core import Gates
 from ldcp_core.diffusers import compact_blocks, topology_of
 from training.benchmarking.variants import Inputs, unet_bytes
 from training.errors import UserError
-from training.gating import compacted
-from training.models import DiffusionModel, load_model
-from training.precision import PRECISIONS, STORING, PackedBlock, in_precision, storage_of
+from training.model.gating import compacted
+from training.model.load import DiffusionModel, load_model
+from training.model.precision import PRECISIONS, STORING, PackedBlock, in_precision, storage_of
 from training.sample import Candidate
 
 

@@ -13,11 +13,11 @@ import torch
 
 from ldcp_core import load_gates
 from training import fit
-from training.data import open_dataset
-from training.denoising import Denoising
-from training.encoding import EncodedImages
-from training.models import DiffusionModel
-from training.processes import Processes
+from training.data.encoding import EncodedImages
+from training.data.images import open_dataset
+from training.learning.processes import Processes
+from training.model.load import DiffusionModel
+from training.step.denoising import Denoising
 
 ROOT = Path(__file__).parents[2]
 

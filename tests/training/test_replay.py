@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ldcp_core import PADDINGS, SoftGate, blocks_of
 from ldcp_core.diffusers import topology_of
-from training.data import Batch
-from training.denoising import Denoising, Problem
-from training.frozen import frozen_layers
-from training.gating import deviation, masked
-from training.models import DiffusionModel
-from training.replay import stages_before
+from training.data.images import Batch
+from training.model.gating import deviation, masked
+from training.model.load import DiffusionModel
+from training.step.denoising import Denoising, Problem
+from training.step.frozen import frozen_layers
+from training.step.replay import stages_before
 
 SCOPES = ["mid", "up", "down", "all", "ff", "up_blocks.3.*", "up_blocks.1.resnets.2.conv1"]
 

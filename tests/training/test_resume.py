@@ -19,13 +19,15 @@ import torch
 from safetensors import safe_open
 
 from ldcp_core import load_gates
-from training import checkpoint, fit, loop, outcome
-from training.calibration import Calibration
-from training.checkpoint import Checkpoints
+from training import fit
 from training.config import RunOptions
 from training.errors import UserError
 from training.fit import main
-from training.loop import Learning
+from training.learning import checkpoint, loop
+from training.learning import result as outcome
+from training.learning.calibration import Calibration
+from training.learning.checkpoint import Checkpoints
+from training.learning.loop import Learning
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -143,7 +145,7 @@ def test_a_checkpoint_holds_the_global_generators(
         return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
     state = checkpoint.read(next(iter(Checkpoints(interrupted, 2).paths()))).state
-    from training.randomness import set_random_state
+    from training.learning.randomness import set_random_state
 
     set_random_state(state["learning"]["random"])
     expected = draws()

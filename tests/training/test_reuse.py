@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ldcp_core import SoftGate
 from ldcp_core.diffusers import topology_of
-from training.data import Batch, Position
-from training.denoising import Answered, Denoising
-from training.models import DiffusionModel
-from training.reuse import Problems
+from training.data.images import Batch, Position
+from training.model.load import DiffusionModel
+from training.step.denoising import Answered, Denoising
+from training.step.reuse import Problems
 
 WINDOW, TIMES = 3, 2
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from pictures import RED, draw, ids, png
 
-from training.data import ImageData, open_dataset
+from training.data.files import CAPTION_LIMIT, FILE_LIMIT
+from training.data.images import ImageData, open_dataset
+from training.data.sources import as_caption, open_stream
 from training.errors import UserError
-from training.files import CAPTION_LIMIT, FILE_LIMIT
-from training.sources import as_caption, open_stream
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,14 @@ import torch
 from pictures import draw, png
 from test_resume import assert_same, fail_at
 
-from training import encoding, fit, streaming
-from training.data import Position, open_dataset
-from training.denoising import Denoising, Encoder
-from training.encoding import EncodedBatch
+from training import fit
+from training.data import encoding, streaming
+from training.data.encoding import EncodedBatch
+from training.data.images import Position, open_dataset
+from training.data.streaming import StreamedImages
 from training.errors import UserError
-from training.models import DiffusionModel
-from training.streaming import StreamedImages
+from training.model.load import DiffusionModel
+from training.step.denoising import Denoising, Encoder
 
 ROWS = 14
 

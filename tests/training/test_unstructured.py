@@ -9,7 +9,7 @@ from torch import nn
 from training.benchmarking.variants import Inputs, unet_bytes
 from training.errors import UserError
 from training.evaluation.unstructured import AMOUNTS, Unstructured, unstructured_of, zeroed
-from training.models import DiffusionModel
+from training.model.load import DiffusionModel
 
 
 def two_layers() -> nn.Module:

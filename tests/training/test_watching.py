@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 
 from ldcp_core import Gates, gates_report, load_gates
-from training import fit, report, watching
-from training.html_report import html_report
-from training.loop import Learning
-from training.models import DiffusionModel
-from training.samples import Samples
+from training import fit
+from training.learning import curves as report
+from training.learning import watching
+from training.learning.loop import Learning
+from training.learning.page import html_report
+from training.learning.samples import Samples
+from training.model.load import DiffusionModel
 
 STEPS = 6
 Run = Callable[..., int]

@@ -34,10 +34,10 @@ from ldcp_core.diffusers import CompactBlock, compact_blocks, topology_of
 from training.arguments import parse_count, parse_share
 from training.benchmarking.timing import DENSE
 from training.benchmarking.variants import TEXT_TOKENS, random_pruning
-from training.configs import SD15
 from training.console import explaining
-from training.gating import running
-from training.models import DTYPES, check_resolution
+from training.model.configs import SD15
+from training.model.gating import running
+from training.model.load import DTYPES, check_resolution
 
 PIXELS_PER_LATENT = 8
 GIGA, TERA = 1e9, 1e12

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from ldcp_core import DEFAULT_SCOPE, SoftGate, blocks_of
 from ldcp_core.diffusers import topology_of
 from training.arguments import parse_count
-from training.configs import SD15
 from training.console import explaining
-from training.frozen import frozen_layers
-from training.gating import deviation, masked
-from training.models import DTYPES, check_resolution
-from training.replay import recording, replaying
+from training.model.configs import SD15
+from training.model.gating import deviation, masked
+from training.model.load import DTYPES, check_resolution
+from training.step.frozen import frozen_layers
+from training.step.replay import recording, replaying
 
 PIXELS_PER_LATENT = 8
 TOKENS = 77

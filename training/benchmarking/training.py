@@ -30,27 +30,27 @@ from ldcp_core import SoftGate
 from ldcp_core.diffusers import topology_of
 from training.arguments import DEMO_SETTINGS, parse_count
 from training.benchmarking import machine
-from training.budget import Budget
-from training.cache import default_cache
-from training.calibration import Calibration
 from training.config import FitConfig
 from training.console import explaining
-from training.data import ImageData, Position, open_dataset
-from training.denoising import Denoising
-from training.encoding import EncodedImages
+from training.data.cache import default_cache
+from training.data.encoding import EncodedImages
+from training.data.images import ImageData, Position, open_dataset
 from training.errors import UserError
-from training.gating import deviation, masked
-from training.learning import GateLearner, new_optimizer, noise_scale
-from training.loop import Learning
-from training.models import (
+from training.learning.budget import Budget
+from training.learning.calibration import Calibration
+from training.learning.learner import GateLearner, new_optimizer, noise_scale
+from training.learning.loop import Learning
+from training.learning.processes import Processes
+from training.model.gating import deviation, masked
+from training.model.load import (
     DTYPES,
     DiffusionModel,
     embed_prompts,
     encode_images,
     load_model,
 )
-from training.processes import Processes
-from training.reuse import WINDOW
+from training.step.denoising import Denoising
+from training.step.reuse import WINDOW
 
 LOOPS = {
     "ours": "this repository's loop, latents and embeddings from the cache",

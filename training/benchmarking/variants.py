@@ -30,8 +30,8 @@ from ldcp_core import (
 )
 from ldcp_core.diffusers import CompactBlock, compact_blocks, gated_layers
 from training.benchmarking.timing import DENSE, Variant
-from training.configs import SD15
-from training.gating import running
+from training.model.configs import SD15
+from training.model.gating import running
 
 TEXT_TOKENS = 77
 TIMESTEP = 500

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from training.console import progress
-from training.data import open_image
+from training.data.images import open_image
 from training.evaluation import distances
 from training.evaluation.networks import BATCH, Clip, Inception, Networks, Vgg
 from training.evaluation.reference import Reference

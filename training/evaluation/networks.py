@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from training.cache import weights_digest
+from training.data.cache import weights_digest
+from training.data.stamps import file_stamp
 from training.errors import UserError
-from training.stamps import file_stamp
 
 #: images given to a network at once
 BATCH = 32

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ldcp_core import one_line
-from training.data import open_image
+from training.data.images import open_image
 
 Row = Mapping[str, Any]
 

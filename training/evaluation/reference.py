@@ -1,6 +1,6 @@
 """Features of the images that drawn ones are held against, computed once and kept on disk.
 
-Features are cached one per image (see `training.cache`), in files named by the content of the
+Features are cached one per image (see `training.data.cache`), in files named by the content of the
 images, by the network and by the resolution: FID, KID, CMMD, precision and recall of any later run
 against the same images start from there.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.cache import TensorCache, digest
-from training.data import BrokenImage, ImageData
-from training.encoding import CROP
+from training.data.cache import TensorCache, digest
+from training.data.encoding import CROP
+from training.data.images import BrokenImage, ImageData
 from training.errors import UserError
 from training.evaluation.networks import BATCH, Clip, Inception, Vgg
 

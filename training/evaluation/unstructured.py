@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from training.errors import UserError
-from training.precision import STORING, in_precision, storage_of
+from training.model.precision import STORING, in_precision, storage_of
 
 #: kind -> the amounts that are measured unless others are asked for
 AMOUNTS: dict[str, tuple[float, ...]] = {

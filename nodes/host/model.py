@@ -1,0 +1,162 @@
+"""Where the sites of a gate file are in a ComfyUI model.
+
+Sites carry diffusers names; ComfyUI keeps the original SD1.5 layout. This module translates, and
+refuses every model that is not a U-Net of the SD1.5 family or whose layers have other widths than
+the gates, before anything is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ...ldcp_core import (
+    Block,
+    FeedForward,
+    Gates,
+    ResBlock,
+    Topology,
+    block_of,
+    blocks_of,
+    kind_of,
+)
+from .blocks import HostBlock
+from .feedforward import ComfyFeedForward
+from .resblock import ComfyResBlock
+
+#: kind of block -> what knows ComfyUI's modules of it
+HOST_BLOCKS: Mapping[type[Block], type[HostBlock]] = {
+    ResBlock: ComfyResBlock,
+    FeedForward: ComfyFeedForward,
+}
+LEAVE_OUT = "leave out the node or extension that changes this layer"
+
+
+class ModelError(ValueError):
+    """A model that these gates cannot prune; the message is what the user reads."""
+
+
+def module_path(block: str, layers_per_block: int = 2) -> str:
+    """ComfyUI's path of a block below ``diffusion_model``, from its diffusers name.
+
+    >>> module_path("mid_block.resnets.1"), module_path("down_blocks.1.resnets.0")
+    ('middle_block.2', 'input_blocks.4.0')
+    >>> module_path("up_blocks.3.resnets.2")
+    'output_blocks.11.0'
+    >>> module_path("up_blocks.1.attentions.0.transformer_blocks.0.ff")
+    'output_blocks.3.1.transformer_blocks.0.ff'
+    """
+    stage, *parts = block.split(".")
+    stride = layers_per_block + 1  # the downsampler or upsampler of a level takes one place
+    if stage == "mid_block":
+        kind, number, *inside = parts
+        places = {("resnets", "0"): 0, ("attentions", "0"): 1, ("resnets", "1"): 2}
+        path = f"middle_block.{places[kind, number]}"
+    else:
+        level, kind, number, *inside = parts
+        first = 1 if stage == "down_blocks" else 0  # the input convolution comes first
+        place = stride * int(level) + first + int(number)
+        stages = {"down_blocks": "input_blocks", "up_blocks": "output_blocks"}
+        path = f"{stages[stage]}.{place}.{0 if kind == 'resnets' else 1}"
+    return ".".join([path, *inside])
+
+
+def layer_path(site: str, layers_per_block: int = 2) -> str:
+    """ComfyUI's path of a gated layer below ``diffusion_model``: the one that owns the weight.
+
+    >>> layer_path("mid_block.resnets.0.conv1"), layer_path("mid_block.resnets.0.conv2")
+    ('middle_block.0.in_layers.2', 'middle_block.0.out_layers.3')
+    >>> layer_path("mid_block.attentions.0.transformer_blocks.0.ff.net.0")
+    'middle_block.1.transformer_blocks.0.ff.net.0.proj'
+    """
+    block = block_of(site)
+    layers, layer = HOST_BLOCKS[kind_of(block)].layers, site.removeprefix(f"{block}.")
+    return f"{module_path(block, layers_per_block)}.{layers[layer]}"
+
+
+def unet(base_model: Any) -> nn.Module:
+    """The U-Net of ComfyUI's BaseModel, without the shell that torch.compile puts around it."""
+    found: nn.Module = base_model.diffusion_model
+    return getattr(found, "_orig_mod", found)
+
+
+def model_topology(base_model: Any) -> Topology:
+    """The topology of a ComfyUI BaseModel; raises ModelError when it is not of SD1.5's family."""
+    family = type(base_model.model_config).__name__
+    config: Mapping[str, Any] = base_model.model_config.unet_config
+    problem = _not_sd15(config)
+    if problem:
+        raise ModelError(
+            f"LDCP: this model is {family} ({problem}), but pruning gates are made for Stable "
+            "Diffusion 1.5 and its fine-tunes; connect a checkpoint of that family"
+        )
+    layers, depths = config["num_res_blocks"][0], config.get("transformer_depth")
+    attention = (True, True, True, False)
+    if depths is not None:
+        attention = tuple(any(depths[layers * b : layers * (b + 1)]) for b in range(4))
+    return Topology(
+        widths=tuple(config["model_channels"] * m for m in config["channel_mult"]),
+        attention=attention,
+        layers_per_block=layers,
+        context_width=config["context_dim"],
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+    )
+
+
+def _not_sd15(config: Mapping[str, Any]) -> str | None:
+    """What in ComfyUI's description of a model rules SD1.5's U-Net out; None when nothing does."""
+    if "model_channels" not in config or "channel_mult" not in config:
+        return "not a convolutional U-Net"
+    if len(config["channel_mult"]) != 4:
+        return f"{len(config['channel_mult'])} resolution levels instead of 4"
+    if len(set(config["num_res_blocks"])) != 1:
+        return f"levels of different depth {config['num_res_blocks']}"
+    for key in ("adm_in_channels", "use_linear_in_transformer", "use_temporal_attention"):
+        if config.get(key):
+            return f"its U-Net has {key}={config[key]}"
+    if not isinstance(config.get("context_dim"), int):
+        return f"text embeddings of width {config.get('context_dim')}"
+    return None
+
+
+def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
+    """Block name -> that block of the model, for every block that ``gates`` names.
+
+    Raises ModelError for another family, another width, or a block this host builds differently.
+    """
+    topology = model_topology(base_model)
+    widths = {site.name: site.channels for site in topology.all_sites()}
+    for site, score in gates.scores.items():
+        if widths.get(site) != score.numel():
+            raise ModelError(
+                f"LDCP: the gates have {score.numel()} channels at {site}, the model has "
+                f"{widths.get(site, 'no such layer')}; gates and model must be of the same "
+                f"architecture (gates: widths {gates.topology.widths}, model: "
+                f"{topology.widths}). Choose gates that were trained for this model"
+            )
+    named = blocks_of(gates.scores)
+    found = {}
+    for block in topology.blocks():
+        if block.name in named:
+            path = module_path(block.name, topology.layers_per_block)
+            found[block.name] = _host_block(type(block), unet(base_model), path)
+            problem = found[block.name].check(block)
+            if problem:
+                raise ModelError(
+                    f"LDCP: the model's {path} ({block.name}) cannot be pruned: {problem}; remove "
+                    "the node or extension that rebuilds this layer, or leave pruning out"
+                )
+    return found
+
+
+def _host_block(kind: type[Block], model: nn.Module, path: str) -> HostBlock:
+    try:
+        return HOST_BLOCKS[kind](model, path)
+    except AttributeError as error:
+        raise ModelError(
+            f"LDCP: the model has no layer {path}, expected in every SD1.5 U-Net; choose a "
+            "standard SD1.5 checkpoint"
+        ) from error

@@ -1,0 +1,202 @@
+"""Images of a data set too large for the disk: read as they come, encoded, and forgotten.
+
+Nothing is downloaded whole and nothing is cached, so VAE and text encoder stay in memory. Images
+come in the order of the data set, every epoch the same; whoever wants another order shuffles the
+rows when the data set is made. The first images are held out. Where the stream stands is part of
+the position, so that a run goes on with the very next image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.data.encoding import EncodedBatch
+from training.data.images import ImageData, Position, decode_image, reason_of, to_pixels
+from training.data.sources import Stream, open_stream
+from training.errors import UserError
+from training.model.load import DiffusionModel, embed_prompts, encode_images
+
+log = logging.getLogger(__name__)
+
+#: rows whose bytes tell one stream from another
+DIGEST_ROWS = 8
+#: rows without an image after which no image is expected any more
+UNREADABLE = 64
+#: prompt embeddings kept in memory
+PROMPTS = 1024
+
+
+class StreamedImages:
+    """The images of a streamed table; in a fit it stands in for `ImageData` and its cache.
+
+    ``held_out`` images at the start are not for training. Set ``resolution`` and call `encode_with`
+    before batches are drawn. ``broken`` holds id and reason of what could not be read.
+    """
+
+    def __init__(self, source: str, held_out: int) -> None:
+        self.source = source
+        self.resolution: int | None = None
+        self.broken: dict[str, str] = {}
+        self._stream: Stream = open_stream(source)
+        self._held_out = held_out
+        self._model: DiffusionModel | None = None
+        self._embedded: dict[str, Tensor] = {}
+        self._read = False
+
+    def split(self) -> tuple[range, range]:
+        """Row numbers to train on, without end, and those held out."""
+        return range(self._held_out, sys.maxsize), range(self._held_out)
+
+    def encode_with(self, model: DiffusionModel) -> None:
+        self._model = model
+
+    def digest(self, indices: Iterable[int] = ()) -> str:
+        """A short hash of the first rows' bytes and the number held out."""
+        found = hashlib.sha256(str(self._held_out).encode())
+        for row in islice(self._stream.rows(self._stream.table), DIGEST_ROWS):
+            try:
+                content = self._stream.read(row)
+            except (OSError, ValueError) as error:  # noted when its turn comes
+                content = reason_of(error).encode()
+            found.update(hashlib.sha256(content).digest())
+        return found.hexdigest()[:32]
+
+    def captions(self, indices: Sequence[int]) -> dict[int, str]:
+        """Row number -> caption of the given rows among the first ones, of those that have one."""
+        found: dict[int, str] = {}
+        rows = self._stream.rows(self._stream.table)
+        for number, row in enumerate(islice(rows, self._held_out or 1)):
+            if number in indices:
+                try:
+                    found[number] = self._stream.caption(row)
+                except ValueError as error:
+                    self._note_broken(f"row {number}", error)
+        return found
+
+    def broken_report(self) -> str:
+        """How many images were skipped and which, or "" when none were."""
+        if not self.broken:
+            return ""
+        lines = [f"{len(self.broken)} streamed images could not be read and were skipped:"]
+        return "\n".join(lines + [f"  {id}: {reason}" for id, reason in self.broken.items()])
+
+    def batches(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epochs: int | None = 1,
+        position: Position | None = None,
+        share: Callable[[int], slice] = slice,
+    ) -> Iterator[EncodedBatch]:
+        """Batches of the rows in ``indices``, in the order of the stream whatever the ``seed``.
+
+        As `EncodedImages.batches`. Every process reads the whole stream, and decodes and encodes
+        its own rows alone. An image that can't be read leaves its place in the batch empty.
+
+        Raises UserError when there is no row to read, or not one can be.
+        """
+        position = position or Position()
+        while epochs is None or position.epoch < epochs:
+            seen = begun = position.offset > 0
+            for chosen in self._rows(indices, batch_size, position):
+                seen = True
+                yield self._encoded(chosen, share(len(chosen)))
+            if not seen:
+                raise UserError(
+                    f"{self.source} has no images beyond the first {self._held_out}, which are "
+                    "held out.",
+                    "more images",
+                    "use --validation-fraction 0, or another data set",
+                )
+            if self.broken and not (self._read or begun):
+                raise self._unreadable()
+            position.epoch, position.offset, position.stream = position.epoch + 1, 0, None
+
+    def _rows(
+        self, indices: Sequence[int], batch_size: int, position: Position
+    ) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+        """Numbered rows in batches; moves ``position`` behind each batch before it is yielded."""
+        table = self._stream.table_at(position.epoch, position.stream)
+        batch: list[tuple[int, Mapping[str, Any]]] = []
+        for row in self._stream.rows(table):
+            number, position.offset = position.offset, position.offset + 1
+            if number in indices:
+                batch.append((number, row))
+            if len(batch) == batch_size:
+                position.stream = table.state_dict()
+                yield batch
+                batch = []
+            if number >= indices[-1]:
+                break
+        if batch:
+            position.stream = table.state_dict()
+            yield batch
+
+    def _encoded(
+        self, chosen: Sequence[tuple[int, Mapping[str, Any]]], rows: slice
+    ) -> EncodedBatch:
+        assert self._model is not None and self.resolution is not None
+        latents: dict[int, Tensor] = {}
+        context: dict[int, Tensor] = {}
+        for place in range(len(chosen))[rows]:
+            number, row = chosen[place]
+            try:
+                pixels = to_pixels(decode_image(self._stream.read(row)), self.resolution)
+                caption = self._stream.caption(row)
+            except Exception as error:  # damaged bytes make image decoders raise nearly anything
+                self._note_broken(f"row {number}", error)
+                continue
+            latents[place] = encode_images(self._model, pixels[None])[0].cpu()
+            context[place] = self._embedding(caption)
+            self._read = True
+        if not latents:
+            latents[0] = torch.zeros(self._latent_shape())
+            context[0] = self._embedding("")
+            return EncodedBatch(latents[0][None][:0], context[0][None][:0], [], len(chosen), [])
+        ids = [f"row {chosen[place][0]}" for place in latents]
+        stacked = [torch.stack(list(values.values())) for values in (latents, context)]
+        return EncodedBatch(stacked[0], stacked[1], ids, len(chosen), list(latents))
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        assert self._model is not None and self.resolution is not None
+        side = self.resolution // self._model.vae_scale_factor
+        return self._model.vae.config.latent_channels, side, side
+
+    def _embedding(self, caption: str) -> Tensor:
+        assert self._model is not None
+        if caption not in self._embedded:
+            if len(self._embedded) == PROMPTS:
+                del self._embedded[next(iter(self._embedded))]
+            self._embedded[caption] = embed_prompts(self._model, [caption])[0].cpu()
+        return self._embedded[caption]
+
+    def _note_broken(self, id: str, error: Exception) -> None:
+        reason = reason_of(error)
+        if not self.broken:
+            log.warning("Skipping the broken image %s: %s", id, reason)
+        self.broken[id] = reason
+        if not self._read and len(self.broken) == UNREADABLE:
+            raise self._unreadable()
+
+    def _unreadable(self) -> UserError:
+        id, reason = next(iter(self.broken.items()))
+        return UserError(
+            f"None of the first {len(self.broken)} images of {self.source} can be read, for "
+            f"example {id}: {reason}.",
+            "rows that hold images",
+            "look at that row; make or download the data set again",
+        )
+
+
+#: images to learn from
+Data = ImageData | StreamedImages

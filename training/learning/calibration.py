@@ -1,0 +1,92 @@
+"""What a fit measures before it learns: constants for pruned channels, and what channels do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldcp_core import Site
+from training.config import FitConfig
+from training.console import progress
+from training.criteria import own_effect
+from training.data.encoding import EncodedBatch
+from training.data.images import Batch
+from training.errors import UserError
+from training.learning.processes import Processes
+from training.model.gating import ChannelMeans, deviation, hard_gates
+from training.step.denoising import Denoising
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What stands in for pruned channels, the effect of closing all gates, and of closing each.
+
+    ``constants`` (site name -> float32 [C]) are the channels' means over the data, or zero;
+    ``effect`` is the deviation from dense with every gate closed; ``effects`` (site name ->
+    float32 [C]), a mean squared error too, is what each channel does alone: where learning starts.
+    """
+
+    constants: dict[str, Tensor]
+    effect: float
+    effects: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"constants": self.constants, "effect": self.effect, "effects": self.effects}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Calibration:
+        return cls(state["constants"], state["effect"], state["effects"])
+
+
+def calibrate(
+    config: FitConfig,
+    denoising: Denoising,
+    sites: Sequence[Site],
+    stream: Iterator[Batch | EncodedBatch],
+    processes: Processes,
+) -> Calibration:
+    """Measure all three on the first batches of the stream, each process on its share of them.
+
+    Raises UserError when pruning everything changes nothing, or breaks the model.
+    """
+    batches = progress(range(config.calibration_batches), "calibrating: images", unit="batch")
+    problems = [denoising.problem(next(stream)) for _ in batches]
+    with ChannelMeans(denoising.model.unet, sites) as means:
+        dense = [
+            denoising.dense(problem) if len(problem) else None
+            for problem in progress(problems, "calibrating: dense", unit="batch")
+        ]
+    processes.sum_(means.totals())
+    constants = means.constants()
+    if config.constant == "zero":
+        constants = {site: torch.zeros_like(mean) for site, mean in constants.items()}
+
+    closed = {site.name: torch.zeros(site.channels, dtype=torch.bool) for site in sites}
+    gates = hard_gates(closed, constants)
+    answered = [pair for pair in zip(problems, dense, strict=True) if pair[1] is not None]
+    with torch.no_grad():
+        deviations = [
+            problem.share
+            * deviation(denoising.gated(problem, gates, config.padding), target).item()
+            for problem, target in progress(answered, "calibrating: all pruned", unit="batch")
+        ]
+    whole = torch.tensor(math.fsum(deviations), dtype=torch.float64)
+    processes.sum_([whole])
+    effect = whole.item() / len(problems)
+    if not effect > 0 or not math.isfinite(effect):
+        raise UserError(
+            f"Pruning all of scope {config.scope!r} moves the model's output by {effect}.",
+            "a scope that does something",
+            "check that the model's weights are intact",
+        )
+    found = own_effect(denoising, problems, sites, constants, config.padding, processes.sum_)
+    # a mean over the outputs of the whole batch, of which this process may have a part
+    outputs = torch.tensor(float(problems[0].noisy.numel()), dtype=torch.float64)
+    processes.sum_([outputs])
+    effects = {site: total / outputs.item() for site, total in found.items()}
+    return Calibration(constants, effect, effects)

@@ -1,0 +1,315 @@
+"""Learning the gates: two losses that compete, and what keeps the competition fair.
+
+The loss is the original project's: MSE reconstruction + λ · mean score (the L1 of the scores; with
+a budget in parameters or FLOPs every score counts as much as its channel costs). Four things make
+it learnable. The reconstruction is measured in the price of the channels at the target (see
+`price_of`), so that λ means the same for every model and every target. While learning, logistic
+noise opens and closes channels near the threshold: under a hard straight-through gate alone a kept
+channel never feels what its own removal would cost, since at m = 1 the gradient of a quadratic
+loss holds only its interaction with the pruned ones; tried both ways, the two gradients average to
+the true difference. A controller moves λ so that the sparsity follows a ramp to the target. What
+it still misses in the end a cut by rank of the learned scores makes up.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldcp_core import (
+    THRESHOLD,
+    ChannelGate,
+    Site,
+    aligned_counts,
+    least_kept,
+    moving_cost,
+    top_channels,
+)
+from training.learning.budget import Budget
+
+#: every channel starts kept, its logit random between these: equal ones would fall together
+START_LOGITS = (0.8, 1.2)
+#: where it is known what each channel does alone, logits start here: cheapest, at the price, and by
+#: how much per e-fold above it, so that what matters most is never tried closed
+CHEAPEST_LOGIT, PRICE_LOGIT, LOGIT_PER_FOLD = 0.2, 1.0, 0.5
+#: logits stay within this, so that a channel can always come back
+LOGIT_BOUND = 5.0
+#: the original project's balanced setting: its λ, and its target (λ alone prunes less)
+SEED_WEIGHT, SEED_SPARSITY = 0.01, 0.3
+#: the least logit of the channels that a floor keeps
+FLOOR_LOGIT = 0.01
+#: scale of the logistic noise on the logits: while exploring, and at the end
+NOISE, LAST_NOISE = 0.5, 0.03
+#: shares of the run: the target is reached, noise and learning rate begin to fall, noise is least
+RAMP_END, FADE_START, FADE_END = 0.4, 0.45, 0.75
+#: learning rate at the end of the run, as a share of the first
+LAST_LEARNING_RATE = 0.2
+#: how far a logit can go over a run: the way from bound to bound. With more, the last steps decide
+TRAVEL = 6.0
+#: the λ controller: e-folds of λ per unit of missing sparsity, and the most of them
+GAIN, MOST_FOLDS = 60.0, 9.0
+#: how closely a fit's sparsity must meet its target, and how far alignment may leave it
+TARGET_TOLERANCE, ALIGNMENT_SLACK = 0.01, 0.0025
+
+
+class GateLearner(nn.Module):
+    """One `ChannelGate` per site, with the masks of the current step.
+
+    Of every site at least the share ``floor`` is kept.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        seed: int,
+        budget: Budget | None = None,
+        floor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.sites = [site.name for site in sites]
+        self.budget = budget or Budget("channels", sites)
+        self.least = {site.name: least_kept(site.channels, floor) for site in sites}
+        self.generator = torch.Generator().manual_seed(seed)
+        low, high = START_LOGITS
+        self.gates = nn.ModuleList(
+            ChannelGate(low + (high - low) * torch.rand(site.channels, generator=self.generator))
+            for site in sites
+        )
+
+    @torch.no_grad()
+    def start_(self, effects: Mapping[str, Tensor], price: float) -> None:
+        """Begin at what each channel does alone (site name -> [C], of any scale).
+
+        All are kept, the cheapest nearest to the threshold; those below ``price`` (see `price_of`)
+        by their rank, since equal logits would fall together.
+        """
+        worth = torch.cat(list(worths(effects, self.budget).values()))
+        below = int((worth < price).sum())
+        rank = torch.empty_like(worth)
+        rank[worth.argsort()] = torch.arange(len(worth), dtype=worth.dtype)
+        ranked = CHEAPEST_LOGIT + (PRICE_LOGIT - CHEAPEST_LOGIT) * rank / max(below, 1)
+        folds = (worth / price).clamp(min=1.0).log()
+        logits = torch.where(worth < price, ranked, PRICE_LOGIT + LOGIT_PER_FOLD * folds)
+        widths = [gate.logits.numel() for gate in self.gates]
+        parts = logits.clamp(max=LOGIT_BOUND).split(widths)
+        for gate, part in zip(self.gates, parts, strict=True):
+            gate.logits.copy_(part)
+
+    def masks(self, noise_scale: float) -> dict[str, Tensor]:
+        """Site name -> mask [C]; exact (the file's rule) when ``noise_scale`` is 0."""
+        return {
+            site: gate(self._noise(gate, noise_scale))
+            for site, gate in zip(self.sites, self.gates, strict=True)
+        }
+
+    def penalty(self) -> Tensor:
+        """The sparsity penalty: what the scores leave of the budget, a scalar with gradient.
+
+        Counted in channels that is the mean of all scores, the seed's L1.
+        """
+        pairs = zip(self.sites, self.gates, strict=True)
+        return self.budget.remaining({site: gate.score.sum() for site, gate in pairs})
+
+    def scores(self) -> dict[str, Tensor]:
+        """Site name -> score [C] as it stands, detached, on the CPU."""
+        pairs = zip(self.sites, self.gates, strict=True)
+        return {site: gate.score.detach().float().cpu() for site, gate in pairs}
+
+    def keep_sets(self) -> dict[str, Tensor]:
+        return {site: score > THRESHOLD for site, score in self.scores().items()}
+
+    def sparsity(self) -> float:
+        """Pruned share of the budget under the file's rule."""
+        return self.budget.pruned(self.keep_sets())
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Hold the logits within their bounds, and the best of every site above the threshold."""
+        for gate in self.gates:
+            gate.logits.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+        self._keep_floor_()
+
+    @torch.no_grad()
+    def settle_(self, target: float) -> None:
+        """Cut by rank of the scores: move all logits alike until ``target`` is pruned.
+
+        As near as a single channel allows; the order of the scores does not change, but for the
+        channels that a floor keeps.
+        """
+        ordered = torch.cat([gate.logits for gate in self.gates]).sort().values
+        cuts = range(len(ordered))
+        after = bisect_left(cuts, target, key=lambda cut: self.pruned_by(ordered[cut]))
+        around = [cut for cut in (after - 1, after) if cut in cuts]
+        nearest = min(around, key=lambda cut: abs(self.pruned_by(ordered[cut]) - target))
+        for gate in self.gates:
+            gate.logits -= ordered[nearest]
+        self._keep_floor_()
+
+    def pruned_by(self, cut: Tensor) -> float:
+        """The pruned share of the budget if channels up to the logit ``cut`` were pruned."""
+        pairs = zip(self.sites, self.gates, strict=True)
+        above = {site: int((gate.logits > cut).sum()) for site, gate in pairs}
+        counts = {site: max(count, self.least[site]) for site, count in above.items()}
+        return 1.0 - self.budget.remaining(counts)
+
+    def _keep_floor_(self) -> None:
+        for site, gate in zip(self.sites, self.gates, strict=True):
+            best = torch.topk(gate.logits, self.least[site]).indices
+            gate.logits[best] = gate.logits[best].clamp(min=FLOOR_LOGIT)
+
+    def _noise(self, gate: ChannelGate, scale: float) -> Tensor | None:
+        if scale == 0:
+            return None
+        uniform = torch.rand(gate.logits.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
+        return (scale * torch.logit(uniform)).to(gate.logits.device)
+
+
+def worths(effects: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
+    """What each channel does alone per share of the budget it takes: site name -> float64 [C]."""
+    full = {site: effect.numel() for site, effect in effects.items()}
+    weights = dict(zip(full, budget.weights(full), strict=True))
+    return {site: effect.double() / weights[site] for site, effect in effects.items()}
+
+
+def price_of(effects: Mapping[str, Tensor], budget: Budget, sparsity: float | None) -> float:
+    """The worth below which channels make up ``sparsity`` of the budget: what λ has to be there.
+
+    To first order, each channel taken alone, λ · unit of such a price prunes that share. None: the
+    share of the original project's balanced setting.
+    """
+    sparsity = SEED_SPARSITY if sparsity is None else sparsity
+    found = worths(effects, budget)
+    full = {site: worth.numel() for site, worth in found.items()}
+    weights = dict(zip(full, budget.weights(full), strict=True))
+    worth = torch.cat(list(found.values()))
+    shares = torch.cat([torch.full_like(found[site], weights[site]) for site in full])
+    order = worth.argsort()
+    passed = shares[order].cumsum(0) >= sparsity * shares.sum() * (1 - 1e-9)
+    return max(float(worth[order][passed][0]), 1e-30)
+
+
+class SparsityController:
+    """Moves λ so that the sparsity follows a ramp to the target.
+
+    Proportional, on log λ: the further behind the ramp, by the larger a factor λ exceeds
+    ``weight``. It keeps no sum of errors, which at high targets outgrew the reconstruction and
+    pruned blindly. Without a target λ stays what it is.
+    """
+
+    def __init__(self, weight: float, target: float | None, steps: int) -> None:
+        self.weight = self._first = weight
+        self.target = target
+        self.steps = steps
+
+    def wanted(self, step: int) -> float | None:
+        """The sparsity wanted at ``step``, rising to the target over the first part of the run."""
+        if self.target is None:
+            return None
+        return self.target * min(1.0, (step + 1) / (RAMP_END * self.steps))
+
+    def update(self, step: int, sparsity: float) -> None:
+        wanted = self.wanted(step)
+        if wanted is None:
+            return
+        folds = min(max(GAIN * (wanted - sparsity), -MOST_FOLDS), MOST_FOLDS)
+        self.weight = max(self._first, 1e-6) * math.exp(folds)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"weight": self.weight}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.weight = state["weight"]
+
+
+def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:
+    """Adam on the logits.
+
+    Its epsilon is a fifth of the pull of λ₀ on a single logit at the threshold: channels that
+    hardly matter then move in proportion to λ, not all at full speed in the direction of its sign.
+    """
+    channels = sum(gate.logits.numel() for gate in learner.gates)
+    return torch.optim.Adam(
+        learner.parameters(),
+        lr=learning_rate,
+        betas=(0.9, 0.99),
+        eps=max(0.05 * weight / channels, 1e-8),
+    )
+
+
+def default_learning_rate(steps: int) -> float:
+    """Such that a logit can travel `TRAVEL` over the run, whatever its length."""
+    return min(TRAVEL / steps, 0.3)
+
+
+def noise_scale(step: int, steps: int) -> float:
+    """Scale of the logistic noise on the logits: `NOISE`, then falling to `LAST_NOISE`."""
+    left = min(max((FADE_END - step / steps) / (FADE_END - FADE_START), 0.0), 1.0)
+    return LAST_NOISE + (NOISE - LAST_NOISE) * left
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """1 while the noise explores, then a cosine down to `LAST_LEARNING_RATE`."""
+    progress = min(max((step / steps - FADE_START) / (1.0 - FADE_START), 0.0), 1.0)
+    fall = 0.5 * (1 - math.cos(math.pi * progress))
+    return 1.0 - (1.0 - LAST_LEARNING_RATE) * fall
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Scores whose keep-sets are aligned, and how many channels had to change sides for it.
+
+    ``learned`` is the sparsity before that.
+    """
+
+    scores: dict[str, Tensor]
+    moved: int
+    learned: float
+
+
+def aligned_scores(
+    scores: dict[str, Tensor],
+    target: float | None,
+    budget: Budget,
+    least: Mapping[str, int] | None = None,
+) -> Alignment:
+    """Move the channels nearest to the threshold across it until every kept count is aligned.
+
+    Counts are balanced over the sites so that the target (without one: the learned sparsity) holds
+    in the unit of the budget. The order of the scores within a site does not change.
+    """
+    wanted = {site: int((score > THRESHOLD).sum()) for site, score in scores.items()}
+    widths = [score.numel() for score in scores.values()]
+    learned = 1.0 - budget.remaining(wanted)
+    weights = budget.weights(wanted)
+    # the budget seen from the learned counts, where it is straight over a few channels
+    total = sum(w * c for w, c in zip(weights, wanted.values(), strict=True))
+    if target is not None:
+        total += learned - target
+    counts = aligned_counts(
+        list(wanted.values()),
+        widths,
+        total,
+        least=None if least is None else [least[site] for site in scores],
+        weights=weights,
+        slack=ALIGNMENT_SLACK,
+        cost=moving_cost([torch.logit(score, eps=1e-6) for score in scores.values()], 0.0),
+    )
+    aligned: dict[str, Tensor] = {}
+    moved = 0
+    for (site, score), count in zip(scores.items(), counts, strict=True):
+        keep = top_channels(score, count)
+        changed = keep != (score > THRESHOLD)
+        moved += int(changed.sum())
+        aligned[site] = _with_keep_set(score, keep)
+    return Alignment(aligned, moved, learned)
+
+
+def _with_keep_set(score: Tensor, keep: Tensor) -> Tensor:
+    """The nearest scores for which ``score > 0.5`` is ``keep``, in the same order."""
+    above = torch.nextafter(torch.tensor(THRESHOLD), torch.tensor(1.0))
+    return torch.where(keep, score.clamp(min=above.item()), score.clamp(max=THRESHOLD))

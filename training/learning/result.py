@@ -1,0 +1,203 @@
+"""What a run of learning leaves behind: a gate file, pictures, a report, and words about them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldcp_core import (
+    Gates,
+    fingerprint,
+    gates_report,
+    save_gates,
+)
+from ldcp_core.diffusers import compact_blocks, topology_of
+from training.config import FitConfig
+from training.console import name_of
+from training.data.encoding import EncodedImages
+from training.data.splits import Split
+from training.data.streaming import Data, StreamedImages
+from training.errors import UserError
+from training.learning.budget import Budget
+from training.learning.curves import History, curves_png, scores_png
+from training.learning.learner import TARGET_TOLERANCE, Alignment, aligned_scores
+from training.learning.loop import Learning
+from training.learning.page import html_report
+from training.learning.samples import Samples
+from training.model.precision import in_precision
+from training.output import write
+from training.provenance import provenance
+from training.step.denoising import Denoising, HeldOut
+
+log = logging.getLogger("training.fit")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The gates as written, the course of the run, and the held-out deviation from dense."""
+
+    gates: Gates
+    history: History
+    heldout_deviation: float | None
+
+
+def finish(
+    config: FitConfig,
+    learning: Learning,
+    denoising: Denoising,
+    data: Data,
+    images: Data | EncodedImages,
+    held_out: Sequence[int],
+    output: Path,
+    samples: Samples | None,
+) -> FitResult:
+    """From logits to a gate file and all that lies beside it."""
+    learning.finish()
+    history, learner, unet = learning.history, learning.learner, denoising.model.unet
+    budget = learner.budget
+    alignment = aligned_scores(learner.scores(), config.target_sparsity, budget, learner.least)
+    gates = Gates(
+        alignment.scores,
+        learning.calibration.constants if config.constant == "mean" else {},
+        config.padding,
+        topology_of(unet),
+    )
+    gates = replace(gates, info=_info(config, data, history, unet, budget, gates))
+    heldout = None
+    if held_out:
+        heldout = _validate(config, denoising, images, held_out, gates)
+        history.heldout_deviation = heldout
+    gates = replace(gates, info={**gates.info, "history": history.to_json()})
+    picture = None
+    if samples is not None:
+        constants = {site: gates.constant(site) for site in gates.scores}
+        picture = samples.picture(gates.keep_sets(), constants)
+    curves, scores = curves_png(history), scores_png(gates)
+    notes = [] if heldout is None else [f"held-out deviation from dense (MSE, fp32): {heldout:.3g}"]
+    page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
+    try:
+        save_gates(gates, output)
+        write(output.with_suffix(".curves.png"), curves)
+        write(output.with_suffix(".scores.png"), scores)
+        write(output.with_suffix(".html"), page.encode())
+    except OSError as error:
+        raise UserError(
+            f"The results can't be written beside {output}: {error}.",
+            "a disk with room",
+            "make room, and go on with --resume",
+        ) from error
+    _say_result(config, gates, history, alignment, budget, output, data)
+    return FitResult(gates, history, heldout)
+
+
+def _validate(
+    config: FitConfig,
+    denoising: Denoising,
+    data: Data | EncodedImages,
+    indices: Sequence[int],
+    gates: Gates,
+) -> float:
+    """Held-out deviation from dense and denoising loss of the gates as they will be written.
+
+    In float32 whatever the fit computes in: rounding to fewer bits moves the output as far as
+    well-chosen gates do.
+    """
+    unet = denoising.model.unet
+    constants = {site: gates.constant(site) for site in gates.scores}
+    with in_precision(unet, "fp32", {}):
+        heldout = HeldOut(
+            denoising,
+            data,
+            indices,
+            config.validation_samples,
+            config.batch_size,
+            config.seed + 1,
+        )
+    blocks = compact_blocks(unet, gates.keep_sets(), constants, gates.padding, torch.float32)
+    with in_precision(unet, "fp32", blocks):
+        deviations, losses = heldout.as_it_is("held-out images, pruned")
+    dense, pruned = heldout.dense_losses.mean().item(), losses.mean().item()
+    error = deviations.std().item() / math.sqrt(len(deviations)) if len(deviations) > 1 else 0.0
+    log.info(
+        "held out: deviation from dense %.3g ± %.1g (MSE, fp32); loss %.5f, dense %.5f (%+.2f%%)",
+        deviations.mean().item(),
+        error,
+        pruned,
+        dense,
+        100 * (pruned / dense - 1),
+    )
+    return deviations.mean().item()
+
+
+def _say_result(
+    config: FitConfig,
+    gates: Gates,
+    history: History,
+    alignment: Alignment,
+    budget: Budget,
+    output: Path,
+    data: Data,
+) -> None:
+    target, channels = config.target_sparsity, gates.channels
+    print(gates_report(gates).text())
+    print(
+        f"{history.changed} of {channels} channels changed state through learning since the start "
+        f"(all kept); alignment to multiples of 8 moved {alignment.moved} more."
+    )
+    achieved = budget.pruned(gates.keep_sets())
+    if budget.kind != "channels":
+        print(f"Of the gated layers' {budget.kind} {achieved:.1%} are pruned.")
+    if target is not None and abs(achieved - target) > TARGET_TOLERANCE:
+        print(advice(target, achieved))
+    if broken := data.broken_report():
+        print(broken)
+    for suffix in (".safetensors", ".history.csv", ".curves.png", ".scores.png", ".html"):
+        print(f"wrote {output.with_suffix(suffix)}")
+
+
+def advice(target: float, achieved: float) -> str:
+    """What to do about a target that was missed: the cut is at the target, so alignment missed it.
+
+    >>> print(advice(0.3, 0.25))
+    25.0% are pruned, over a point less than the target of 30.0%: kept counts are multiples of 8,
+    and widths as small as these allow no closer value. Raise --target-sparsity to come to the next,
+    or give it a larger --scope.
+    """
+    less, change = ("less", "Raise") if achieved < target else ("more", "Lower")
+    return (
+        f"{achieved:.1%} are pruned, over a point {less} than the target of {target:.1%}: kept "
+        "counts are multiples of 8,\nand widths as small as these allow no closer value. "
+        f"{change} --target-sparsity to come to the next,\nor give it a larger --scope."
+    )
+
+
+def _info(
+    config: FitConfig,
+    data: Data,
+    history: History,
+    unet: torch.nn.Module,
+    budget: Budget,
+    gates: Gates,
+) -> dict[str, Any]:
+    """Everything needed to know later what the gate file is."""
+    sites = [site for site in gates.topology.all_sites() if site.name in gates.scores]
+    weights = {site.name: unet.get_parameter(site.weight) for site in sites}
+    return {
+        **provenance("learned", config.to_json(), gates, budget),
+        "steps": len(history.sparsity),
+        "changed_channels": history.changed,
+        "held_out": Split.of(config).to_json(),
+        "data": {"source": name_of(data.source), "images": _count(data)},
+        "fingerprint": fingerprint(weights),
+    }
+
+
+def _count(data: Data) -> int | None:
+    """How many images there are; None where nobody knows."""
+    return None if isinstance(data, StreamedImages) else len(data)

@@ -1,0 +1,79 @@
+"""Images that the dense and the pruned model draw from the same noise.
+
+Deterministic sampling (DDIM, Song et al. 2021, arXiv:2010.02502, η = 0) from fixed seeds, with
+generators of its own: drawing them changes nothing in what is learned.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+from ldcp_core import Padding
+from training.console import progress
+from training.model.gating import compacted
+from training.model.load import DiffusionModel, embed_prompts
+
+STEPS = 20
+GUIDANCE = 4.0
+
+
+class Samples:
+    """One image per prompt; holds the VAE of ``model``, but not its text encoder.
+
+    Prompts are embedded at once. An empty prompt is drawn without guidance.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, prompts: Sequence[str], resolution: int, padding: Padding
+    ) -> None:
+        self._unet, self._vae = model.unet, model.vae
+        self._padding = padding
+        self._contexts = [embed_prompts(model, ["", p] if p else [""]).cpu() for p in prompts]
+        self._side = resolution // model.vae_scale_factor
+        self._scheduler = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
+        self._dense: list[Image.Image] | None = None
+
+    def picture(self, keep_sets: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> bytes:
+        """A PNG: the dense model's images above, the pruned one's of the same noise below."""
+        if self._dense is None:
+            self._dense = self._draw(nullcontext())
+        pruned = self._draw(compacted(self._unet, keep_sets, constants, self._padding))
+        side = self._dense[0].width
+        sheet = Image.new("RGB", (side * len(self._dense), 2 * side), "white")
+        for row, images in enumerate((self._dense, pruned)):
+            for column, image in enumerate(images):
+                sheet.paste(image, (column * side, row * side))
+        stream = io.BytesIO()
+        sheet.save(stream, "PNG")
+        return stream.getvalue()
+
+    @torch.no_grad()
+    def _draw(self, gates: AbstractContextManager[object]) -> list[Image.Image]:
+        with gates:
+            contexts = progress(self._contexts, "drawing samples", unit="image")
+            return [self._one(seed, context) for seed, context in enumerate(contexts)]
+
+    def _one(self, seed: int, context: Tensor) -> Image.Image:
+        unet, vae = self._unet, self._vae
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, unet.config.in_channels, self._side, self._side)
+        latents = torch.randn(shape, generator=generator).to(unet.device)
+        context = context.to(unet.device, unet.dtype)
+        self._scheduler.set_timesteps(STEPS)
+        for timestep in self._scheduler.timesteps:
+            inputs = latents.expand(context.shape[0], -1, -1, -1).to(unet.dtype)
+            noise = unet(inputs, timestep, encoder_hidden_states=context).sample.float()
+            if noise.shape[0] == 2:
+                noise = noise[:1] + GUIDANCE * (noise[1:] - noise[:1])
+            latents = self._scheduler.step(noise, timestep, latents).prev_sample
+        decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample[0]
+        pixels = ((decoded.float().cpu() + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0)
+        return Image.fromarray(pixels.numpy().astype(np.uint8))

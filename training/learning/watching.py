@@ -1,0 +1,139 @@
+"""A run seen while it goes: the history as CSV, TensorBoard, and sample images.
+
+Watchers look at a `Learning` after each step and change nothing in it: what is learned does not
+depend on who looks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+from ldcp_core import write_atomically
+from training.errors import UserError
+from training.learning.loop import Learning
+from training.learning.samples import Samples
+from training.output import write
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("step", "reconstruction", "mean_score", "weight", "sparsity")
+#: score histograms over a run
+HISTOGRAMS = 50
+
+
+class Watcher(Protocol):
+    def look(self, learning: Learning) -> None:
+        """After each step."""
+
+    def close(self) -> None:
+        """When the run ends, however it does."""
+
+
+class CsvHistory:
+    """One line per step, there as soon as the step is done.
+
+    Begins with the steps that a resumed run already took, so that the file always tells one run
+    from its first step. A disk that refuses costs the file, and not the run.
+    """
+
+    def __init__(self, path: Path, learning: Learning) -> None:
+        self._path = path
+        self._file: io.TextIOBase | None = None
+        text = io.StringIO()
+        csv.writer(text).writerow(COLUMNS)
+        for step in range(learning.step):
+            csv.writer(text).writerow(_row(learning, step))
+        try:
+            write_atomically(path, text.getvalue().encode())
+            self._file = path.open("a", newline="", encoding="utf-8")
+        except OSError as error:
+            self._give_up(error)
+
+    def look(self, learning: Learning) -> None:
+        if self._file is None:
+            return
+        try:
+            csv.writer(self._file).writerow(_row(learning, learning.step - 1))
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("%s can't be written (%s): going on without it.", self._path, error)
+        self._file = None
+
+
+class TensorBoard:
+    """Scalars of every step, and now and then histograms of the scores.
+
+    Raises UserError where the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, learning: Learning) -> None:
+        self._writer = summary_writer()(str(folder), purge_step=learning.step)
+        self._interval = max(1, learning.steps // HISTOGRAMS)
+
+    def look(self, learning: Learning) -> None:
+        for name, value in zip(COLUMNS, _row(learning, learning.step - 1), strict=True):
+            if name != "step":
+                self._writer.add_scalar(name, value, learning.step)
+        if learning.step % self._interval == 0 or learning.step == learning.steps:
+            for site, score in learning.learner.scores().items():
+                self._writer.add_histogram(f"scores/{site}", score, learning.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class SampleImages:
+    """Dense against pruned, every so many steps, as PNG files in ``folder``."""
+
+    def __init__(self, folder: Path, samples: Samples, every: int) -> None:
+        self._folder, self._samples, self._every = folder, samples, every
+
+    def look(self, learning: Learning) -> None:
+        if learning.step % self._every:
+            return
+        keep_sets = learning.learner.keep_sets()
+        picture = self._samples.picture(keep_sets, learning.calibration.constants)
+        path = self._folder / f"step-{learning.step:08d}.png"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            write(path, picture)
+        except OSError as error:
+            log.warning("%s can't be written: %s.", path, error)
+
+    def close(self) -> None:
+        pass
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer; raises UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            f"--tensorboard needs the package tensorboard ({error}).",
+            "an environment with it",
+            "pip install tensorboard, or leave out --tensorboard (the CSV holds the same numbers)",
+        ) from error
+    return SummaryWriter
+
+
+def _row(learning: Learning, step: int) -> tuple[float, ...]:
+    history = learning.history
+    return (
+        step,
+        history.reconstruction[step],
+        history.l1[step],
+        history.weight[step],
+        history.sparsity[step],
+    )

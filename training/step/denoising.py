@@ -1,0 +1,263 @@
+"""Images become denoising problems: latents, prompts, noise, timesteps, and the U-Net's answer.
+
+Latents and prompt embeddings come from a cache on disk (`EncodedImages`), or are computed once per
+image and kept in memory: every epoch after the first costs neither VAE nor text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ldcp_core import SoftGate, blocks_of
+from ldcp_core.gates import Padding
+from training.console import progress
+from training.data.encoding import EncodedBatch, EncodedImages
+from training.data.images import Batch, ImageData
+from training.model.gating import masked
+from training.model.kernels import fast_layers
+from training.model.load import DiffusionModel, embed_prompts, encode_images
+from training.step.frozen import frozen_layers
+from training.step.replay import recording, replaying
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch: ``noisy`` and ``noise`` [B, 4, h, w], ``timesteps`` [B], ``context`` [B, T, D].
+
+    ``share`` is this process's part of the whole batch, 1 where there is only one.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    context: Tensor
+    noise: Tensor
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return self.noisy.shape[0]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A problem, the dense model's answer, and the outputs of parts that no gate changes."""
+
+    problem: Problem
+    dense: Tensor
+    shared: dict[str, Any]
+
+    def to(self, device: torch.device) -> Answered:
+        """The same on another device."""
+        problem, dense, shared = tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), (vars(self.problem), self.dense, self.shared)
+        )
+        return Answered(Problem(**problem), dense, shared)
+
+
+class Encoder:
+    """Latents and prompt embeddings of images, each computed once.
+
+    One by one: the bits of a convolution depend on how many images it gets at once, and an image's
+    latent must not depend on what it first came together with (after a resume, that differs).
+    """
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self._model = model
+        self._latents: dict[str, Tensor] = {}
+        self._contexts: dict[str, Tensor] = {}
+
+    def __call__(
+        self, batch: Batch | EncodedBatch, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [B, 4, h, w] and context [B, T, D], in the U-Net's place and precision.
+
+        Or in ``dtype``.
+        """
+        device, dtype = self._model.unet.device, dtype or self._model.unet.dtype
+        if isinstance(batch, EncodedBatch):
+            return batch.latents.to(device, dtype), batch.context.to(device, dtype)
+        for pixels, id in zip(batch.pixels, batch.ids, strict=True):
+            if id not in self._latents:
+                self._latents[id] = encode_images(self._model, pixels[None])[0].cpu()
+        for caption in dict.fromkeys(batch.captions):
+            if caption not in self._contexts:
+                self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()
+        latents = torch.stack([self._latents[id] for id in batch.ids])
+        context = torch.stack([self._contexts[caption] for caption in batch.captions])
+        return latents.to(device, dtype), context.to(device, dtype)
+
+
+class Denoising:
+    """Draws noise and timesteps for images and asks the U-Net about them."""
+
+    def __init__(self, model: DiffusionModel, seed: int) -> None:
+        self.model = model
+        self.encoder = Encoder(model)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._alphas = model.alphas_cumprod.to(torch.float64)
+        self._layers = list(model.unet.modules())
+
+    def problem(
+        self,
+        batch: Batch | EncodedBatch,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Problem:
+        """Noise the images of a batch at timesteps spread evenly over the schedule.
+
+        Within a batch the timesteps are stratified, one per equal share of the schedule: as
+        uniform as independent draws, with less variance. Of a batch that several processes share
+        each draws all, and uses what belongs to its own images. ``dtype``: see `Encoder`.
+        """
+        generator = generator or self.generator
+        latents, context = self.encoder(batch, dtype)
+        encoded = isinstance(batch, EncodedBatch)
+        count, rows = (batch.total, batch.rows) if encoded else (len(latents), slice(None))
+        steps = self._alphas.numel()
+        strata = torch.randperm(count, generator=generator)
+        share = (strata + torch.rand(count, generator=generator)) / count
+        timesteps = (share * steps).long().clamp(max=steps - 1)[rows]
+        noise = torch.randn((count, *latents.shape[1:]), generator=generator)[rows].to(latents)
+        alphas = self._alphas[timesteps][:, None, None, None]
+        noisy = alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
+        part = len(latents) / count
+        return Problem(noisy, timesteps.to(latents.device), context, noise, part)
+
+    def dense(self, problem: Problem) -> Tensor:
+        """The unpruned U-Net's prediction of the noise, without gradient."""
+        with torch.no_grad(), fast_layers(self._layers):
+            return self._predict(problem)
+
+    def gated(self, problem: Problem, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
+        """The prediction under gates, differentiable in their masks."""
+        with fast_layers(self._layers), masked(self.model.unet, gates, padding):
+            return self._predict(problem)
+
+    def answered(self, problem: Problem, sites: Iterable[str]) -> Answered:
+        """The problem with its dense prediction and what gates at these sites do not change."""
+        unet = self.model.unet
+        with (
+            torch.no_grad(),
+            fast_layers(self._layers),
+            recording(unet, blocks_of(sites)) as shared,
+        ):
+            dense = self._predict(problem)
+        return Answered(problem, dense, shared)
+
+    @contextmanager
+    def pruned(
+        self, answered: Answered, gates: Mapping[str, SoftGate], padding: Padding
+    ) -> Iterator[Tensor]:
+        """The prediction with gates at the sites of ``answered``, differentiable in the masks.
+
+        Run its backward within the context: under gradient checkpointing blocks are evaluated
+        again, with their gates.
+        """
+        unet = self.model.unet
+        with (
+            frozen_layers(self._layers),
+            fast_layers(self._layers),
+            replaying(unet, answered.shared),
+            masked(unet, gates, padding),
+        ):
+            yield self._predict(answered.problem)
+
+    def _predict(self, problem: Problem) -> Tensor:
+        result: Tensor = self.model.unet(
+            problem.noisy, problem.timesteps, encoder_hidden_states=problem.context
+        ).sample
+        return result
+
+
+class HeldOut:
+    """Fixed held-out problems in float32 and their dense answers: all gates meet the same noise.
+
+    The answers are those of the U-Net as it runs now.
+    """
+
+    def __init__(
+        self,
+        denoising: Denoising,
+        data: ImageData | EncodedImages,
+        indices: Sequence[int],
+        samples: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._denoising = denoising
+        self._problems: list[Problem] = []
+        self._dense: list[Tensor] = []
+        with progress(None, "held-out images, dense", samples, unit="sample") as bar:
+            for batch in _at_least(data, indices, batch_size, samples):
+                problem = denoising.problem(batch, generator, torch.float32)
+                self._problems.append(problem)
+                self._dense.append(self._answer(problem))
+                bar.update(len(problem))
+
+    def refer_to_this(self) -> Tensor:
+        """Take the answers of the U-Net as it runs now for what deviations are from.
+
+        Returns the deviations of these from those before, float32 [N].
+        """
+        before = self._dense
+        self._dense = [self._answer(p) for p in progress(self._problems, "the reference")]
+        pairs = zip(self._dense, before, strict=True)
+        return torch.cat([_distance(after, earlier) for after, earlier in pairs]).cpu()
+
+    def as_it_is(self, label: str) -> tuple[Tensor, Tensor]:
+        """Deviations from dense and denoising losses of the U-Net as it runs now, float32 [N] each.
+
+        Within a context that prunes or quantizes it, that is. A deviation is the mean squared
+        distance from the dense output, a loss (the usual one) that from the true noise; ``label``
+        says in the progress what it is.
+        """
+        deviations, losses = [], []
+        for index, problem in enumerate(progress(self._problems, label, unit="batch")):
+            output = self._answer(problem)
+            deviations.append(_distance(output, self._dense[index]))
+            losses.append(_distance(output, problem.noise))
+        return torch.cat(deviations).cpu(), torch.cat(losses).cpu()
+
+    @property
+    def dense_losses(self) -> Tensor:
+        """The denoising losses of the dense answers, float32 [N]."""
+        pairs = zip(self._dense, self._problems, strict=True)
+        return torch.cat([_distance(dense, problem.noise) for dense, problem in pairs]).cpu()
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timestep of each held-out sample, int64 [N]."""
+        return torch.cat([problem.timesteps for problem in self._problems]).cpu()
+
+    def _answer(self, problem: Problem) -> Tensor:
+        """The prediction, without the ten-bit products (TF32) that cuDNN takes for float32."""
+        cudnn = torch.backends.cudnn
+        allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False
+        try:
+            return self._denoising.dense(problem)
+        finally:
+            cudnn.allow_tf32 = allowed
+
+
+def _distance(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance of each sample, float32 [N]."""
+    return (output.float() - target.float()).square().mean((1, 2, 3))
+
+
+def _at_least(
+    data: ImageData | EncodedImages, indices: Sequence[int], batch_size: int, samples: int
+) -> Iterator[Batch | EncodedBatch]:
+    """Batches in a fixed order, going round until ``samples`` images have come."""
+    seen = 0
+    for batch in data.batches(indices, batch_size, epochs=None):
+        yield batch
+        seen += len(batch.ids)
+        if seen >= samples:
+            return
