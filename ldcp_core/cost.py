@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from .blocks import Cost, Latent, Padding
 from .feedforward import FeedForward
-from .resblock import ResBlock
-from .sites import Topology
+from .sites import Place, Topology
 
 ZERO_COST = Cost(0, 0)
 
@@ -98,24 +97,26 @@ def savings(
 
 def unet_cost(topology: Topology, latent: Latent, context_tokens: int = 77) -> Cost:
     """The whole U-Net, dense. SD1.5: 859,520,964 parameters, 1.61 TFLOP at the default latent."""
-    w, layers = topology.widths, topology.layers_per_block
-    full, embedding = latent.positions(1), 4 * w[0]
-    time_mlp = _linear(w[0], embedding, latent.batch) + _linear(embedding, embedding, latent.batch)
-    total = time_mlp + _conv(topology.in_channels, w[0], full)
+    w, full = topology.widths, latent.positions(1)
+    embedding = 4 * w[0]
+    total = _embedding(w[0], embedding, latent) + _conv(topology.in_channels, w[0], full)
+    if topology.pooled_width:
+        total += _embedding(topology.pooled_width, embedding, latent)
     total += Cost(2 * w[0], 0) + _conv(w[0], topology.out_channels, full)
-    for block in topology.res_blocks():
-        total += _res_block(block, embedding, latent)
-    for level, (width, attends) in enumerate(zip(w, topology.attention, strict=True)):
-        if attends:
-            transformer = _transformer(
-                width, 2**level, topology.context_width, latent, context_tokens
-            )
-            total += transformer * (2 * layers + 1)
-        if level < len(w) - 1:  # downsampler here, upsampler of the next deeper level
-            total += _conv(width, width, latent.positions(2 ** (level + 1)))
-            total += _conv(w[level + 1], w[level + 1], latent.positions(2**level))
-    deepest = 2 ** (len(w) - 1)
-    return total + _transformer(w[-1], deepest, topology.context_width, latent, context_tokens)
+    for place in topology.places():
+        total += _res_block(place, embedding, latent)
+        if place.depth:
+            total += _transformer(place, topology.context_width, latent, context_tokens)
+    for level, width in enumerate(w[:-1]):
+        # downsampler here, upsampler of the next deeper level
+        total += _conv(width, width, latent.positions(2 ** (level + 1)))
+        total += _conv(w[level + 1], w[level + 1], latent.positions(2**level))
+    return total
+
+
+def _embedding(inputs: int, width: int, latent: Latent) -> Cost:
+    """Two linear layers on a vector per image."""
+    return _linear(inputs, width, latent.batch) + _linear(width, width, latent.batch)
 
 
 def _conv(in_channels: int, out_channels: int, positions: int, taps: int = 9) -> Cost:
@@ -127,17 +128,17 @@ def _linear(inputs: int, outputs: int, rows: int, bias: bool = True) -> Cost:
     return Cost(inputs * outputs + bias * outputs, 2 * inputs * outputs * rows)
 
 
-def _res_block(block: ResBlock, embedding: int, latent: Latent) -> Cost:
-    i, o = block.in_channels, block.out_channels
-    positions = latent.positions(block.downsample)
+def _res_block(place: Place, embedding: int, latent: Latent) -> Cost:
+    i, o = place.in_channels, place.width
+    positions = latent.positions(place.downsample)
     shortcut = _conv(i, o, positions, taps=1) if i != o else ZERO_COST
     convs = _conv(i, o, positions) + _conv(o, o, positions)
     return convs + _linear(embedding, o, latent.batch) + shortcut + Cost(2 * i + 2 * o, 0)
 
 
-def _transformer(c: int, downsample: int, context: int, latent: Latent, tokens: int) -> Cost:
-    """One spatial transformer: projections, self- and cross-attention, GEGLU feed-forward."""
-    n = latent.positions(downsample)
+def _transformer(place: Place, context: int, latent: Latent, tokens: int) -> Cost:
+    """A spatial transformer: projections around blocks of attention and GEGLU feed-forward."""
+    c, n = place.width, latent.positions(place.downsample)
     per_image = n // latent.batch
     square, to_context = _linear(c, c, n, bias=False), latent.batch * tokens
     self_attention = square * 3 + _linear(c, c, n) + Cost(0, 4 * n * per_image * c)
@@ -147,6 +148,6 @@ def _transformer(c: int, downsample: int, context: int, latent: Latent, tokens: 
         + _linear(c, c, n)
         + Cost(0, 4 * n * tokens * c)
     )
-    feed_forward = FeedForward("", downsample, c, 4 * c).cost([4 * c], "zero", latent)
-    norms = Cost(4 * 2 * c, 0)
-    return _conv(c, c, n, taps=1) * 2 + self_attention + cross_attention + feed_forward + norms
+    feed_forward = FeedForward("", place.downsample, c, 4 * c).cost([4 * c], "zero", latent)
+    block = self_attention + cross_attention + feed_forward + Cost(3 * 2 * c, 0)
+    return _conv(c, c, n, taps=1) * 2 + Cost(2 * c, 0) + block * place.depth

@@ -48,7 +48,7 @@ from .sites import Topology, blocks_of, kind_of
 CompactBlock = CompactResBlock | CompactFeedForward
 #: the forward of a block of the U-Net, in its own signature
 BlockForward = Callable[..., Tensor]
-#: the last of the timesteps that SD1.5 was trained on
+#: the last of the timesteps that Stable Diffusion was trained on
 LAST_TIMESTEP = 999
 
 
@@ -64,7 +64,7 @@ def pruned(
     steps: str | Schedule | None = None,
     scheduler: Any = None,
 ) -> Pruning:
-    """Prune a `UNet2DConditionModel` of the SD1.5 family until the result is removed.
+    """Prune the `UNet2DConditionModel` of SD1.5, SD2 or SDXL until the result is removed.
 
     The result is a context manager, and has ``remove()`` for all other uses. ``gates`` is a gate
     file, or what `load_gates` read from it. ``sparsity`` prunes that share of the gated channels by
@@ -206,8 +206,8 @@ def _check_fit(unet: Any, gates: Gates) -> None:
         found = topology_of(unet)
     except (AttributeError, TypeError, ValueError) as error:
         raise UnsupportedModel(
-            f"{type(unet).__name__} is no U-Net of the SD1.5 family ({error}); give the "
-            "UNet2DConditionModel of a Stable Diffusion 1.5 pipeline, pipe.unet"
+            f"{type(unet).__name__} is no U-Net of Stable Diffusion 1.5, 2 or XL ({error}); give "
+            "the UNet2DConditionModel of such a pipeline, pipe.unet"
         ) from error
     # inpainting models have more channels at the input, which no gate concerns
     if replace(found, in_channels=gates.topology.in_channels) != gates.topology:
@@ -218,16 +218,29 @@ def _check_fit(unet: Any, gates: Gates) -> None:
 
 
 def topology_of(unet: Any) -> Topology:
-    """The topology of a diffusers `UNet2DConditionModel` of the SD1.5 family."""
-    config = unet.config
+    """The topology of a diffusers `UNet2DConditionModel`, read off its modules.
+
+    Raises AttributeError, TypeError or ValueError for what is not built like Stable Diffusion's.
+    """
+    middle = unet.mid_block
+    pooled = getattr(unet, "add_embedding", None)
     return Topology(
-        widths=tuple(config.block_out_channels),
-        attention=tuple("CrossAttn" in name for name in config.down_block_types),
-        layers_per_block=config.layers_per_block,
-        context_width=config.cross_attention_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
+        widths=tuple(block.resnets[0].conv1.weight.shape[0] for block in unet.down_blocks),
+        down=tuple(map(_depths, unet.down_blocks)),
+        mid=() if middle is None else _depths(middle),
+        up=tuple(map(_depths, unet.up_blocks)),
+        context_width=unet.config.cross_attention_dim,
+        pooled_width=0 if pooled is None else pooled.linear_1.weight.shape[1],
+        linear_projections=bool(unet.config.use_linear_projection),
+        in_channels=unet.conv_in.weight.shape[1],
+        out_channels=unet.conv_out.weight.shape[0],
     )
+
+
+def _depths(block: Any) -> tuple[int, ...]:
+    """How many transformer blocks come behind each ResBlock."""
+    depths = [len(attention.transformer_blocks) for attention in getattr(block, "attentions", ())]
+    return (*depths, *[0] * (len(block.resnets) - len(depths)))
 
 
 class Adapter(Protocol):
@@ -265,7 +278,9 @@ class DiffusersResBlock:
             and _base(block.conv2).padding_mode == "zeros"
         )
         if not plain:
-            raise UnsupportedModel(f"{name} is a {type(block).__name__} that SD1.5 does not have")
+            raise UnsupportedModel(
+                f"{name} is a {type(block).__name__} that Stable Diffusion does not have"
+            )
         self.block = block
         self.groups: int = block.norm2.num_groups
         self.eps: float = block.norm2.eps
@@ -326,7 +341,9 @@ class DiffusersFeedForward:
     def __init__(self, name: str, block: Any) -> None:
         parts = [type(part).__name__ for part in getattr(block, "net", ())]
         if parts[:1] != ["GEGLU"] or len(parts) != 3:
-            raise UnsupportedModel(f"{name} is a {type(block).__name__} that SD1.5 does not have")
+            raise UnsupportedModel(
+                f"{name} is a {type(block).__name__} that Stable Diffusion does not have"
+            )
         self.block = block
 
     def layers(self) -> list[nn.Module]:
@@ -354,7 +371,7 @@ ADAPTERS: Mapping[type[Block], Callable[[str, Any], Adapter]] = {
 
 
 def adapter(unet: nn.Module, block: str) -> Adapter:
-    """What pruning needs of a block; raises UnsupportedModel where it is not as in SD1.5."""
+    """What pruning needs of a block; raises UnsupportedModel where it is built otherwise."""
     return ADAPTERS[kind_of(block)](block, unet.get_submodule(block))
 
 

@@ -1,23 +1,24 @@
 """Reading and writing gate files: one .safetensors that says everything about its gates.
 
-Tensors: ``<site>.score`` float32 [C] in [0, 1] and, optionally, ``<site>.constant`` float32 [C]
-and ``<site>.importance`` float32 [C], what a criterion measured before it became a score.
-Metadata: ``format``, ``version``, ``gates`` (a JSON object with the U-Net's topology, the padding
-rule and free-form provenance) and ``checksum`` over that JSON and the tensors. A reader accepts a
-file whole or not at all; every refusal names the file, what was found, what was expected and what
-to do.
+Tensors: for each site those of `PARTS`. Metadata: ``format``, ``version``, ``gates`` (a JSON object
+with the U-Net's topology, the padding rule, the floor and free-form provenance) and ``checksum``
+over that JSON and the tensors. Files of version 1 describe SD1.5's topologies alone, and have the
+floor in the provenance. A reader accepts a file whole or not at all; every refusal names the file,
+what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -32,12 +33,32 @@ from .sites import Topology
 from .text import PATH, QUOTED, one_line
 
 FORMAT = "ldcp.gates"
-VERSION = 1
+VERSION, VERSIONS = 2, ("1", "2")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a gate file may hold for a site, float32 [C] of finite values in a range.
+
+    ``field`` is that of `Gates`.
+    """
+
+    field: str
+    least: float = -math.inf
+    most: float = math.inf
+
+
+#: ending of a tensor's name -> what it is; a site without the first has none of the others
+PARTS: Mapping[str, Part] = {
+    "score": Part("scores", 0.0, 1.0),
+    "constant": Part("constants"),
+    "importance": Part("importances"),
+}
 #: more than ten times the file of a U-Net with every channel gated
 MAX_BYTES = 16 * 2**20
 #: of the description: its length as JSON, and how deep its lists and objects may be nested
 MAX_DESCRIPTION, MAX_DEPTH = 2**20, 64
-#: more than five times as many as an SD1.5 U-Net has sites and parts
+#: three times as many as an SDXL U-Net has sites and parts
 MAX_TENSORS = 1000
 #: the description is JSON inside JSON, which at most doubles it; a tensor's entry is far shorter
 MAX_HEADER = 2 * MAX_DESCRIPTION + 256 * MAX_TENSORS
@@ -58,13 +79,15 @@ def save_gates(gates: Gates, path: str | Path, overwrite: bool = True) -> None:
     FileExistsError when the name is taken and not to be overwritten, OSError when the disk refuses.
     """
     path = Path(path)
-    tensors = {f"{site}.score": score for site, score in gates.scores.items()}
-    tensors |= {f"{site}.constant": constant for site, constant in gates.constants.items()}
-    tensors |= {f"{site}.importance": raw for site, raw in gates.importances.items()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    tensors = {
+        f"{site}.{ending}": values.detach().cpu().contiguous()
+        for ending, part in PARTS.items()
+        for site, values in getattr(gates, part.field).items()
+    }
     description = {
         "topology": gates.topology.to_json(),
         "padding": gates.padding,
+        "floor": gates.floor,
         "info": dict(gates.info),
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "gates": _strict_json(description)}
@@ -156,6 +179,8 @@ def _gates(data: bytes, path: Path) -> Gates:
     end = 8 + int.from_bytes(data[:8], "little")
     if 8 + MAX_HEADER < end <= len(data):
         raise _damaged(path, f"its header of {end - 8:,} bytes is too large for a gate file")
+    if _brackets(data[8:end]) > 3 * MAX_TENSORS + 2:  # an object and two lists for each tensor
+        raise _damaged(path, "its header holds more lists and objects than that of a gate file")
     try:
         tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
         header = json.loads(data[8:end], object_pairs_hook=_unique)
@@ -169,10 +194,17 @@ def _gates(data: bytes, path: Path) -> Gates:
     description = _description(metadata, path)
     if len(tensors) > MAX_TENSORS:
         raise _damaged(path, f"{len(tensors):,} tensors are more than a U-Net has sites")
-    gates, tensors = _validated(tensors, description, path)
+    gates, tensors = _validated(tensors, description, metadata["version"], path)
     if metadata.get("checksum") != _checksum(metadata["gates"], tensors):
         raise _damaged(path, "its checksum does not match its contents")
     return gates
+
+
+def _brackets(text: bytes) -> int:
+    """How many lists and objects JSON holds, without reading it, which would take memory."""
+    plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = re.sub(rb'"[^"]*"', b"", plain)
+    return outside.count(b"[") + outside.count(b"{")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -192,11 +224,11 @@ def _description(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
             "gate files are made by training.fit, and belong in models/ldcp_gates",
         )
     version = metadata.get("version")
-    if version != str(VERSION):
+    if version not in VERSIONS:
         raise _refused(
             path,
-            f"gate file version {one_line(repr(version))}, this LDCP reads version {VERSION}; "
-            "update the node pack or train the gates again",
+            f"gate file version {one_line(repr(version))}, this LDCP reads versions "
+            f"{' and '.join(VERSIONS)}; update the node pack or train the gates again",
         )
     text = metadata.get("gates", "")
     if len(text.encode()) > MAX_DESCRIPTION:
@@ -224,50 +256,61 @@ def _deeper_than(value: Any, levels: int) -> bool:
 
 
 def _validated(
-    entries: Mapping[str, dict[str, Any]], description: dict[str, Any], path: Path
+    entries: Mapping[str, dict[str, Any]], description: dict[str, Any], version: str, path: Path
 ) -> tuple[Gates, dict[str, Tensor]]:
     """The gates, and their tensors by their names in the file."""
+    version_1 = version == "1"
     try:
-        topology = Topology.from_json(description.get("topology"))
+        read = Topology.from_version_1 if version_1 else Topology.from_json
+        topology = read(description.get("topology"))
     except ValueError as error:
         raise _damaged(path, one_line(error, 2 * QUOTED)) from error
     padding, info = description.get("padding"), description.get("info")
+    floor = description.get("floor")
     if padding not in PADDINGS:
         expected = ", ".join(PADDINGS)
         raise _damaged(path, f"padding rule {one_line(repr(padding))}, expected one of {expected}")
     if not isinstance(info, dict):
         raise _damaged(path, "the 'info' object is missing")
 
+    if version_1:
+        floor = info.get("floor")
+        floor = floor if _is_floor(floor) else 0.0
+    if not _is_floor(floor):
+        raise _damaged(path, f"floor {one_line(repr(floor))}, expected a number from 0 up to 1")
+
     widths = {site.name: site.channels for site in topology.all_sites()}
     tensors: dict[str, Tensor] = {}
-    found: dict[str, dict[str, Tensor]] = {"score": {}, "constant": {}, "importance": {}}
+    found: dict[str, dict[str, Tensor]] = {ending: {} for ending in PARTS}
     for name, entry in entries.items():
-        site, _, part = name.rpartition(".")
-        if part not in found or site not in widths:
+        site, _, ending = name.rpartition(".")
+        if ending not in PARTS or site not in widths:
             raise _refused(
                 path,
                 f"unknown tensor {one_line(repr(name))}; expected names such as "
                 "'mid_block.resnets.0.conv1.score'. The file may be made by a newer version: "
                 "update the node pack",
             )
-        found[part][site] = tensors[name] = _checked(entry, name, part, widths[site], path)
+        tensor = _checked(entry, name, PARTS[ending], widths[site], path)
+        found[ending][site] = tensors[name] = tensor
     scores = found["score"]
     if not scores:
         raise _damaged(path, "it holds no scores")
     orphans = sorted({site for part in found.values() for site in part} - set(scores))
     if orphans:
         raise _damaged(path, f"constants without scores for {one_line(', '.join(orphans))}")
-
-    def ordered(part: str) -> dict[str, Tensor]:
-        return {site: found[part][site] for site in widths if site in found[part]}
-
-    gates = Gates(
-        ordered("score"), ordered("constant"), padding, topology, info, ordered("importance")
-    )
-    return gates, tensors
+    parts = {
+        part.field: {site: found[ending][site] for site in widths if site in found[ending]}
+        for ending, part in PARTS.items()
+    }
+    return Gates(padding=padding, topology=topology, info=info, floor=floor, **parts), tensors
 
 
-def _checked(entry: dict[str, Any], name: str, part: str, width: int, path: Path) -> Tensor:
+def _is_floor(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < 1.0
+
+
+def _checked(entry: dict[str, Any], name: str, part: Part, width: int, path: Path) -> Tensor:
     if (entry["dtype"], entry["shape"]) != ("F32", [width]):
         raise _damaged(
             path,
@@ -277,11 +320,11 @@ def _checked(entry: dict[str, Any], name: str, part: str, width: int, path: Path
     tensor = torch.from_numpy(np.frombuffer(entry["data"], "<f4").astype(np.float32))
     if not bool(torch.isfinite(tensor).all()):
         raise _damaged(path, f"tensor {name!r} holds NaN or infinite values")
-    if part == "score" and not bool(((tensor >= 0) & (tensor <= 1)).all()):
+    if not bool(((tensor >= part.least) & (tensor <= part.most)).all()):
         raise _damaged(
             path,
             f"tensor {name!r} has values from {tensor.min():g} to {tensor.max():g}, expected "
-            "scores in [0, 1]",
+            f"{part.field} in [{part.least:g}, {part.most:g}]",
         )
     return tensor
 

@@ -64,7 +64,8 @@ class Gates:
     ``scores[site]`` and the optional ``constants[site]`` are float32 tensors [C]; a site without
     constants uses zero. ``padding`` is the rule the gates were made for. ``info`` is free-form
     JSON-able provenance: criterion, λ, target sparsity, data, seed, versions. ``importances[site]``
-    (optional, float32 [C]) is what a criterion measured before it became a score.
+    (optional, float32 [C]) is what a criterion measured before it became a score. ``floor`` is the
+    share of every site's channels that stays whatever the ranking says, in [0, 1).
     """
 
     scores: Mapping[str, Tensor]
@@ -73,6 +74,7 @@ class Gates:
     topology: Topology = SD15
     info: Mapping[str, Any] = field(default_factory=dict)
     importances: Mapping[str, Tensor] = field(default_factory=dict)
+    floor: float = 0.0
 
     @property
     def channels(self) -> int:
@@ -83,13 +85,6 @@ class Gates:
         """Share of all gated channels that is pruned as learned, in [0, 1]."""
         kept = sum(int(keep.sum()) for keep in self.keep_sets().values())
         return 1.0 - kept / self.channels if self.channels else 0.0
-
-    @property
-    def floor(self) -> float:
-        """The share of every site's channels that stays whatever the ranking says, in [0, 1)."""
-        found = self.info.get("floor", 0.0)
-        valid = isinstance(found, (int, float)) and 0.0 <= found < 1.0
-        return float(found) if valid else 0.0
 
     def constant(self, site: str) -> Tensor:
         """What replaces a pruned channel of ``site``, float32 [C]."""

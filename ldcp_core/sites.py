@@ -1,15 +1,16 @@
-"""The places of an SD1.5 U-Net whose channels can be gated.
+"""The places of a Stable Diffusion U-Net whose channels can be gated.
 
 A site is a layer whose output channels can be gated, named as diffusers names it. The whole
-U-Net is described by a handful of widths (`Topology`), so the same code serves the full model and
-the small demo model. Hosts map these names to their own modules.
+U-Net is described by a handful of widths and depths (`Topology`), which each host finds in its own
+model; so the same code serves every family of U-Nets that is built of these blocks, at every width.
+Hosts map the names to their own modules.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -53,52 +54,136 @@ _KINDS_OF_SCOPE = (
 
 
 @dataclass(frozen=True)
-class Topology:
-    """The shape of a U-Net of the SD1.5 family; the defaults are SD1.5 itself.
+class Place:
+    """A ResBlock of a U-Net, and how many transformer blocks come behind it.
 
-    ``widths`` are the channels of the four levels; ``attention`` tells which of them carry
-    transformers in the down and the up path.
+    ``stage`` and ``number`` are those of diffusers' names. The map of ``downsample`` has
+    ``in_channels`` before and ``width`` channels behind the ResBlock.
+    """
+
+    stage: str
+    number: int
+    downsample: int
+    in_channels: int
+    width: int
+    depth: int
+
+    def blocks(self) -> Iterator[Block]:
+        """The ResBlock and the feed-forwards, in the order in which they run."""
+        name = f"{self.stage}.resnets.{self.number}"
+        yield ResBlock(name, self.downsample, self.in_channels, self.width)
+        for depth in range(self.depth):
+            name = f"{self.stage}.attentions.{self.number}.transformer_blocks.{depth}.ff"
+            yield FeedForward(name, self.downsample, self.width, 4 * self.width)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The shape of a Stable Diffusion U-Net; the defaults are SD1.5 itself.
+
+    ``widths`` are the channels of the three or four levels. ``down``, ``mid`` and ``up`` say how
+    many transformer blocks come behind each ResBlock, level by level in the order in which they
+    run; ``mid`` is empty where there is no mid block. ``context_width`` is that of the text
+    embeddings, ``pooled_width`` that of what joins the time embedding (SDXL: pooled text and
+    sizes), 0 for nothing. ``linear_projections``: the transformers' projections are linear layers
+    (SD2 and later) instead of convolutions.
     """
 
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
-    attention: tuple[bool, ...] = (True, True, True, False)
-    layers_per_block: int = 2
+    down: tuple[tuple[int, ...], ...] = ((1, 1), (1, 1), (1, 1), (0, 0))
+    mid: tuple[int, ...] = (1, 0)
+    up: tuple[tuple[int, ...], ...] = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
     context_width: int = 768
+    pooled_width: int = 0
+    linear_projections: bool = False
     in_channels: int = 4
     out_channels: int = 4
 
     def __post_init__(self) -> None:
-        if len(self.widths) != 4 or len(self.attention) != 4:
+        if not all(isinstance(level, tuple) for level in (self.widths, *self.down, self.mid)):
+            raise ValueError(f"widths and depths must be lists, found {one_line(vars(self))}")
+        levels = len(self.widths)
+        if levels not in (3, 4) or len(self.down) != levels or len(self.up) != levels:
             raise ValueError(
-                f"an SD1.5 U-Net has four levels, found widths {one_line(self.widths, 60)} and "
-                f"attention {one_line(self.attention, 60)}"
+                f"a Stable Diffusion U-Net has three or four levels, found widths "
+                f"{one_line(self.widths, 60)}, down {one_line(self.down, 60)} and up "
+                f"{one_line(self.up, 60)}"
             )
-        if not all(isinstance(a, bool) for a in self.attention):
-            raise ValueError(f"attention must be four booleans, found {one_line(self.attention)}")
-        numbers = (
-            *self.widths,
-            self.layers_per_block,
-            self.context_width,
-            self.in_channels,
-            self.out_channels,
+        numbers = (*self.widths, self.context_width, self.in_channels, self.out_channels)
+        # True is an int, too
+        if not all(type(n) is int and 0 < n <= 65536 for n in numbers):
+            raise ValueError(f"widths must be positive integers, found {one_line(numbers)}")
+        if type(self.pooled_width) is not int or not 0 <= self.pooled_width <= 65536:
+            raise ValueError(f"pooled_width must be 0 or more, found {one_line(self.pooled_width)}")
+        linear: object = self.linear_projections
+        if not isinstance(linear, bool):
+            raise ValueError(f"linear_projections must be a boolean, found {one_line(linear)}")
+        layers = self.layers_per_block
+        if not 0 < layers <= 8 or any(len(level) != layers for level in self.down):
+            raise ValueError(f"no Stable Diffusion U-Net has such levels: {one_line(self.down)}")
+        if len(self.mid) > 2 or any(len(level) != layers + 1 for level in self.up):
+            found = one_line((self.mid, self.up))
+            raise ValueError(f"no Stable Diffusion U-Net has such a mid block and levels: {found}")
+        depths = [depth for level in (*self.down, self.mid, *self.up) for depth in level]
+        if not all(type(depth) is int and 0 <= depth <= 24 for depth in depths):
+            raise ValueError(f"depths must be integers from 0 to 24, found {one_line(depths)}")
+
+    def __str__(self) -> str:
+        depths = " | ".join(" ".join(map(str, d)) for d in (*self.down, self.mid, *self.up))
+        return (
+            f"{self.family} (widths {' '.join(map(str, self.widths))}, text width "
+            f"{self.context_width}, transformer blocks {depths})"
         )
-        if not all(type(n) is int and 0 < n <= 65536 for n in numbers):  # True is an int, too
-            raise ValueError(
-                f"widths and depths must be positive integers, found {one_line(numbers)}"
-            )
-        if self.layers_per_block > 8:
-            raise ValueError(
-                f"a U-Net with {self.layers_per_block} layers per block is not SD1.5's"
-            )
+
+    @property
+    def layers_per_block(self) -> int:
+        """ResBlocks of a level on the way down; on the way up it has one more."""
+        return len(self.down[0])
+
+    @property
+    def family(self) -> str:
+        """What this kind of U-Net is called, whatever its widths."""
+        if not self.linear_projections:
+            return "Stable Diffusion 1.5"
+        if not self.pooled_width:
+            return "Stable Diffusion 2"
+        if len(self.widths) == 3:
+            return "SDXL"
+        return "SDXL refiner" if max(self.down[1]) > 1 else "Stable Diffusion 2 unCLIP"
 
     @classmethod
     def from_json(cls, value: Any) -> Topology:
         """Inverse of `to_json`; raises ValueError on anything that is not a topology."""
         try:
+            known = {field.name for field in fields(cls)}
+            if set(value) != {*known, "family"}:
+                raise KeyError("fields")
+            found = cls(**{name: _tuples(value[name]) for name in known})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the description of a U-Net: {one_line(repr(value))}") from error
+        if value["family"] != found.family:
+            raise ValueError(
+                f"the description of a U-Net of {found.family} says that it is one of "
+                f"{one_line(value['family'], 60)}"
+            )
+        return found
+
+    @classmethod
+    def from_version_1(cls, value: Any) -> Topology:
+        """The topology that a gate file of version 1 describes: SD1.5's, at any width.
+
+        Raises ValueError on anything that is not one.
+        """
+        try:
+            attention, layers = value["attention"], value["layers_per_block"]
+            if len(attention) != 4 or not all(isinstance(a, bool) for a in attention):
+                raise ValueError(f"attention must be four booleans, found {one_line(attention)}")
+            if type(layers) is not int or not 0 < layers <= 8:
+                raise ValueError(f"no SD1.5 U-Net has {one_line(layers)} layers per block")
             return cls(
                 widths=tuple(value["widths"]),
-                attention=tuple(value["attention"]),
-                layers_per_block=value["layers_per_block"],
+                down=tuple((int(attends),) * layers for attends in attention),
+                up=tuple((int(attends),) * (layers + 1) for attends in reversed(attention)),
                 context_width=value["context_width"],
                 in_channels=value["in_channels"],
                 out_channels=value["out_channels"],
@@ -109,49 +194,38 @@ class Topology:
             ) from error
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "widths": list(self.widths),
-            "attention": list(self.attention),
-            "layers_per_block": self.layers_per_block,
-            "context_width": self.context_width,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-        }
+        """The fields as JSON has them, and the family for those who read the file."""
+        return {"family": self.family, **asdict(self)}
+
+    def places(self) -> list[Place]:
+        """All ResBlocks with the transformers behind them, in the order in which they run."""
+        w = self.widths
+        skips = [w[0]]  # channels the down path hands over to the up path
+        channels, deepest = w[0], len(w) - 1
+        found: list[Place] = []
+
+        def place(stage: str, number: int, level: int, inputs: int, depth: int) -> None:
+            found.append(Place(stage, number, 2**level, inputs, w[level], depth))
+
+        for level, depths in enumerate(self.down):
+            for number, depth in enumerate(depths):
+                place(f"down_blocks.{level}", number, level, channels, depth)
+                channels = w[level]
+                skips.append(channels)
+            if level < deepest:
+                skips.append(channels)
+        for number, depth in enumerate(self.mid):
+            place("mid_block", number, deepest, channels, depth)
+        for stage, depths in enumerate(self.up):
+            for number, depth in enumerate(depths):
+                inputs = channels + skips.pop()
+                place(f"up_blocks.{stage}", number, deepest - stage, inputs, depth)
+                channels = w[deepest - stage]
+        return found
 
     def blocks(self) -> list[Block]:
         """All ResBlocks and feed-forwards in the order in which they run (22 and 16 for SD1.5)."""
-        w, layers = self.widths, self.layers_per_block
-        blocks: list[Block] = []
-        skips = [w[0]]  # channels the down path hands over to the up path
-        channels = w[0]
-
-        def attend(stage: str, number: int, width: int, downsample: int) -> None:
-            name = f"{stage}.attentions.{number}.transformer_blocks.0.ff"
-            blocks.append(FeedForward(name, downsample, width, 4 * width))
-
-        for level, width in enumerate(w):
-            stage = f"down_blocks.{level}"
-            for r in range(layers):
-                blocks.append(ResBlock(f"{stage}.resnets.{r}", 2**level, channels, width))
-                if self.attention[level]:
-                    attend(stage, r, width, 2**level)
-                channels = width
-                skips.append(channels)
-            if level < len(w) - 1:
-                skips.append(channels)
-        deepest = 2 ** (len(w) - 1)
-        blocks.append(ResBlock("mid_block.resnets.0", deepest, w[-1], w[-1]))
-        attend("mid_block", 0, w[-1], deepest)
-        blocks.append(ResBlock("mid_block.resnets.1", deepest, w[-1], w[-1]))
-        for up, (level, width) in enumerate(reversed(list(enumerate(w)))):
-            stage = f"up_blocks.{up}"
-            for r in range(layers + 1):
-                wide = channels + skips.pop()
-                blocks.append(ResBlock(f"{stage}.resnets.{r}", 2**level, wide, width))
-                if self.attention[level]:
-                    attend(stage, r, width, 2**level)
-                channels = width
-        return blocks
+        return [block for place in self.places() for block in place.blocks()]
 
     def res_blocks(self) -> list[ResBlock]:
         """All ResBlocks in the order in which they run."""
@@ -195,6 +269,13 @@ class Topology:
 
 
 SD15 = Topology()
+
+
+def _tuples(value: Any, levels: int = 2) -> Any:
+    """Short lists of short lists as tuples; what no topology has stays as it is."""
+    if levels and isinstance(value, list) and len(value) <= 9:
+        return tuple(_tuples(item, levels - 1) for item in value)
+    return value
 
 
 def kind_of(block: str) -> type[Block]:
@@ -244,5 +325,8 @@ def short_name(site: str) -> str:
 
     >>> short_name("mid_block.attentions.0.transformer_blocks.0.ff.net.0")
     'mid_block.attentions.0.ff'
+    >>> short_name("mid_block.attentions.0.transformer_blocks.7.ff.net.0")
+    'mid_block.attentions.0.7.ff'
     """
-    return site.replace(".transformer_blocks.0.ff.net.0", ".ff")
+    short = re.sub(r"\.transformer_blocks(\.\d+\.ff)\.net\.0$", r"\1", site)
+    return short.replace(".0.ff", ".ff")

@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ldcp_core import ALWAYS, SD15, Gates, Schedule, Topology, savings
+from ..ldcp_core import ALWAYS, Gates, Schedule, Topology, savings
 from ..ldcp_core.text import quoted
 from .host.identity import differs_from_training
 from .host.model import model_topology
@@ -28,6 +28,8 @@ DIFFERS = (
     "these gates were trained on other base weights than this model's; that works for fine-tunes "
     "and merges, but compare some images with pruning off"
 )
+#: has every site that a U-Net of any family has: what is checked before the model is known
+LARGEST = Topology(down=((10, 10),) * 4, mid=(10, 0), up=((10, 10, 10),) * 4)
 SHOWN_NOTES = 3  # on the node
 log = logging.getLogger("ldcp")
 
@@ -83,7 +85,7 @@ def problem(sparsity: Any, channels: Any = "a share", sites: Any = "") -> str | 
             wanted_share(channels, sparsity)
         check_text("sites", sites)
         if sites.strip():
-            sites_of_scope(SD15, sites)
+            sites_of_scope(LARGEST, sites)
     except ValueError as error:
         return str(error)
     return None
@@ -139,11 +141,14 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
             node_id="LDCPApplyDynamicPruning",
             display_name="Apply Dynamic Pruning",
             category=CATEGORY,
-            description="Prunes channels of a Stable Diffusion 1.5 model while it samples: what "
+            description="Prunes channels of a Stable Diffusion model (1.5, 2 or XL) while it "
+            "samples: what "
             "the gates prune is not computed. Several in a row add up; where two name the same "
             "layer in the same step, the later one wins.",
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.5 model, LoRA included."),
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion model (1.5, 2 or XL), LoRA included."
+                ),
                 GatesType.Input("gates", tooltip="Which channels to prune: Load Pruning Gates."),
                 io.Float.Input(
                     "sparsity",

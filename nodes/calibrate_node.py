@@ -37,14 +37,16 @@ class LDCPCalibrateGates(io.ComfyNode):
             node_id="LDCPCalibrateGates",
             display_name="Calibrate Gates",
             category=CATEGORY,
-            description="Samples your prompt with a Stable Diffusion 1.5 model, watches its "
+            description="Samples your prompt with a Stable Diffusion model (1.5, 2 or XL), "
+            "watches its "
             "channels, and makes pruning gates of what it saw: the channels that are told best by "
             "their mean are pruned, and the mean stands in for them. Better than Estimate Gates "
             "from Model; learned gates are better still.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Stable Diffusion 1.5 model or fine-tune, LoRA included. Pruning "
+                    tooltip="A Stable Diffusion model (1.5, 2 or XL) or fine-tune, LoRA included. "
+                    "Pruning "
                     "connected before this node is left out: the full model is watched.",
                 ),
                 io.Int.Input(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -14,7 +14,6 @@ from ..ldcp_core import (
     MAGNITUDES,
     Calibration,
     Gates,
-    Magnitude,
     Padding,
     Ranking,
     magnitude,
@@ -42,27 +41,41 @@ class Choice:
     padding: Padding
     scope: str
 
+    def check(self, criteria: Iterable[str]) -> None:
+        """Raises ValueError where a widget has a value that it does not offer."""
+        check_offered("criterion", self.criterion, criteria)
+        check_how_to_prune(self.sparsity, self.ranking, self.padding, self.scope)
 
-def estimate(
-    model: Any,
-    criterion: Magnitude,
-    sparsity: float,
-    ranking: Ranking,
-    padding: Padding,
-    scope: str,
-) -> Gates:
+    def gates(self, model: Any, importances: Mapping[str, Tensor]) -> Gates:
+        """Gates of the ModelPatcher ``model`` by these importances [C] of its sites."""
+        scores = scores_at(importances, self.sparsity, self.ranking, DEFAULT_FLOOR)
+        topology = model_topology(model.model)
+        made = Gates(scores, {}, self.padding, topology, floor=DEFAULT_FLOOR)
+        info = {
+            "criterion": self.criterion,
+            "ranking": self.ranking,
+            "scope": self.scope,
+            "target_sparsity": self.sparsity,
+            "achieved_sparsity": made.sparsity,
+        }
+        base = own_fingerprint(model, made)
+        if base is not None:
+            info["fingerprint"] = base
+        return replace(made, info=info)
+
+
+def estimate(model: Any, choice: Choice) -> Gates:
     """Gates of the ModelPatcher ``model`` from its weights as it would run, LoRA included.
 
     The model is loaded as for sampling, since LoRA are merged only then. Raises ModelError when it
-    is not of SD1.5's family, ValueError for a choice that is not offered or weights that are not
+    is none that can be pruned, ValueError for a choice that is not offered or weights that are not
     finite.
     """
     import comfy.model_management
 
-    check_offered("criterion", criterion, MAGNITUDES)
-    check_how_to_prune(sparsity, ranking, padding, scope)
+    choice.check(MAGNITUDES)
     topology = model_topology(model.model)
-    sites = topology.sites(scope)
+    sites = topology.sites(choice.scope)
     ungated = Gates({site.name: torch.ones(site.channels) for site in sites}, topology=topology)
     blocks = find_blocks(model.model, ungated)
     comfy.model_management.load_models_gpu([model])
@@ -71,24 +84,12 @@ def estimate(
     try:
         for site, weight, constant in _gated_layers(model, blocks):
             if site in ungated.scores:
-                importances[site] = magnitude(weight, criterion)
+                importances[site] = magnitude(weight, choice.criterion)
                 constants[site] = constant
     except NotCaptured as error:
         raise ModelError(f"LDCP: the model has {error}; {LEAVE_OUT}") from error
-    scores = scores_at(importances, sparsity, ranking, DEFAULT_FLOOR)
-    info = {
-        "criterion": criterion,
-        "ranking": ranking,
-        "scope": scope,
-        "target_sparsity": sparsity,
-        "floor": DEFAULT_FLOOR,
-        "achieved_sparsity": Gates(scores).sparsity,
-        "calibrated": "data-free",
-    }
-    base = own_fingerprint(model, ungated)
-    if base is not None:
-        info["fingerprint"] = base
-    return Gates(scores, constants, padding, topology, info)
+    gates = choice.gates(model, importances)
+    return replace(gates, constants=constants, info={**gates.info, "calibrated": "data-free"})
 
 
 def _gated_layers(model: Any, blocks: dict[str, HostBlock]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -110,13 +111,12 @@ def calibrate(
 
     ``sampling`` are the arguments of the host's ``common_ksampler``. With ``given`` gates their
     scores stay, and their constants become the means seen. ``earlier`` adds what another run has
-    seen. Raises ModelError when the model is not of SD1.5's family or its layers can't be watched,
-    ValueError for a choice that is not offered or an ``earlier`` of other layers.
+    seen. Raises ModelError when the model is none that can be pruned or its layers can't be
+    watched, ValueError for a choice that is not offered or an ``earlier`` of other layers.
     """
     from nodes import common_ksampler  # ComfyUI's own nodes.py
 
-    check_offered("criterion", choice.criterion, CRITERIA)  # before minutes of sampling
-    check_how_to_prune(choice.sparsity, choice.ranking, choice.padding, choice.scope)
+    choice.check(CRITERIA)  # before minutes of sampling
     topology = model_topology(model.model)
     if given is not None:
         find_blocks(model.model, given)
@@ -130,9 +130,10 @@ def calibrate(
     if given is not None:
         gates = given
     elif choice.criterion == "flap":
-        gates = fluctuation_gates(model, choice, seen, [site.name for site in sites])
+        found = seen.importances()
+        gates = choice.gates(model, {site.name: found[site.name] for site in sites})
     else:
-        gates = estimate(model, **vars(choice))
+        gates = estimate(model, choice)
     info = {
         **gates.info,
         "calibrated": "activations",
@@ -141,23 +142,3 @@ def calibrate(
     means = seen.constants()
     constants = {site.name: means[site.name] for site in sites}
     return replace(gates, constants=constants, info=info), latent, seen
-
-
-def fluctuation_gates(model: Any, choice: Choice, seen: Calibration, sites: Sequence[str]) -> Gates:
-    """Gates that prune the channels whose mean says most about them."""
-    importances = seen.importances()
-    ordered = {site: importances[site] for site in sites}
-    scores = scores_at(ordered, choice.sparsity, choice.ranking, DEFAULT_FLOOR)
-    gates = Gates(scores, padding=choice.padding, topology=model_topology(model.model))
-    info = {
-        "criterion": choice.criterion,
-        "ranking": choice.ranking,
-        "scope": choice.scope,
-        "target_sparsity": choice.sparsity,
-        "floor": DEFAULT_FLOOR,
-        "achieved_sparsity": gates.sparsity,
-    }
-    base = own_fingerprint(model, gates)
-    if base is not None:
-        info["fingerprint"] = base
-    return replace(gates, info=info)

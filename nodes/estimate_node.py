@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ldcp_core import MAGNITUDES, Gates, Magnitude, Padding, Ranking
-from .choose import estimate
+from .choose import Choice, estimate
 from .inputs import how_to_prune
 from .shared import CATEGORY, GatesType, schema, show_on_node
 
@@ -32,12 +32,13 @@ class LDCPEstimateGates(io.ComfyNode):
             node_id="LDCPEstimateGates",
             display_name="Estimate Gates from Model",
             category=CATEGORY,
-            description="Makes pruning gates from the size of a Stable Diffusion 1.5 model's own "
+            description="Makes pruning gates from the size of a Stable Diffusion model's own "
             "weights: no training, no data. A first try; learned gates are much better.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Stable Diffusion 1.5 model or fine-tune. LoRA connected before this "
+                    tooltip="A Stable Diffusion model (1.5, 2 or XL) or fine-tune. LoRA connected "
+                    "before this "
                     "node are taken into account.",
                 ),
                 io.Combo.Input(
@@ -69,7 +70,7 @@ class LDCPEstimateGates(io.ComfyNode):
         padding: Padding,
         scope: str,
     ) -> io.NodeOutput:
-        gates = estimate(model, criterion, sparsity, ranking, padding, scope)
+        gates = estimate(model, Choice(criterion, sparsity, ranking, padding, scope))
         lines = status(gates)
         log.info("LDCP: gates estimated: %s", ", ".join(lines))
         show_on_node("\n".join(lines), cls.hidden.unique_id if cls.hidden else None)

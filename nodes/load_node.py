@@ -19,7 +19,8 @@ class LDCPLoadGates(io.ComfyNode):
             node_id="LDCPLoadGates",
             display_name="Load Pruning Gates",
             category=CATEGORY,
-            description="Loads learned channel-pruning gates for a Stable Diffusion 1.5 model.",
+            description="Loads learned channel-pruning gates for a Stable Diffusion model (1.5, 2 "
+            "or XL).",
             inputs=[
                 io.Combo.Input(
                     "gates_name",

@@ -64,7 +64,7 @@ class LDCPPruningReport(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip="The model that comes out of Apply Dynamic Pruning. With gates "
-                    "connected: any Stable Diffusion 1.5 model.",
+                    "connected: any Stable Diffusion model (1.5, 2 or XL).",
                 ),
                 GatesType.Input(
                     "gates",

@@ -41,7 +41,6 @@ def provenance(
         "achieved_sparsity": gates.sparsity,
         "budget": budget.kind,
         "achieved_budget": budget.pruned(gates.keep_sets()),
-        "floor": settings["floor"],
         "seed": settings["seed"],
         "config": without_folders(settings),
         "versions": {name: version(name) for name in PACKAGES},

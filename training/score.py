@@ -16,7 +16,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import chain, islice
 from math import inf
 from pathlib import Path
@@ -159,13 +159,13 @@ def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gate
     found = found or measure(config)
     budget = Budget(config.budget, found.sites, config.padding, found.latent)
     scores = pruned_scores(config, found.importances, budget)
-    gates = Gates(scores, found.constants, config.padding, found.topology)
+    gates = Gates(scores, found.constants, config.padding, found.topology, floor=config.floor)
     info = {
         **provenance(config.criterion, asdict(config), gates, budget),
         "ranking": config.ranking,
         **found.facts,
     }
-    gates = Gates(scores, found.constants, config.padding, found.topology, info, found.importances)
+    gates = replace(gates, info=info, importances=found.importances)
     save_gates(gates, output)
     print(gates_report(gates).text())
     if config.criterion in THRESHOLDS:

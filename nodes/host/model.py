@@ -1,8 +1,8 @@
 """Where the sites of a gate file are in a ComfyUI model.
 
-Sites carry diffusers names; ComfyUI keeps the original SD1.5 layout. This module translates, and
-refuses every model that is not a U-Net of the SD1.5 family or whose layers have other widths than
-the gates, before anything is patched.
+Sites carry diffusers names; ComfyUI keeps the original layout. This module translates, and refuses
+every model that is not one of Stable Diffusion's U-Nets or whose layers have other widths than the
+gates, before anything is patched.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ...ldcp_core import (
     block_of,
     blocks_of,
     kind_of,
+    one_line,
 )
 from .blocks import HostBlock
 from .feedforward import ComfyFeedForward
@@ -31,6 +32,9 @@ HOST_BLOCKS: Mapping[type[Block], type[HostBlock]] = {
     ResBlock: ComfyResBlock,
     FeedForward: ComfyFeedForward,
 }
+FAMILIES = "Stable Diffusion 1.5, Stable Diffusion 2 and SDXL"
+#: transformer blocks behind each ResBlock, down and up, where ComfyUI does not say
+SD15_DEPTHS = ([1] * 6 + [0] * 2, [1] * 9 + [0] * 3)
 LEAVE_OUT = "leave out the node or extension that changes this layer"
 
 
@@ -83,43 +87,56 @@ def unet(base_model: Any) -> nn.Module:
 
 
 def model_topology(base_model: Any) -> Topology:
-    """The topology of a ComfyUI BaseModel; raises ModelError when it is not of SD1.5's family."""
-    family = type(base_model.model_config).__name__
+    """The topology of a ComfyUI BaseModel, as ComfyUI found it in the checkpoint's tensors.
+
+    Raises ModelError when it is not built like Stable Diffusion's U-Nets.
+    """
+    kind = type(base_model.model_config).__name__
     config: Mapping[str, Any] = base_model.model_config.unet_config
-    problem = _not_sd15(config)
-    if problem:
-        raise ModelError(
-            f"LDCP: this model is {family} ({problem}), but pruning gates are made for Stable "
-            "Diffusion 1.5 and its fine-tunes; connect a checkpoint of that family"
-        )
-    layers, depths = config["num_res_blocks"][0], config.get("transformer_depth")
-    attention = (True, True, True, False)
-    if depths is not None:
-        attention = tuple(any(depths[layers * b : layers * (b + 1)]) for b in range(4))
-    return Topology(
-        widths=tuple(config["model_channels"] * m for m in config["channel_mult"]),
-        attention=attention,
-        layers_per_block=layers,
-        context_width=config["context_dim"],
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
+    try:
+        problem = _not_supported(config) or ""
+        if not problem:
+            return _topology(config)
+    except (KeyError, ValueError) as error:
+        problem = one_line(error)
+    raise ModelError(
+        f"LDCP: this model is {kind} ({problem}), but pruning gates are made for {FAMILIES} and "
+        "their fine-tunes; connect a checkpoint of one of these"
     )
 
 
-def _not_sd15(config: Mapping[str, Any]) -> str | None:
-    """What in ComfyUI's description of a model rules SD1.5's U-Net out; None when nothing does."""
+def _not_supported(config: Mapping[str, Any]) -> str | None:
+    """What in ComfyUI's description of a model rules it out; None when nothing does."""
     if "model_channels" not in config or "channel_mult" not in config:
         return "not a convolutional U-Net"
-    if len(config["channel_mult"]) != 4:
-        return f"{len(config['channel_mult'])} resolution levels instead of 4"
     if len(set(config["num_res_blocks"])) != 1:
         return f"levels of different depth {config['num_res_blocks']}"
-    for key in ("adm_in_channels", "use_linear_in_transformer", "use_temporal_attention"):
-        if config.get(key):
-            return f"its U-Net has {key}={config[key]}"
+    if config.get("use_temporal_attention"):
+        return "a video model"
+    if config.get("num_classes") not in (None, "sequential"):
+        return f"a U-Net of {config['num_classes']} classes"
     if not isinstance(config.get("context_dim"), int):
         return f"text embeddings of width {config.get('context_dim')}"
     return None
+
+
+def _topology(config: Mapping[str, Any]) -> Topology:
+    layers, levels = config["num_res_blocks"][0], len(config["channel_mult"])
+    depths = config.get("transformer_depth", SD15_DEPTHS[0])
+    above = config.get("transformer_depth_output", SD15_DEPTHS[1])[::-1]
+    mid = config.get("transformer_depth_middle", 1)
+    return Topology(
+        widths=tuple(config["model_channels"] * m for m in config["channel_mult"]),
+        down=tuple(tuple(depths[layers * b : layers * (b + 1)]) for b in range(levels)),
+        # ComfyUI's marks: -1 for a ResBlock alone, -2 for no mid block
+        mid=(mid, 0) if mid >= 0 else (0,) * (mid + 2),
+        up=tuple(tuple(above[(layers + 1) * b : (layers + 1) * (b + 1)]) for b in range(levels)),
+        context_width=config["context_dim"],
+        pooled_width=config.get("adm_in_channels") or 0,
+        linear_projections=bool(config.get("use_linear_in_transformer")),
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+    )
 
 
 def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
@@ -128,14 +145,19 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
     Raises ModelError for another family, another width, or a block this host builds differently.
     """
     topology = model_topology(base_model)
+    if gates.topology.family != topology.family:
+        raise ModelError(
+            f"LDCP: the gates were made for {gates.topology.family}, and the model is "
+            f"{topology.family}; choose gates that were made for this family"
+        )
     widths = {site.name: site.channels for site in topology.all_sites()}
     for site, score in gates.scores.items():
         if widths.get(site) != score.numel():
             raise ModelError(
                 f"LDCP: the gates have {score.numel()} channels at {site}, the model has "
                 f"{widths.get(site, 'no such layer')}; gates and model must be of the same "
-                f"architecture (gates: widths {gates.topology.widths}, model: "
-                f"{topology.widths}). Choose gates that were trained for this model"
+                f"architecture (gates: {gates.topology}, model: {topology}). Choose gates that "
+                "were trained for this model"
             )
     named = blocks_of(gates.scores)
     found = {}
@@ -157,6 +179,6 @@ def _host_block(kind: type[Block], model: nn.Module, path: str) -> HostBlock:
         return HOST_BLOCKS[kind](model, path)
     except AttributeError as error:
         raise ModelError(
-            f"LDCP: the model has no layer {path}, expected in every SD1.5 U-Net; choose a "
-            "standard SD1.5 checkpoint"
+            f"LDCP: the model has no layer {path}, expected in such a U-Net; choose a standard "
+            "checkpoint, or leave out the node or extension that rebuilds it"
         ) from error

@@ -437,14 +437,15 @@ def many_tensors(count: int) -> bytes:
 
 # --- the independent reader -----------------------------------------------------------------------
 
-Contents = tuple[str, str, str, dict[str, bytes]]
+Contents = tuple[str, float, str, str, dict[str, bytes]]
 
 
 def contents(gates: Gates) -> Contents:
-    """Padding, topology, notes and the bytes of every tensor."""
+    """Padding, floor, topology, notes and the bytes of every tensor."""
     tensors = {f"{site}.score": t.numpy().tobytes() for site, t in gates.scores.items()}
     tensors |= {f"{site}.constant": t.numpy().tobytes() for site, t in gates.constants.items()}
-    return gates.padding, as_text(gates.topology.to_json()), as_text(gates.info), tensors
+    topology = as_text(gates.topology.to_json())
+    return gates.padding, float(gates.floor), topology, as_text(gates.info), tensors
 
 
 def as_text(value: Any) -> str:
@@ -473,9 +474,15 @@ def _read(data: bytes) -> Contents | None:
     description = json.loads(metadata["gates"], object_pairs_hook=every_key_once)
     if depth(description) > DEPTH:
         return None
-    topology, info = description["topology"], description["info"]
-    if (metadata["format"], metadata["version"]) != ("ldcp.gates", "1"):
+    version, info = metadata["version"], description["info"]
+    if metadata["format"] != "ldcp.gates" or version not in ("1", "2"):
         return None
+    topology = plain_topology(version, description["topology"])
+    floor = info.get("floor", 0.0) if version == "1" else description["floor"]
+    if type(floor) not in (int, float) or not 0 <= floor < 1:
+        if version == "2":
+            return None
+        floor = 0.0
     if description["padding"] not in ("zero", "extend") or not isinstance(info, dict):
         return None
     tensors: dict[str, np.ndarray] = {}
@@ -487,7 +494,7 @@ def _read(data: bytes) -> Contents | None:
         used.append((first, last))
         tensors[name] = np.frombuffer(body[first:last], "<f4")
         site, _, part = name.rpartition(".")
-        if not has_16_channels(site, topology["layers_per_block"]):
+        if topology is None or not has_16_channels(site, topology):
             return None
         if part not in ("score", "constant") or len(tensors[name]) != 16:
             return None
@@ -501,12 +508,8 @@ def _read(data: bytes) -> Contents | None:
         return None
     if len(body) != 64 * len(used) or metadata["checksum"] != checksum(metadata["gates"], tensors):
         return None
-    if not plain_topology(topology):
-        return None
-    known = TINY.to_json().keys()
-    kept = {key: topology[key] for key in known}
     raw = {name: values.tobytes() for name, values in tensors.items()}
-    return description["padding"], as_text(kept), as_text(info), raw
+    return description["padding"], float(floor), as_text(topology), as_text(info), raw
 
 
 def every_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -523,30 +526,58 @@ def depth(value: Any) -> int:
     return 1 + max((depth(item) for item in inner), default=0)
 
 
-def has_16_channels(site: str, layers: int) -> bool:
+def has_16_channels(site: str, topology: dict[str, Any]) -> bool:
     """Whether a convolution of the two deepest levels, the only ones this wide, has this name."""
     stages = r"(down_blocks\.[23]|mid_block|up_blocks\.[01])"
     found = re.fullmatch(stages + r"\.resnets\.(\d)\.conv[12]", site)
     if not found:
         return False
     stage = found[1].split(".")[0]
-    return int(found[2]) < {"down_blocks": layers, "mid_block": 2, "up_blocks": layers + 1}[stage]
+    layers = len(topology["down"][0])
+    mid = len(topology["mid"])
+    return int(found[2]) < {"down_blocks": layers, "mid_block": mid, "up_blocks": layers + 1}[stage]
 
 
-def plain_topology(topology: dict[str, Any]) -> bool:
-    """As far as the mutations go: whole numbers, and the widths that the tensors have."""
-    numbers = [topology[k] for k in ("layers_per_block", "context_width")]
-    numbers += [topology[k] for k in ("in_channels", "out_channels")]
-    widths, attention = topology["widths"], topology["attention"]
-    return (
+def plain_topology(version: str, topology: dict[str, Any]) -> dict[str, Any] | None:
+    """In the words of version 2, as far as the mutations go: with the widths the tensors have."""
+    known = ("widths", "context_width", "in_channels", "out_channels")
+    if version == "1":
+        layers, attention = topology["layers_per_block"], topology["attention"]
+        if type(layers) is not int or not 0 < layers <= 8 or not isinstance(attention, list):
+            return None
+        if len(attention) != 4 or not all(type(a) is bool for a in attention):
+            return None
+        topology = {key: topology[key] for key in known} | {
+            "family": "Stable Diffusion 1.5",
+            "down": [[int(a)] * layers for a in attention],
+            "mid": [1, 0],
+            "up": [[int(a)] * (layers + 1) for a in reversed(attention)],
+            "pooled_width": 0,
+            "linear_projections": False,
+        }
+    rest = ("family", "down", "mid", "up", "pooled_width", "linear_projections")
+    if set(topology) != {*known, *rest} or topology["family"] != "Stable Diffusion 1.5":
+        return None
+    pooled, linear = topology["pooled_width"], topology["linear_projections"]
+    if type(pooled) is not int or not 0 <= pooled <= 65536 or linear is not False:
+        return None
+    widths, down, mid, up = (topology[key] for key in ("widths", "down", "mid", "up"))
+    numbers = [topology[key] for key in known[1:]]
+    if not all(isinstance(level, list) for level in (widths, down, mid, up, *down, *up)):
+        return None
+    layers = len(down[0])
+    depths = [depth for level in (*down, mid, *up) for depth in level]
+    valid = (
         all(type(n) is int and 0 < n <= 65536 for n in [*numbers, *widths])
-        and topology["layers_per_block"] <= 8
-        and isinstance(widths, list)
-        and isinstance(attention, list)
-        and len(widths) == len(attention) == 4
+        and all(type(n) is int and 0 <= n <= 24 for n in depths)
+        and len(widths) == len(down) == len(up) == 4
         and widths[-1] == 16
-        and all(type(a) is bool for a in attention)
+        and 0 < layers <= 8
+        and len(mid) <= 2
+        and all(len(level) == layers for level in down)
+        and all(len(level) == layers + 1 for level in up)
     )
+    return topology if valid else None
 
 
 # --- the run --------------------------------------------------------------------------------------

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from families import (
+    FAMILIES,
+    NO_MID,
+    PARAMETERS,
+    REFINER,
+    SD2,
+    SDXL,
+    SMALL,
+    SMALL_XL,
+    SSD_1B,
+    diffusers_unet,
+    inputs,
+    name_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +37,6 @@ from ldcp_core import (
     unet_cost,
 )
 
-SMALL = Topology(widths=(32, 64, 96, 160), context_width=48)
 TINY = Topology(widths=(8, 8, 16, 16), context_width=8)
 A1, A2, B1, B2 = (f"mid_block.resnets.{r}.conv{c}" for r in (0, 1) for c in (1, 2))
 
@@ -36,36 +46,25 @@ paddings = st.sampled_from(PADDINGS)
 latents = st.builds(Latent, st.integers(8, 72), st.integers(8, 72), st.integers(1, 4))
 
 
-@cache
-def diffusers_unet(topology: Topology) -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            block_out_channels=topology.widths,
-            cross_attention_dim=topology.context_width,
-            attention_head_dim=8,
-        )
-
-
 def diffusers_flops(topology: Topology, latent: Latent) -> int:
-    unet = diffusers_unet(topology)
-    sample = torch.empty(latent.batch, 4, latent.height, latent.width, device="meta")
-    context = torch.empty(latent.batch, 77, topology.context_width, device="meta")
+    given = inputs(topology, latent.batch, (latent.height, latent.width))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(sample, torch.zeros(latent.batch, device="meta"), context)
+        diffusers_unet(topology)(**given)
     return counter.get_total_flops()
 
 
 # --- the whole U-Net ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("topology", [SD15, SMALL])
+@pytest.mark.parametrize("topology", FAMILIES, ids=name_of)
 def test_parameters_equal_diffusers_exactly(topology: Topology) -> None:
     theirs = sum(p.numel() for p in diffusers_unet(topology).parameters())
     assert unet_cost(topology, Latent()).parameters == theirs
 
 
-def test_sd15_has_the_published_number_of_parameters() -> None:
-    assert unet_cost(SD15, Latent()).parameters == 859_520_964
+@pytest.mark.parametrize("topology", [SD15, SD2, SDXL], ids=name_of)
+def test_each_family_has_the_published_number_of_parameters(topology: Topology) -> None:
+    assert unet_cost(topology, Latent()).parameters == PARAMETERS[topology.family]
 
 
 @pytest.mark.parametrize(
@@ -73,8 +72,14 @@ def test_sd15_has_the_published_number_of_parameters() -> None:
     [
         (SD15, Latent(64, 64, 2)),
         (SD15, Latent(96, 64, 1)),
+        (SD2, Latent(96, 96, 1)),
+        (SDXL, Latent(128, 128, 1)),
+        (REFINER, Latent(128, 128, 2)),
+        (SSD_1B, Latent(128, 96, 1)),
+        (NO_MID, Latent(32, 32, 1)),
         (SMALL, Latent(32, 32, 1)),
         (SMALL, Latent(64, 40, 3)),
+        (SMALL_XL, Latent(64, 40, 3)),
     ],
 )
 def test_flops_equal_the_flop_counter_exactly(topology: Topology, latent: Latent) -> None:

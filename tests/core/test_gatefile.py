@@ -16,8 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gatefile_mutations
 import pytest
 import torch
+from families import SMALL_XL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -176,7 +178,8 @@ def test_gates_that_would_not_be_read_back_are_not_written(gates: Gates, tmp_pat
 def test_a_description_is_taken_up_to_its_bound_and_never_written_beyond(tmp_path: Path) -> None:
     path = tmp_path / "gates.safetensors"
     small = replace(small_gates(), info={"note": ""})
-    rest = MAX_DESCRIPTION - len(_strict_json({"topology": TINY.to_json(), "padding": "extend"}))
+    described = {"topology": TINY.to_json(), "padding": "extend", "floor": 0.0}
+    rest = MAX_DESCRIPTION - len(_strict_json(described))
     note = '"' * ((rest - len(', "info": {"note": ""}')) // 2)  # what doubles in the header as well
     save_gates(replace(small, info={"note": note}), path)
     assert load_gates(path).info["note"] == note
@@ -227,6 +230,34 @@ def test_the_golden_file_of_version_1_keeps_loading() -> None:
     assert gates.scores[OTHER][:3].tolist() == [0.5, 0.5 + 2**-24, 0.5 - 2**-25]
     assert list(gates.constants) == [OTHER]
     assert gates.constants[OTHER].tolist() == [c / 8 for c in range(-8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("found", "floor"), [(0.1, 0.1), (None, 0.0), ("x", 0.0), (2, 0.0), (-1, 0.0), (True, 0.0)]
+)
+def test_the_floor_of_version_1_is_in_its_notes(
+    found: object, floor: float, tmp_path: Path
+) -> None:
+    parts = gatefile_mutations.Parts(GOLDEN.read_bytes())
+    parts.description["info"]["floor"] = found
+    path = tmp_path / "gates.safetensors"
+    path.write_bytes(parts.pack())
+    assert load_gates(path).floor == floor
+
+
+GOLDEN_2 = GOLDEN.with_name("gates_v2.safetensors")
+
+
+def test_the_golden_file_of_version_2_keeps_loading() -> None:
+    """Never regenerate it: a change that breaks this test needs a new version."""
+    gates = load_gates(GOLDEN_2)
+    assert gates.topology == SMALL_XL and gates.padding == "extend" and gates.floor == 0.05
+    assert dict(gates.info) == {"criterion": "golden", "note": "größer als ½"}
+    hidden = "mid_block.attentions.0.transformer_blocks.2.ff.net.0"
+    assert list(gates.scores) == ["mid_block.resnets.0.conv1", hidden]
+    assert torch.equal(gates.scores[hidden], torch.arange(384) / 383)
+    assert gates.constants[hidden].tolist() == [c / 8 for c in range(-192, 192)]
+    assert torch.equal(gates.importances[hidden], torch.arange(384) / 4)
 
 
 # --- atomic writing -------------------------------------------------------------------------------
@@ -467,14 +498,15 @@ def crafted(
     """A gate file by hand; the defaults are a good one but for its checksum."""
     tensors = {f"{SITE}.score": torch.linspace(0, 1, 16)} if scores is None else scores
     if description is None:
-        description = {"topology": TINY.to_json(), "padding": "zero", "info": {}}
+        description = {"topology": TINY.to_json(), "padding": "zero", "floor": 0, "info": {}}
     text = description if isinstance(description, str) else json.dumps(description)
-    found = {"format": FORMAT, "version": "1", "gates": text, "checksum": "0" * 64, **metadata}
+    found = {"format": FORMAT, "version": "2", "gates": text, "checksum": "0" * 64, **metadata}
     return save(tensors, {k: v for k, v in found.items() if v is not None})
 
 
 def described(**changes: Any) -> bytes:
-    description = {"topology": TINY.to_json(), "padding": "zero", "info": {}, **changes}
+    fields = {"topology": TINY.to_json(), "padding": "zero", "floor": 0, "info": {}}
+    description = {**fields, **changes}
     return crafted(description={k: v for k, v in description.items() if v is not None})
 
 
@@ -503,8 +535,8 @@ REFUSALS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "pickle": (lambda: pickle.dumps({SITE: [1.0]}), "not a readable .safetensors", "copy it again"),
     "no metadata": (lambda: save({S: torch.rand(16)}), "format None", repr(FORMAT)),
     "a model": (lambda: crafted(format="pt"), "format 'pt'", "made by training.fit"),
-    "another version": (lambda: crafted(version="2"), "version '2'", "update the node pack"),
-    "no version": (lambda: crafted(version=None), "version None", "reads version 1"),
+    "another version": (lambda: crafted(version="3"), "version '3'", "update the node pack"),
+    "no version": (lambda: crafted(version=None), "version None", "reads versions 1 and 2"),
     "no description": (lambda: crafted(gates=None), "not valid JSON", "train the gates again"),
     "bad JSON": (lambda: crafted(description="{"), "not valid JSON", "train the gates again"),
     "nested JSON": (lambda: crafted(description=NESTED), "not valid JSON", "copy the file again"),
@@ -524,6 +556,14 @@ REFUSALS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "padding": (lambda: described(padding="wrap"), "padding rule 'wrap'", "one of zero, extend"),
     "padding list": (lambda: described(padding=["zero"]), "['zero']", "one of zero, extend"),
     "no padding": (lambda: described(padding=None), "padding rule None", "one of zero, extend"),
+    "floor": (lambda: described(floor=1), "floor 1", "a number from 0 up to 1"),
+    "no floor": (lambda: described(floor=None), "floor None", "a number from 0 up to 1"),
+    "floor text": (lambda: described(floor="x"), "floor 'x'", "a number from 0 up to 1"),
+    "family": (
+        lambda: described(topology={**TINY.to_json(), "family": "SDXL"}),
+        "of Stable Diffusion 1.5 says that it is one of SDXL",
+        "copy the file again",
+    ),
     "no info": (lambda: described(info=None), "'info' object is missing", "copy the file again"),
     "unknown site": (
         lambda: crafted({"mid_block.resnets.2.conv1.score": torch.rand(16)}),
@@ -577,8 +617,8 @@ HOSTILE_FILES: dict[str, Callable[[], bytes]] = {
     "topology": lambda: described(topology=HOSTILE),
     "widths": lambda: described(topology={**TINY.to_json(), "widths": [HOSTILE] * 4}),
     "many widths": lambda: described(topology={**TINY.to_json(), "widths": [8] * 9000}),
-    "attention": lambda: described(topology={**TINY.to_json(), "attention": [HOSTILE] * 4}),
-    "depth": lambda: described(topology={**TINY.to_json(), "layers_per_block": HOSTILE}),
+    "down": lambda: described(topology={**TINY.to_json(), "down": [HOSTILE] * 4}),
+    "family": lambda: described(topology={**TINY.to_json(), "family": HOSTILE}),
     "not a safetensors": lambda: HOSTILE.encode(),
     "a key": lambda: save({HOSTILE: torch.rand(3)}).replace(b"F32", b"F33"),
     "axes": lambda: crafted({S: torch.rand((1,) * 40)}),

@@ -315,15 +315,8 @@ class TestFloor:
     def test_everything_means_everything(self) -> None:
         assert self.counts(1.0, 0.3) == [0, 0]
 
-    @pytest.mark.parametrize(
-        ("found", "expected"), [(0.1, 0.1), (None, 0.0), ("x", 0.0), (2, 0.0), (-1, 0.0)]
-    )
-    def test_a_gate_file_says_its_floor(self, found: object, expected: float) -> None:
-        gates = Gates(self.SCORES, info={"floor": found})
-        assert gates.floor == expected
-
     def test_the_override_holds_it(self) -> None:
-        keep = Gates(self.SCORES, info={"floor": 0.1}).keep_sets_at(0.5)
+        keep = Gates(self.SCORES, floor=0.1).keep_sets_at(0.5)
         assert int(keep["a"].sum()) == 8
 
 

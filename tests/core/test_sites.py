@@ -6,8 +6,16 @@ import json
 from typing import Any
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
+from families import (
+    FAMILIES,
+    REFINER,
+    SD2,
+    SDXL,
+    SMALL_XL,
+    SSD_1B,
+    diffusers_unet,
+    name_of,
+)
 
 from ldcp_core import (
     DEFAULT_SCOPE,
@@ -19,25 +27,9 @@ from ldcp_core import (
     block_of,
     sites_of,
 )
+from ldcp_core.diffusers import topology_of
 
-SMALL = Topology(widths=(32, 64, 96, 160), context_width=48)
-NO_ATTENTION = Topology(widths=(32, 32, 64, 64), attention=(False,) * 4, layers_per_block=1)
-
-
-def diffusers_unet(topology: Topology) -> UNet2DConditionModel:
-    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in topology.attention]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(topology.attention)]
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            in_channels=topology.in_channels,
-            out_channels=topology.out_channels,
-            block_out_channels=topology.widths,
-            layers_per_block=topology.layers_per_block,
-            cross_attention_dim=topology.context_width,
-            down_block_types=down,
-            up_block_types=up,
-            attention_head_dim=8,
-        )
+every_family = pytest.mark.parametrize("topology", FAMILIES, ids=name_of)
 
 
 def test_sd15_has_22_res_blocks_16_feed_forwards_and_60_sites() -> None:
@@ -52,7 +44,7 @@ def modules_parameter(modules: dict[str, Any], name: str) -> Any:
     return getattr(modules[module], parameter)
 
 
-@pytest.mark.parametrize("topology", [SD15, SMALL, NO_ATTENTION])
+@every_family
 def test_names_and_widths_are_those_of_diffusers(topology: Topology) -> None:
     modules = dict(diffusers_unet(topology).named_modules())
     theirs = {
@@ -187,31 +179,86 @@ def test_the_blocks_and_sites_of_each_other() -> None:
         block_of("mid_block.resnets.0")
 
 
-@pytest.mark.parametrize("topology", [SD15, SMALL, NO_ATTENTION])
+@every_family
 def test_a_topology_survives_json(topology: Topology) -> None:
     assert Topology.from_json(json.loads(json.dumps(topology.to_json()))) == topology
 
 
-@pytest.mark.parametrize("key", SD15.to_json())
-@pytest.mark.parametrize("value", [None, "8", -1, 0, 1.5, 10**6, [], ["a"] * 4, "four", {}])
+@pytest.mark.parametrize("key", SDXL.to_json())
+@pytest.mark.parametrize("value", [None, "8", -1, 1.5, 10**6, ["a"] * 4, "four", {}, [[0] * 4]])
 def test_a_topology_with_a_wrong_value_is_refused(key: str, value: object) -> None:
     with pytest.raises(ValueError):
-        Topology.from_json({**SD15.to_json(), key: value})
+        Topology.from_json({**SDXL.to_json(), key: value})
 
 
 @pytest.mark.parametrize("key", SD15.to_json())
 def test_a_topology_with_a_missing_key_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match="not the description of an SD1.5 U-Net"):
+    with pytest.raises(ValueError, match="not the description of a U-Net"):
         Topology.from_json({k: v for k, v in SD15.to_json().items() if k != key})
 
 
 @pytest.mark.parametrize("value", [None, [], "topology", 3, True, [1, 2]])
 def test_anything_else_is_no_topology(value: object) -> None:
-    with pytest.raises(ValueError, match="not the description of an SD1.5 U-Net"):
+    with pytest.raises(ValueError, match="not the description of a U-Net"):
         Topology.from_json(value)
 
 
 @pytest.mark.parametrize("widths", [(8,), (8, 8, 8), (8,) * 5])
 def test_a_u_net_with_another_number_of_levels_is_refused(widths: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="four levels"):
+    with pytest.raises(ValueError, match="three or four levels"):
         Topology(widths=widths)
+
+
+def test_families_are_told_apart_by_their_shape_and_not_by_their_widths() -> None:
+    families = [topology.family for topology in (SD15, SD2, SDXL, SSD_1B, SMALL_XL, REFINER)]
+    assert families == [
+        "Stable Diffusion 1.5",
+        "Stable Diffusion 2",
+        "SDXL",
+        "SDXL",
+        "SDXL",
+        "SDXL refiner",
+    ]
+
+
+def test_a_description_that_names_another_family_is_refused() -> None:
+    with pytest.raises(ValueError, match="a U-Net of SDXL says that it is one of Stable Diffusion"):
+        Topology.from_json({**SDXL.to_json(), "family": "Stable Diffusion 1.5"})
+
+
+@every_family
+def test_a_topology_is_read_off_the_modules_of_diffusers(topology: Topology) -> None:
+    assert topology_of(diffusers_unet(topology)) == topology
+
+
+def test_sdxl_has_17_res_blocks_70_feed_forwards_and_104_sites() -> None:
+    kinds = [type(block).__name__ for block in SDXL.blocks()]
+    assert (kinds.count("ResBlock"), kinds.count("FeedForward")) == (17, 70)
+    assert len(SDXL.all_sites()) == len({site.name for site in SDXL.all_sites()}) == 104
+
+
+VERSION_1 = {
+    "widths": [8, 8, 16, 16],
+    "attention": [True, True, True, False],
+    "layers_per_block": 2,
+    "context_width": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+}
+
+
+def test_version_1_of_the_gate_file_describes_sd15_at_any_width() -> None:
+    assert Topology.from_version_1(VERSION_1) == Topology((8, 8, 16, 16), context_width=8)
+
+
+@pytest.mark.parametrize("key", VERSION_1)
+@pytest.mark.parametrize("value", [None, "8", -1, 0, 1.5, 10**6, [], ["a"] * 4, "four", {}])
+def test_a_wrong_value_of_version_1_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ValueError):
+        Topology.from_version_1({**VERSION_1, key: value})
+
+
+@pytest.mark.parametrize("key", VERSION_1)
+def test_a_missing_key_of_version_1_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="not the description of an SD1.5 U-Net"):
+        Topology.from_version_1({k: v for k, v in VERSION_1.items() if k != key})

@@ -120,6 +120,7 @@ def masked(comfy):
     @contextlib.contextmanager
     def run(model, gates, keep_sets=None, when=lambda: True):
         unet = model.model.diffusion_model
+        layers = comfy.model.model_topology(model.model).layers_per_block
         handles = []
 
         def add(conv, hook, **options):
@@ -129,10 +130,10 @@ def masked(comfy):
             handles.append(conv.register_forward_hook(timed, **options))
 
         for site, keep in (keep_sets or gates.keep_sets()).items():
-            layer = unet.get_submodule(comfy.model.layer_path(site).removesuffix(".proj"))
+            layer = unet.get_submodule(comfy.model.layer_path(site, layers).removesuffix(".proj"))
             add(layer, replacer(keep, gates.constant(site)))
             if site.endswith("conv1") and gates.padding == "extend":
-                conv2 = unet.get_submodule(comfy.model.layer_path(site[:-1] + "2"))
+                conv2 = unet.get_submodule(comfy.model.layer_path(site[:-1] + "2", layers))
                 # before a residual gate replaces its rows
                 add(conv2, extended(keep), prepend=True)
         try:
@@ -171,7 +172,8 @@ def extended(keep):
 def conditioning():
     def make(seed=5, width=64):
         generator = torch.Generator().manual_seed(seed)
-        return [[torch.randn(1, 77, width, generator=generator), {}]]
+        text = torch.randn(1, 77, width, generator=generator)
+        return [[text, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
 
     return make
 

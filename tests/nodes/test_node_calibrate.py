@@ -453,7 +453,6 @@ def test_the_gates_say_how_they_came_about(comfy, model, run):
         "ranking": "global",
         "scope": "mid",
         "target_sparsity": 0.3,
-        "floor": comfy.core.DEFAULT_FLOOR,
         "achieved_sparsity": gates.sparsity,
         "calibrated": "activations",
         "calibration_evaluations": 2,
@@ -512,10 +511,10 @@ def test_a_model_of_another_family_or_width_is_refused_before_sampling(
         run(model, gates=wide)
     with pytest.raises(ValueError, match="sparsity 1.5 is outside"):
         run(model, sparsity=1.5)
-    fake = type("SDXL", (), {})()
-    fake.unet_config = {**model.model.model_config.unet_config, "channel_mult": [1, 2, 4]}
+    fake = type("Flux", (), {})()
+    fake.unet_config = {"image_model": "flux"}
     monkeypatch.setattr(model.model, "model_config", fake)
-    with pytest.raises(comfy.model.ModelError, match=r"this model is SDXL \(3 resolution levels"):
+    with pytest.raises(comfy.model.ModelError, match=r"this model is Flux \(not a conv"):
         run(model)
 
 

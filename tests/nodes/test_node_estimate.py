@@ -156,7 +156,6 @@ def test_the_gates_say_how_they_came_about(comfy, model, estimate):
         "ranking": "per layer",
         "scope": "mid",
         "target_sparsity": 0.3,
-        "floor": 0.05,
         "achieved_sparsity": 0.3125,
         "calibrated": "data-free",
         "fingerprint": comfy.core.fingerprint(comfy.identity.base_weights(model, gates)),
@@ -296,10 +295,10 @@ def test_nothing_and_everything_can_be_pruned(model, estimate, apply, sample, sp
 
 
 def test_another_family_is_refused(comfy, model, estimate, monkeypatch):
-    fake = type("SDXL", (), {})()
-    fake.unet_config = {**model.model.model_config.unet_config, "channel_mult": [1, 2, 4]}
+    fake = type("Flux", (), {})()
+    fake.unet_config = {"image_model": "flux"}
     monkeypatch.setattr(model.model, "model_config", fake)
-    with pytest.raises(comfy.model.ModelError, match=r"this model is SDXL \(3 resolution levels"):
+    with pytest.raises(comfy.model.ModelError, match=r"this model is Flux \(not a conv"):
         estimate(model)
 
 

@@ -17,10 +17,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from families import NO_MID, SMALL_XL, diffusers_unet, inputs, name_of
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldcp_core import Gates, Schedule, save_gates
+from ldcp_core import Gates, Schedule, Topology, save_gates
 from ldcp_core.diffusers import Pruning, UnsupportedModel, pruned, topology_of
 from training.model.gating import hard_gates, masked
 
@@ -54,6 +55,30 @@ def gates_of(unet: UNet2DConditionModel, scope: str = "all+ff", seed: int = 0) -
     scores = {s.name: torch.rand(s.channels, generator=generator) for s in sites}
     constants = {s.name: torch.randn(s.channels, generator=generator) for s in sites}
     return Gates(scores, constants, "zero", topology)
+
+
+SMALL_2 = Topology((32, 64, 64, 64), context_width=24, linear_projections=True)
+
+
+@pytest.mark.parametrize("topology", [SMALL_2, SMALL_XL, NO_MID], ids=name_of)
+@torch.no_grad()
+def test_every_family_is_the_masked_reference_where_on_and_itself_where_off(
+    topology: Topology,
+) -> None:
+    torch.manual_seed(0)
+    unet = diffusers_unet(topology, "cpu")
+    given = inputs(topology, 2, (16, 24), "cpu")
+    gates = gates_of(unet)
+    constants = {site: gates.constant(site) for site in gates.scores}
+    dense = unet(**given).sample
+    with masked(unet, hard_gates(gates.keep_sets(), constants), "zero"):
+        reference = unet(**given).sample
+    with pruned(unet, gates):
+        found = unet(**given).sample
+    assert torch.equal(unet(**given).sample, dense)
+    scale = float(reference.abs().max())
+    assert float((found - reference).abs().max()) <= TOLERANCE * scale
+    assert float((dense - reference).abs().max()) >= 100 * TOLERANCE * scale
 
 
 @torch.no_grad()
@@ -290,13 +315,15 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     sizes = {"norm_num_groups": 8, "attention_head_dim": 2, "block_out_channels": (16, 16, 32, 32)}
     other = UNet2DConditionModel(cross_attention_dim=24, **sizes)  # as SD2's text is wider
     levels = UNet2DConditionModel(
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
-        **{**sizes, "block_out_channels": (16, 16, 32)},
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        **{**sizes, "block_out_channels": (16, 32)},
     )
     with pytest.raises(UnsupportedModel, match="made for"):
         pruned(other, gates)
-    with pytest.raises(UnsupportedModel, match="four levels"):
+    with pytest.raises(UnsupportedModel, match="made for Stable Diffusion 1.5 .* is SDXL"):
+        pruned(diffusers_unet(SMALL_XL), gates)
+    with pytest.raises(UnsupportedModel, match="three or four levels"):
         pruned(levels, gates)
     with pytest.raises(UnsupportedModel, match=r"pipe\.unet"):
         pruned(pipe, gates)

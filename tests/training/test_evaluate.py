@@ -235,7 +235,7 @@ def test_gates_of_another_model_are_refused(
     path = tmp_path / "full.safetensors"
     save_gates(Gates({s.name: torch.ones(s.channels) for s in SD15.sites()}), path)
     assert evaluate.main([str(path), *source, "--samples", "2"]) == 1
-    assert "The gates were made for Topology(widths=(320" in capsys.readouterr().err
+    assert "The gates were made for Stable Diffusion 1.5 (widths 320" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def finish(
         learning.calibration.constants if config.constant == "mean" else {},
         config.padding,
         topology_of(unet),
+        floor=config.floor,
     )
     gates = replace(gates, info=_info(config, data, history, unet, budget, gates))
     heldout = None

@@ -1,0 +1,263 @@
+"""SD2, SDXL, its refiner and its derivatives in ComfyUI, narrow and with random weights.
+
+As for SD1.5: dense where off, the masked reference where on, LoRA included. Tolerances are those of
+a map of RMS about 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import full_checkpoint
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfyui
+TOLERANCE = 2e-6
+XL = {
+    "model_channels": 32,
+    "channel_mult": [1, 2, 4],
+    "num_res_blocks": [2, 2, 2],
+    "num_heads": -1,
+    "num_head_channels": 16,
+    "context_dim": 64,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "transformer_depth": [0, 0, 1, 1, 3, 3],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 3, 3, 3],
+    "transformer_depth_middle": 3,
+}
+#: name -> class of supported_models, class of model_base, what its U-Net has
+FAMILIES = {
+    "SD2": (
+        "SD20",
+        "BaseModel",
+        {"model_channels": 64, "context_dim": 64, "use_linear_in_transformer": True},
+    ),
+    "SDXL": ("SDXL", "SDXL", XL),
+    "SDXL refiner": (
+        "SDXLRefiner",
+        "SDXLRefiner",
+        {
+            **XL,
+            "channel_mult": [1, 2, 4, 4],
+            "num_res_blocks": [2, 2, 2, 2],
+            "adm_in_channels": 2560,
+            "transformer_depth": [0, 0, 2, 2, 2, 2, 0, 0],
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 2, 2, 2, 0, 0, 0],
+            "transformer_depth_middle": 2,
+        },
+    ),
+    "SSD-1B": (
+        "SSD1B",
+        "SDXL",
+        {
+            **XL,
+            "transformer_depth": [0, 0, 2, 2, 2, 2],
+            "transformer_depth_output": [0, 0, 0, 1, 1, 2, 3, 2, 2],
+            "transformer_depth_middle": -1,
+        },
+    ),
+    "KOALA": (
+        "KOALA_700M",
+        "SDXL",
+        {
+            **XL,
+            "num_res_blocks": [1, 1, 1],
+            "transformer_depth": [0, 1, 3],
+            "transformer_depth_output": [0, 0, 1, 1, 3, 3],
+            "transformer_depth_middle": -2,
+        },
+    ),
+    "SDXL inpainting": ("SDXL", "SDXL", {**XL, "in_channels": 9}),
+}
+
+
+def rms(x):
+    return float(x.float().square().mean().sqrt())
+
+
+@pytest.fixture(scope="module")
+def small(comfy):
+    """Make a narrow ModelPatcher of a family."""
+
+    def make(family):
+        config, base, changes = FAMILIES[family]
+        settings = {**full_checkpoint.UNET, "model_channels": 32, **changes}
+        model_config = getattr(comfy.root.supported_models, config)(settings)
+        model_config.set_inference_dtype(torch.float32, None)
+        cpu = torch.device("cpu")
+        model = getattr(comfy.root.model_base, base)(model_config, device=cpu).eval()
+        if model_config.unet_config["in_channels"] == 9:
+            model.set_inpaint()
+        full_checkpoint.randomise_(model.diffusion_model, 0)
+        return comfy.root.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+    return make
+
+
+@pytest.fixture
+def gates_of(comfy, make_gates):
+    """Random gates of every site of a model."""
+
+    def make(model, padding="zero", scope="all+ff"):
+        topology = comfy.model.model_topology(model.model)
+        sites = [site.name for site in topology.sites(scope)]
+        gates = make_gates(sites, padding, topology=topology, constants=0.3)
+        # two thirds kept, so that what is left of the deep ones is not only their constants
+        scores = {site: score.sqrt() for site, score in gates.scores.items()}
+        return dataclasses.replace(gates, scores=scores)
+
+    return make
+
+
+@pytest.fixture
+def check(comfy, sample, unpatched, masked):
+    """Prune step 1 of 3; every evaluation is the dense one, or the masked reference."""
+
+    def run(model, gates):
+        layer = comfy.patch.Layer(gates, gates.keep_sets(), comfy.core.Schedule.steps("1"))
+        evaluated = []
+        patched = comfy.patch.attach(model, layer)
+        sample(patched, 3, evaluated=evaluated)
+        assert [step for *_, step in evaluated] == [0, 1, 2]
+        for *call, output, step in evaluated:
+            whole = unpatched(model, *call)
+            if step != 1:
+                assert torch.equal(output, whole)
+                continue
+            with masked(model, gates):
+                reference = unpatched(model, *call)
+            scale = rms(reference)
+            assert rms(output - reference) <= TOLERANCE * max(scale, 1)
+            assert rms(whole - reference) >= 100 * TOLERANCE * max(scale, 1)
+
+    return run
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_where_off_and_the_masked_reference_where_on(small, gates_of, check, family):
+    model = small(family)
+    check(model, gates_of(model, "extend" if family == "SDXL refiner" else "zero"))
+
+
+def test_sdxl_is_described_by_its_widths_and_depths(comfy, small):
+    topology = comfy.model.model_topology(small("SDXL").model)
+    assert topology == comfy.core.Topology(
+        widths=(32, 64, 128),
+        down=((0, 0), (1, 1), (3, 3)),
+        mid=(3, 0),
+        up=((3, 3, 3), (1, 1, 1), (0, 0, 0)),
+        context_width=64,
+        pooled_width=2816,
+        linear_projections=True,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site_is_a_layer_of_the_model(comfy, small, family):
+    model = small(family)
+    topology = comfy.model.model_topology(model.model)
+    unet = comfy.model.unet(model.model)
+    for site in topology.all_sites():
+        layer = unet.get_submodule(comfy.model.layer_path(site.name, topology.layers_per_block))
+        assert layer.weight.shape[0] == site.channels * site.kind.rows
+    named = {name for name, m in unet.named_modules() if type(m).__name__ == "ResBlock"}
+    named |= {name for name, m in unet.named_modules() if type(m).__name__ == "FeedForward"}
+    paths = {comfy.model.module_path(b.name, topology.layers_per_block) for b in topology.blocks()}
+    assert paths == named
+
+
+def test_gates_of_another_family_are_refused_with_both_named(comfy, small, gates_of, make_gates):
+    model = small("SDXL")
+    gates = make_gates()
+    with pytest.raises(comfy.model.ModelError, match="made for Stable Diffusion 1.5, .* is SDXL;"):
+        comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
+    other = gates_of(small("SD2"))
+    with pytest.raises(comfy.model.ModelError, match="made for Stable Diffusion 2, .* is SDXL;"):
+        comfy.patch.attach(model, comfy.patch.Layer(other, other.keep_sets()))
+
+
+def lora(unet, seed=0):
+    """A LoRA of every ResBlock convolution and feed-forward, in the layout of kohya's trainer."""
+    g, found = torch.Generator().manual_seed(seed), {}
+    for name, module in unet.named_modules():
+        if name.endswith(("in_layers.2", "out_layers.3", "ff.net.0.proj", "ff.net.2")):
+            key, weight = f"lora_unet_{name.replace('.', '_')}", module.weight
+            down = torch.randn(4, *weight.shape[1:], generator=g) * weight[0].numel() ** -0.5
+            up = torch.randn(weight.shape[0], 4, *[1] * (weight.dim() - 2), generator=g)
+            found |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": 0.3 * up}
+    return found
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_lora_of_sdxl_is_pruned_with_the_weights(
+    comfy, small, gates_of, sample, unpatched, masked, after
+):
+
+    model = small("SDXL")
+    gates = gates_of(model)
+    layer = comfy.patch.Layer(gates, gates.keep_sets())
+    weights = lora(comfy.model.unet(model.model))
+
+    def with_lora(patcher):
+        return importlib.import_module("comfy.sd").load_lora_for_models(
+            patcher, None, weights, 1.0, 0.0
+        )[0]
+
+    if after:
+        patched = with_lora(comfy.patch.attach(model, layer))
+    else:
+        patched = comfy.patch.attach(with_lora(model), layer)
+    evaluated = []
+    pruned = sample(patched, 1, evaluated=evaluated)
+    alone = sample(comfy.patch.attach(small("SDXL"), layer), 1)
+    assert not torch.allclose(pruned, alone, atol=1e-2)  # the LoRA matters
+    ((*call, output, _),) = evaluated
+    bare = with_lora(model)
+    comfy.root.model_management.load_models_gpu([bare])
+    with masked(bare, gates):
+        reference = unpatched(bare, *call)
+    assert rms(output - reference) <= TOLERANCE * max(rms(reference), 1)
+
+
+@pytest.mark.parametrize("family", ["SD2", "SDXL", "SDXL refiner"])
+def test_gates_are_estimated_and_calibrated_from_the_model(
+    comfy, small, conditioning, check, family
+):
+    model = small(family)
+    nodes = comfy.nodes.NODE_CLASS_MAPPINGS
+    how = {"sparsity": 0.3, "ranking": "per layer", "padding": "zero", "scope": "all+ff"}
+    (estimated,) = nodes["LDCPEstimateGates"].execute(model, criterion="l1", **how).args
+    assert estimated.topology.family in (family, f"Stable Diffusion {family[-1]}")
+    assert abs(estimated.sparsity - 0.3) < 0.05
+    sampling = {
+        "seed": 1,
+        "steps": 1,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "positive": conditioning(5),
+        "negative": conditioning(6),
+        "latent_image": {"samples": torch.zeros(1, 4, 32, 32)},
+        "denoise": 1.0,
+    }
+    made, _, _ = (
+        nodes["LDCPCalibrateGates"].execute(model, criterion="flap", **sampling, **how).args
+    )
+    assert set(made.scores) == set(estimated.scores) and made.topology == estimated.topology
+    (report,) = (
+        nodes["LDCPPruningReport"]
+        .execute(comfy.patch.attach(model, comfy.patch.Layer(made, made.keep_sets())))
+        .args[:1]
+    )
+    check(model, estimated)
+
+
+def test_sites_of_every_family_can_be_named_before_the_model_is_known(comfy, small):
+    for family in FAMILIES:
+        sites = comfy.model.model_topology(small(family).model).all_sites()
+        assert comfy.apply_node.problem(0.3, sites=", ".join(site.name for site in sites)) is None
+    assert "unknown scope or site" in comfy.apply_node.problem(0.3, sites="mid_block.resnets.2")
