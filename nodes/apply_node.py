@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..ldcp_core import ALWAYS, Gates, Schedule, Topology, savings
+from ..ldcp_core.report import bytes_lines, run_line
 from ..ldcp_core.text import quoted
 from .host.identity import differs_from_training
 from .host.model import model_topology
@@ -31,6 +34,8 @@ DIFFERS = (
 #: has every site that a U-Net of any family has: what is checked before the model is known
 LARGEST = Topology(down=((10, 10),) * 4, mid=(10, 0), up=((10, 10, 10),) * 4)
 SHOWN_NOTES = 3  # on the node
+#: seconds between two looks at a run that is going on
+EVERY = 0.5
 log = logging.getLogger("ldcp")
 
 
@@ -109,28 +114,42 @@ def status(model: Any, layer: Layer, share: float | None) -> list[str]:
 
 @dataclass
 class Status:
-    """What an Apply node shows: its own lines, and what the runs of one prompt noticed."""
+    """What an Apply node shows: its own lines, what its run does, and what was noticed."""
 
     lines: list[str]
     node_id: str | None
     prompt: str | None = None
+    #: what the run that is going on, or the latest one, did
+    run: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _shown: float = 0.0
 
-    def show(self, new: list[str]) -> None:
+    def show(self, new: Sequence[str] = ()) -> None:
         """Show everything; ``new`` is what the user should know and was not shown before."""
         more = len(self.notes) - SHOWN_NOTES
         rest = [f"and {more} more: see Pruning Report, or the log"] if more > 0 else []
-        lines = [*self.lines, *self.notes[:SHOWN_NOTES], *rest]
+        lines = [*self.lines, *self.run, *self.notes[:SHOWN_NOTES], *rest]
         show_on_node("\n".join(lines), self.node_id)
-        warn(new, self.node_id)
+        warn(list(new), self.node_id)
+        self._shown = time.monotonic()
 
-    def after_run(self, record: RunRecord) -> None:
-        """Show what a run noticed; a prompt may sample several times with one model."""
+    def evaluated(self, record: RunRecord) -> None:
+        """Show how far the run has come, now and then."""
+        if time.monotonic() - self._shown < EVERY:
+            return
+        now = "pruned" if record.pruning else "in full"
+        counted = f"{record.pruned_evaluations} of {record.evaluations} evaluations pruned so far"
+        self.run = [f"now {now}; {counted}, {record.seconds:.1f} s", *bytes_lines(record)]
+        self.show()
+
+    def ended(self, record: RunRecord) -> None:
+        """Show what a run did and noticed; a prompt may sample several times with one model."""
         prompt = getattr(server(), "last_prompt_id", None)
         if prompt is None or prompt != self.prompt:
             self.prompt, self.notes = prompt, []
         new = [note for note in record.notes if note not in self.notes]
         self.notes += new
+        self.run = [f"{run_line(record)}, {record.seconds:.1f} s", *bytes_lines(record)]
         self.show(new)
 
 
@@ -224,7 +243,7 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
         when = ALWAYS if schedule is None else schedule
         layer = Layer(gates, keep_sets, when, full_weights, remark)
         shown = Status([], cls.hidden.unique_id if cls.hidden else None)
-        patched = attach(model, layer, shown.after_run)
+        patched = attach(model, layer, shown)
         shown.lines += status(model, layer, share)
         log.info("LDCP: %s", ", ".join(shown.lines))
         remarks = [remark] if remark else []

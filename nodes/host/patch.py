@@ -9,9 +9,9 @@ run ends or the host changes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -23,15 +23,23 @@ from .record import RunRecord
 from .run import Layer, Run
 
 KEY = "ldcp"
-#: is told what a run did when it has ended
-AfterRun = Callable[[RunRecord], None]
 
 
-def attach(model: Any, layer: Layer, after_run: AfterRun | None = None) -> Any:
+class Onlooker(Protocol):
+    """Whoever is told what a run does."""
+
+    def evaluated(self, record: RunRecord) -> None:
+        """An evaluation has ended: so much has been done."""
+
+    def ended(self, record: RunRecord) -> None:
+        """The run has ended: this is what it did."""
+
+
+def attach(model: Any, layer: Layer, onlooker: Onlooker | None = None) -> Any:
     """A clone of the ModelPatcher ``model`` that is pruned by ``layer``.
 
     Gates already attached stay, each with its own schedule; where several name a site in the same
-    evaluation, the one attached last wins. After a run all of their ``after_run`` are called.
+    evaluation, the one attached last wins. All of their onlookers are told of a run.
     Raises ModelError when the model does not fit.
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -40,7 +48,7 @@ def attach(model: Any, layer: Layer, after_run: AfterRun | None = None) -> Any:
     patched, earlier = detached(model), attached(model)
     pruning = DynamicPruning(
         (*(earlier.layers if earlier else ()), layer),
-        (*(earlier.after_run if earlier else ()), *([after_run] if after_run else ())),
+        (*(earlier.onlookers if earlier else ()), *([onlooker] if onlooker else ())),
     )
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, pruning)
     for event, callback in {
@@ -79,9 +87,9 @@ class DynamicPruning:
     ``record`` is what the latest run did, None before the first.
     """
 
-    def __init__(self, layers: tuple[Layer, ...], after_run: tuple[AfterRun, ...] = ()) -> None:
+    def __init__(self, layers: tuple[Layer, ...], onlookers: tuple[Onlooker, ...] = ()) -> None:
         self.layers = layers
-        self.after_run = after_run
+        self.onlookers = onlookers
         self.record: RunRecord | None = None
         self._runs: WeakKeyDictionary[nn.Module, Run] = WeakKeyDictionary()
 
@@ -99,8 +107,8 @@ class DynamicPruning:
             if run.parking is not None:
                 run.parking.unpark(patcher.model)
             run.finish()
-            for tell in self.after_run:
-                tell(run.record)
+            for onlooker in self.onlookers:
+                onlooker.ended(run.record)
 
     def weights_loaded(self, patcher: Any, *_: Any) -> None:
         run = self._runs.get(patcher.model)
@@ -133,6 +141,8 @@ class DynamicPruning:
         with _installed(forwards):
             output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         run.count(t, options, wanted=bool(forwards))
+        for onlooker in self.onlookers:
+            onlooker.evaluated(run.record)
         return output
 
     def _new_run(self, model: nn.Module, parking: Parking | None = None) -> Run:

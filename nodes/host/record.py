@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 
@@ -22,12 +23,16 @@ class RunRecord:
     pruned_steps: set[int] = field(default_factory=set)
     evaluations: int = 0
     pruned_evaluations: int = 0
+    #: whether the latest evaluation was pruned
+    pruning: bool = False
     #: where the model computes, e.g. "cuda:0"
     device: str = ""
     full_bytes: int = 0
     resident_bytes: int = 0
     #: why full weights stayed on the compute device; empty when they left it
     kept_full: str = ""
+    #: of the clock `time.monotonic`, seconds
+    began: float = field(default_factory=time.monotonic)
     #: what the user should know about this run, one sentence each
     notes: list[str] = field(default_factory=list)
 
@@ -46,6 +51,11 @@ class RunRecord:
             return
         blocks.append(name)
         self.notes[place : place + 1] = [f"{_listed(blocks)} {effect}, because {cause}"]
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.monotonic() - self.began
 
     @property
     def saved_bytes(self) -> int:

@@ -188,6 +188,7 @@ class Run:
         ``wanted``: it should have been pruned.
         """
         self.record.evaluations += 1
+        self.record.pruning = self._pruned
         if self._pruned:
             self.record.pruned_evaluations += 1
             self._pruned_at.append(options.get("sigmas", t))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import html
+import importlib
 import logging
 import os
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -517,15 +519,17 @@ def test_a_range_past_the_end_is_said_on_the_node_after_the_run(
     before = screen.shown[-1][0]
     sample(patched, 2)
     note = "this run has 2 steps (0 to 1); the range 9- lies past the last one and prunes nothing"
-    assert screen.shown[-1] == ([*before, note], "7", "browser")
+    lines, *where = screen.shown[-1]
+    assert where == ["7", "browser"]
+    assert lines[: len(before)] == before and lines[-1] == note
     # another sampler of the same prompt: both are told
     sample(patched, 3)
-    assert len(screen.shown[-1][0]) == len(before) + 2
+    assert len(screen.shown[-1][0]) == len(lines) + 1
     sample(patched, 3)
     # the next prompt starts anew
     screen.server.last_prompt_id = "b"
     sample(patched, 12)
-    assert screen.shown[-1][0] == before
+    assert len(screen.shown[-1][0]) == len(lines) - 1
     # for a node that is not on the screen: each note once a prompt
     assert screen.events == [
         ("ldcp.notes", {"node": "7", "notes": [note.replace("2 steps (0 to 1)", steps)]}, "browser")
@@ -552,10 +556,41 @@ def test_what_runs_unpruned_is_said_on_the_node_and_in_the_report(
 
 def test_of_many_notes_the_node_shows_the_first(comfy, screen):
     status = comfy.apply_node.Status(["a"], "7")
-    record = SimpleNamespace(notes=[f"block {number} runs unpruned" for number in range(22)])
-    status.after_run(record)
+    record = importlib.import_module(f"{comfy.patch.__package__}.record").RunRecord()
+    record.notes = [f"block {number} runs unpruned" for number in range(22)]
+    status.ended(record)
     lines, *_ = screen.shown[-1]
-    assert len(lines) == 5 and lines[-1] == "and 19 more: see Pruning Report, or the log"
+    assert len(lines) == 6 and lines[-1] == "and 19 more: see Pruning Report, or the log"
+
+
+def test_the_node_shows_what_the_run_does_while_it_goes_and_what_it_did(
+    comfy, model, make_gates, apply, sample, screen, monkeypatch
+):
+    monkeypatch.setattr(comfy.apply_node, "EVERY", 0.0)
+    patched = apply(model, make_gates(), -1.0, comfy.core.Schedule.steps("1-2"))
+    before, first = screen.shown[-1][0], len(screen.shown)
+    sample(patched, 4)
+    *going, (after, *_) = [(lines[len(before) :], *rest) for lines, *rest in screen.shown[first:]]
+    words = [re.sub(r"[\d.]+ s$", "T s", lines[0]) for lines, *_ in going]
+    assert words == [
+        "now in full; 0 of 1 evaluations pruned so far, T s",
+        "now pruned; 1 of 2 evaluations pruned so far, T s",
+        "now pruned; 2 of 3 evaluations pruned so far, T s",
+        "now in full; 2 of 4 evaluations pruned so far, T s",
+    ]
+    assert [len(lines) for lines, *_ in going] == [1, 3, 3, 3]  # bytes since the first pruned one
+    assert after[0].startswith("steps 1-2 of 4 ran pruned (2 of 4 evaluations), ")
+    assert after[1].startswith("gated layers on cpu: ")
+
+
+def test_the_node_is_not_told_more_often_than_one_can_read(
+    comfy, model, make_gates, apply, sample, screen, monkeypatch
+):
+    monkeypatch.setattr(comfy.apply_node, "EVERY", 60.0)
+    patched = apply(model, make_gates())
+    first = len(screen.shown)
+    sample(patched, 3)
+    assert len(screen.shown) - first == 1  # at the end
 
 
 def test_text_is_shown_as_it_is_and_never_read_as_markup(comfy, screen):
