@@ -2,8 +2,6 @@
 
     python -m training.benchmark --quick
     python -m training.benchmark --device cuda --precision fp16 --output benchmark
-    python -m training.benchmark training
-    python -m training.benchmark memory
     python -m training.benchmark launches
     python -m training.benchmark --gates gates.safetensors --model v1-5-pruned-emaonly.safetensors
 
@@ -314,14 +312,6 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
 @explaining
 def main(argv: Sequence[str] | None = None) -> int:
     typed = sys.argv[1:] if argv is None else argv
-    if typed[:1] == ["training"]:
-        from training.benchmarking import training
-
-        return training.main(typed[1:])
-    if typed[:1] == ["memory"]:
-        from training.benchmarking import memory
-
-        return memory.main(typed[1:])
     if typed[:1] == ["launches"]:
         from training.benchmarking import launches
 

@@ -21,7 +21,6 @@ from training.console import progress
 from training.data.encoding import EncodedBatch, EncodedImages
 from training.data.images import Batch, ImageData
 from training.model.gating import masked
-from training.model.kernels import fast_layers
 from training.model.load import DiffusionModel, embed_prompts, encode_images
 from training.step.frozen import frozen_layers
 from training.step.replay import recording, replaying
@@ -131,22 +130,18 @@ class Denoising:
 
     def dense(self, problem: Problem) -> Tensor:
         """The unpruned U-Net's prediction of the noise, without gradient."""
-        with torch.no_grad(), fast_layers(self._layers):
+        with torch.no_grad():
             return self._predict(problem)
 
     def gated(self, problem: Problem, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
         """The prediction under gates, differentiable in their masks."""
-        with fast_layers(self._layers), masked(self.model.unet, gates, padding):
+        with masked(self.model.unet, gates, padding):
             return self._predict(problem)
 
     def answered(self, problem: Problem, sites: Iterable[str]) -> Answered:
         """The problem with its dense prediction and what gates at these sites do not change."""
         unet = self.model.unet
-        with (
-            torch.no_grad(),
-            fast_layers(self._layers),
-            recording(unet, blocks_of(sites)) as shared,
-        ):
+        with torch.no_grad(), recording(unet, blocks_of(sites)) as shared:
             dense = self._predict(problem)
         return Answered(problem, dense, shared)
 
@@ -162,7 +157,6 @@ class Denoising:
         unet = self.model.unet
         with (
             frozen_layers(self._layers),
-            fast_layers(self._layers),
             replaying(unet, answered.shared),
             masked(unet, gates, padding),
         ):
