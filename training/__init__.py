@@ -1,7 +1,13 @@
-"""Learning which channels to keep, and measuring what that does: command lines and what they use."""
+"""Learning which channels to keep, and measuring what that does: the commands and their parts."""
 
 import logging
 
-# diffusers imports torchao where it is installed, which says at length what it can't use
-for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+# diffusers imports parts it does not need here, which say at length what is not installed
+_IMPORTED = (
+    "torchao",
+    "torch.utils._pytree",
+    "diffusers.quantizers",
+    "transformers.utils.import_utils",
+)
+for _name in _IMPORTED:
     logging.getLogger(_name).setLevel(logging.ERROR)

@@ -13,7 +13,6 @@ refused.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shlex
@@ -37,7 +36,6 @@ from ldcp_core import (
     savings,
 )
 from ldcp_core.diffusers import topology_of
-from training.arguments import parse_seed
 from training.benchmarking import machine
 from training.benchmarking.markdown import render
 from training.benchmarking.timing import (
@@ -63,6 +61,17 @@ from training.benchmarking.variants import (
 from training.console import explaining, log_progress
 from training.errors import UserError
 from training.model.load import DTYPES, load_model
+from training.options import (
+    COUNT,
+    SEED,
+    WITHIN_ONE,
+    Bound,
+    Options,
+    Precision,
+    built,
+    option,
+    parser_of,
+)
 from training.output import output_files, report_of, write
 
 log = logging.getLogger("training.benchmark")
@@ -91,46 +100,33 @@ in the environment; the report says whether the first of them was set.
 """
 
 
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """The options of one run; ``resolution`` in pixels, ``threads`` None: PyTorch's choice.
+SIDE = Bound(lambda value: value >= 64 and value % 64 == 0, "pixels, a multiple of 64")
 
-    ``sparsity`` is the share pruned by random keep-sets, which stand in where no gate file is
-    given, and in the block tables always. ``padding`` None: both rules, or the gate file's own.
+
+@dataclass(frozen=True)
+class BenchmarkConfig(Options):
+    """The options of one run.
+
+    Random keep-sets stand in where no gate file is given, and in the block tables always.
     """
 
-    model: str | None = None
-    gates: str | None = None
-    scope: str = DEFAULT_SCOPE
-    resolution: int = 512
-    batch: int = 2
-    precision: str = "fp32"
-    device: str = "cpu"
-    threads: int | None = None
-    sparsity: tuple[float, ...] = (0.3, 0.5)
-    padding: tuple[Padding, ...] | None = None
-    rounds: int = 12
-    output: str | None = None
-    seed: int = 0
+    model: str | None = option("time this model's U-Net (folder, checkpoint or hub id)", None)
+    gates: str | None = option("prune the whole U-Net by this gate file, not at random", None)
+    scope: str = option("which layers of the U-Net, as in training.fit", DEFAULT_SCOPE)
+    resolution: int = option("pixels", 512, SIDE)
+    batch: int = option("two are one image with guidance", 2, COUNT)
+    precision: Precision = option("of the U-Net", "fp32")
+    device: str = option("cpu, cuda or mps", "cpu")
+    threads: int | None = option("CPU threads (default: PyTorch's choice)", None, COUNT)
+    sparsity: tuple[float, ...] = option("shares pruned at random", (0.3, 0.5), WITHIN_ONE)
+    padding: tuple[Padding, ...] | None = option("(default: both, or the gate file's)", None)
+    rounds: int = option("at least 6 for ratios", 12, COUNT)
+    output: str | None = option("write PREFIX.json and PREFIX.md", None, metavar="PREFIX")
+    seed: int = option("weights, inputs, order", 0, SEED)
 
 
 def check(config: BenchmarkConfig) -> None:
-    """Raises UserError for options that can't work, before anything expensive starts."""
-    for name in ("batch", "rounds", "threads"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}.", "1 or more", f"change --{name}")
-    if config.resolution < 64 or config.resolution % 64:
-        raise UserError(
-            f"--resolution is {config.resolution}.",
-            "pixels, a multiple of 64",
-            f"use {max(round(config.resolution / 64), 1) * 64}",
-        )
-    for value in config.sparsity:
-        if not 0 < value < 1:
-            raise UserError(
-                f"--sparsity is {value:g}.", "shares between 0 and 1", "use 0.3 for 30%"
-            )
+    """Raises UserError for what is not there, before anything expensive starts."""
     kind, _, index = config.device.partition(":")
     count = {
         "cpu": 1,
@@ -272,41 +268,20 @@ def save(result: dict[str, Any], prefix: str) -> list[Path]:
 
 def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
     """The options of a command line."""
-    summary_line, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark",
-        description=f"{summary_line}\n\n{details}",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    add, default = parser.add_argument, BenchmarkConfig()
-    add(
+    parser = parser_of(BenchmarkConfig, "benchmark", __doc__, epilog=EPILOG)
+    parser.add_argument(
         "--quick",
         action="store_true",
         help="a look, within two minutes on two CPU cores, at 64 pixels, where weights count for "
         "more than at 512: --resolution 64 --rounds 6 --sparsity 0.5 --padding zero",
     )
-    add("--model", help="time this model's U-Net (folder, checkpoint or hub id)")
-    add("--gates", help="prune the whole U-Net by this gate file, not at random")
-    add("--scope", help=f"which layers of the U-Net, as in training.fit ({default.scope})")
-    add("--resolution", type=int, help=f"pixels (default {default.resolution})")
-    add("--batch", type=int, help=f"(default {default.batch}: one image with guidance)")
-    add("--precision", choices=list(DTYPES), help=f"(default {default.precision})")
-    add("--device", help=f"cpu, cuda or mps (default {default.device})")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    add("--sparsity", type=float, nargs="+", help="shares pruned at random (default 0.3 0.5)")
-    add("--padding", choices=PADDINGS, nargs="+", help="(default: both, or the gate file's)")
-    add("--rounds", type=int, help=f"(default {default.rounds}; at least 6 for ratios)")
-    add("--output", metavar="PREFIX", help="write PREFIX.json and PREFIX.md")
-    add("--seed", type=parse_seed, help=f"weights, inputs, order (default {default.seed})")
     given = vars(parser.parse_args(argv))
     if given.pop("quick", False):
         given = QUICK | given
     for name in ("sparsity", "padding"):
         if name in given:
             given[name] = tuple(dict.fromkeys(given[name]))
-    return BenchmarkConfig(**given)
+    return built(parser, BenchmarkConfig, given)
 
 
 @explaining

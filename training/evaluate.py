@@ -18,24 +18,22 @@ PREFIX.grid.png.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldcp_core import Gates, Latent, markdown, one_line, savings
-from training.arguments import DEMO_SETTINGS, parse_seed
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
-from training.config import A_COUNT, COUNTS, require
 from training.console import explaining, log_progress, name_of
 from training.data.cache import default_cache
 from training.data.images import ImageData, open_dataset
@@ -49,8 +47,19 @@ from training.evaluation.reference import Reference
 from training.evaluation.report import render
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
-from training.model.load import DiffusionModel, check_resolution, load_model, usable_device
+from training.model.load import DiffusionModel, load_model, usable_device
 from training.model.precision import PRECISIONS, storage_of
+from training.options import (
+    COUNT,
+    FINITE,
+    SEED,
+    Options,
+    add_demo,
+    built,
+    option,
+    parser_of,
+    with_demo,
+)
 from training.output import PICTURE, output_files, output_folder, report_of, write
 from training.provenance import is_number, is_text, read
 from training.sample import (
@@ -64,6 +73,7 @@ from training.sample import (
     read_prompts,
     sample,
 )
+from training.session import fit_to
 from training.step.denoising import Denoising, HeldOut
 
 log = logging.getLogger("training.evaluate")
@@ -209,68 +219,67 @@ def median_seconds(model: DiffusionModel, inputs: Inputs) -> float:
     return statistics.median(seconds(run) for _ in range(REPEATS))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    found = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add, drawn = found.add_argument, Settings()
-    add("gates", nargs="*", help="gate files")
-    add("--model", help="checkpoint file, diffusers folder or hub id")
-    add("--data", help="the images that the fits held a part of out")
-    add("--demo", action="store_true", help="the embedded demo model and faces")
-    add("--samples", type=int, default=96, help="held-out samples (images × timesteps)")
-    add("--seed", type=parse_seed, default=1000, help="of noise and timesteps")
-    add("--resolution", type=int, help="pixels (default: the model's own)")
-    add(
-        "--precision",
-        nargs="+",
+@dataclass(frozen=True)
+class EvaluateOptions(Options):
+    """What to compare, on what; of images as well where a folder for them is given."""
+
+    model: str = option("checkpoint file, diffusers folder or hub id")
+    data: str = option("the images that the fits held a part of out")
+    gates: tuple[str, ...] = option("gate files", (), nargs="*", positional=True)
+    samples: int = option("held-out samples (images × timesteps)", 96, COUNT)
+    seed: int = option("of noise and timesteps", 1000, SEED)
+    resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
+    precision: tuple[str, ...] = option(
+        "of the U-Net; several: every model in each, against dense in the first",
+        ("fp32",),
         choices=PRECISIONS,
-        default=["fp32"],
-        help="of the U-Net; several: every model in each, against dense in the first (fp32)",
     )
-    add(
-        "--baselines",
-        action="store_true",
-        help="as many channels as learned gates keep by own effect, FLAP, L1 magnitude and chance",
+    baselines: bool = option(
+        "as many channels as learned gates keep by own effect, FLAP, L1 magnitude and chance", False
     )
-    add(
-        "--unstructured",
-        nargs="+",
-        default=[],
+    unstructured: tuple[str, ...] = option(
+        "single weights at zero for comparison: l1, sensitivity, percentage, or l1=0.1,0.35",
+        (),
         metavar="KIND[=AMOUNTS]",
-        help="single weights at zero for comparison: l1, sensitivity, percentage, or l1=0.1,0.35",
     )
-    add("--device", default="cpu")
-    add("--output", metavar="PREFIX", help="write PREFIX.md, .json, .png and .grid.png")
-    images = found.add_argument_group("images")
-    add = images.add_argument
-    add("--images", metavar="FOLDER", help="draw images of every model there and compare them")
-    add("--prompts", help="a text file, a prompt per line (default: nine faces)")
-    add("--seeds", type=int, default=1, help="images per prompt (1)")
-    add("--steps", type=int, default=drawn.steps, help="of the images")
-    add("--guidance", type=float, default=drawn.guidance)
-    add("--reference", help="folder or data set for FID, KID, CMMD, precision, recall (--data)")
-    add("--inception", metavar="FILE", help=f"{INCEPTION.name}: {INCEPTION.metrics}")
-    add("--vgg", metavar="FILE", help=f"{VGG.name}: {VGG.metrics}")
-    add("--clip", metavar="FOLDER", help=f"a CLIP of transformers: {CLIP.metrics}")
-    add("--cache", metavar="FOLDER", help="of the reference's features (the user's cache)")
-    return found
+    device: str = option("cpu, cuda, mps", "cpu")
+    output: str | None = option(
+        "write PREFIX.md, .json, .png and .grid.png", None, metavar="PREFIX"
+    )
+    images: str | None = option(
+        "draw images of every model there and compare them", None, metavar="FOLDER"
+    )
+    prompts: str | None = option(
+        "images: a text file, a prompt per line (default: nine faces)", None
+    )
+    seeds: int = option("images: how many per prompt", 1, COUNT)
+    steps: int = option("images: of DDIM", Settings.steps, COUNT)
+    guidance: float = option("images: classifier-free", Settings.guidance, FINITE)
+    reference: str | None = option(
+        "images: folder or data set for FID, KID, CMMD, precision, recall (default: --data)", None
+    )
+    inception: str | None = option(f"{INCEPTION.name}: {INCEPTION.metrics}", None, metavar="FILE")
+    vgg: str | None = option(f"{VGG.name}: {VGG.metrics}", None, metavar="FILE")
+    clip: str | None = option(f"a CLIP of transformers: {CLIP.metrics}", None, metavar="FOLDER")
+    cache: str | None = option(
+        "of the reference's features (default: the user's cache)", None, metavar="FOLDER"
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
+    """The options of a command line; raises UserError for some that can't work."""
+    parser = parser_of(EvaluateOptions, "evaluate", __doc__)
+    add_demo(parser)
+    given = with_demo(vars(parser.parse_args(argv)), "model", "data")
+    options = built(parser, EvaluateOptions, given)
+    check(options)
+    return options
 
 
 @explaining
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parser()
-    given = options.parse_args(argv)
     log_progress()
-    if given.demo:
-        given.model = given.model or DEMO_SETTINGS["model"]
-        given.data = given.data or DEMO_SETTINGS["data"]
-    if given.model is None or given.data is None:
-        options.error("--model and --data are missing; or use --demo")
-    check(given)
+    given = parse_arguments(argv)
     precisions = list(dict.fromkeys(given.precision))
     gates = named_gates(given.gates)
     candidates: dict[str, Candidate | Unstructured] = {
@@ -298,8 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(given.model, device=given.device)
     for of in gates.values():
         check_fits(model, of)
-    data.resolution = given.resolution or model.resolution
-    check_resolution(data.resolution, model.vae_scale_factor)
+    fit_to(model, data, given.resolution)
     for name in learned if given.baselines else ():
         denoising = Denoising(model, given.seed)
         candidates |= baselines(name, candidates[name], denoising, data, seen, given.seed)
@@ -325,12 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(given: argparse.Namespace) -> None:
+def check(given: EvaluateOptions) -> None:
     """Raises UserError for options that can't work, before anything expensive starts."""
-    for name in ("samples", "seeds", "resolution"):
-        found = getattr(given, name)
-        require(found is None or found in COUNTS, name, found, A_COUNT)
-    Settings(given.steps, given.guidance)
     usable_device(given.device)
     if not given.gates and not given.unstructured and len(set(given.precision)) < 2:
         raise UserError(

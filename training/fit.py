@@ -26,13 +26,10 @@ import torch
 from ldcp_core import (
     Latent,
     Site,
-    Topology,
     fingerprint,
     least_kept,
 )
 from ldcp_core.diffusers import topology_of
-from training.arguments import parse_arguments
-from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.data.cache import CacheNotWritable, default_cache
 from training.data.encoding import WORKERS, EncodedImages
@@ -56,14 +53,10 @@ from training.learning.watching import (
     Watcher,
     summary_writer,
 )
-from training.model.load import (
-    DTYPES,
-    DiffusionModel,
-    check_resolution,
-    load_model,
-    usable_device,
-)
+from training.model.load import DiffusionModel, usable_device
+from training.options import DEMO_SETTINGS, FitConfig, add_demo, built, parser_of, with_demo
 from training.output import GATES, HISTORY, PAGE, PICTURE, claimed, output_file, output_folder
+from training.session import fit_to, frozen_model, sites_in
 from training.step.denoising import Denoising
 
 __all__ = ["FitResult", "fit", "main", "parse_arguments"]
@@ -72,8 +65,26 @@ log = logging.getLogger("training.fit")
 
 #: settings that a resumed run may change: paths, checked by content, and how the same is computed
 MAY_CHANGE = ("model", "data", "output", "device")
+#: the original project's two settings: target sparsity and λ
+PRESETS: dict[str, dict[str, float]] = {
+    "quality": {"target_sparsity": 0.1, "sparsity_weight": 0.003},
+    "balanced": {"target_sparsity": 0.3, "sparsity_weight": 0.01},
+}
 #: sample images
 SAMPLES = 4
+
+
+def parse_arguments(argv: list[str] | None) -> FitConfig:
+    """Command line to settings: defaults < --demo < --preset < what was typed."""
+    parser = parser_of(FitConfig, "fit", __doc__)
+    add_demo(parser)
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="target sparsity and λ of the original project"
+    )
+    given = vars(parser.parse_args(argv))
+    preset = PRESETS.get(given.pop("preset", ""), {})
+    demo = with_demo({"demo": given.pop("demo", False)}, *DEMO_SETTINGS)
+    return built(parser, FitConfig, demo | preset | given)
 
 
 def fit(config: FitConfig) -> FitResult | None:
@@ -96,14 +107,9 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     resumed = checkpoints.load() if config.run.resume else checkpoints.refuse_overwriting()
     data, train, held_out = _opened(config)  # first: a wrong path shows before a model loads
     device = processes.device or _device(config.device)
-    model = load_model(config.model, dtype=DTYPES[config.precision], device=device)
-    model.vae.float()  # half precision would cost quality in the one pass they make
-    model.text_encoder.float()
-    data.resolution = config.resolution or model.resolution
-    check_resolution(data.resolution, model.vae_scale_factor)
-
-    sites = _sites(topology_of(model.unet), config.scope)
-    side = data.resolution // model.vae_scale_factor
+    model = frozen_model(config.model, config.precision, device)
+    side = fit_to(model, data, config.resolution)
+    sites = sites_in(topology_of(model.unet), config.scope)
     budget = Budget(config.budget, sites, config.padding, Latent(side, side))
     learner = GateLearner(sites, config.seed, budget, config.floor).to(device)
     _check_target(config, budget, sites)
@@ -258,13 +264,6 @@ def _identity(
         "weights of --model": fingerprint(dict(unet.named_parameters())),
         "images of --data": data.digest(train),
     }
-
-
-def _sites(topology: Topology, scope: str) -> list[Site]:
-    try:
-        return topology.sites(scope)
-    except ValueError as error:
-        raise UserError(f"--scope is {scope!r}: {error}.", "", "change --scope") from error
 
 
 def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:

@@ -8,55 +8,45 @@ The savings are counted from the architecture, in half precision.
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from ldcp_core import Latent, gates_report, load_gates, report_image
 from training.console import explaining
-from training.errors import UserError
+from training.options import COUNT, Bound, Options, built, option, parser_of
 from training.output import PICTURE, output_file, write
 
 #: pixels of the image per position of the latent (SD1.5's VAE)
 SCALE = 8
+SIDE = Bound(lambda value: value >= SCALE and value % SCALE == 0, f"a positive multiple of {SCALE}")
 
 
-def latent_of(resolution: int, batch: int) -> Latent:
-    """The latent of square images; raises UserError for a size that is none."""
-    if resolution < SCALE or resolution % SCALE:
-        raise UserError(
-            f"--resolution is {resolution}.", f"a positive multiple of {SCALE}", "change it"
-        )
-    if batch < 1:
-        raise UserError(f"--batch is {batch}.", "at least 1", "change it")
-    return Latent(resolution // SCALE, resolution // SCALE, batch)
+@dataclass(frozen=True)
+class InspectOptions(Options):
+    """A gate file, and the evaluation of the U-Net that its savings are counted for."""
+
+    gates: str = option("gate file made by training.fit", positional=True)
+    image: str | None = option("also write the report as an image, a PNG file", None)
+    resolution: int = option("side of the image in pixels", 512, SIDE)
+    batch: int = option("images in one evaluation of the U-Net, CFG included", 2, COUNT)
 
 
 @explaining
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("gates", help="gate file made by training.fit")
-    parser.add_argument("--image", help="also write the report as an image, a PNG file")
-    parser.add_argument("--resolution", type=int, default=512, help="side of the image in pixels")
-    parser.add_argument(
-        "--batch", type=int, default=2, help="images in one evaluation of the U-Net, CFG included"
-    )
-    arguments = parser.parse_args(argv)
-    latent = latent_of(arguments.resolution, arguments.batch)
-    if arguments.image is not None:
-        output_file("--image", arguments.image, PICTURE, (arguments.gates,))
-    report = gates_report(load_gates(arguments.gates), latent)
+    parser = parser_of(InspectOptions, "inspect", __doc__)
+    given = built(parser, InspectOptions, vars(parser.parse_args(argv)))
+    if given.image is not None:
+        output_file("--image", given.image, PICTURE, (given.gates,))
+    side = given.resolution // SCALE
+    report = gates_report(load_gates(given.gates), Latent(side, side, given.batch))
     print(report.text())
-    if arguments.image is not None:
+    if given.image is not None:
         buffer = io.BytesIO()
         report_image(report).save(buffer, "PNG")
-        write(Path(arguments.image), buffer.getvalue())
-        print(f"\nwrote {arguments.image}")
+        write(Path(given.image), buffer.getvalue())
+        print(f"\nwrote {given.image}")
     return 0
 
 

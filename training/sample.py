@@ -11,14 +11,12 @@ processes share the work.
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,14 +26,23 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldcp_core import Gates, load_gates, one_line
 from ldcp_core.diffusers import compact_blocks, topology_of
-from training.arguments import DEMO_SETTINGS, parse_seed
-from training.config import A_COUNT, COUNTS, require
 from training.console import explaining, log_progress, name_of, progress
 from training.data.cache import digest
 from training.data.images import open_image
 from training.errors import UserError
 from training.model.load import DiffusionModel, load_model
 from training.model.precision import PRECISIONS, in_precision
+from training.options import (
+    COUNT,
+    FINITE,
+    SEED,
+    Options,
+    add_demo,
+    built,
+    option,
+    parser_of,
+    with_demo,
+)
 from training.output import PICTURE, output_file, output_folder, write
 
 log = logging.getLogger("training.sample")
@@ -67,18 +74,26 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How images are drawn: DDIM steps and guidance scale."""
+class Settings(Options):
+    """How images are drawn."""
 
-    steps: int = 30
-    guidance: float = 7.5
-    batch_size: int = 4
+    steps: int = option("of DDIM", 30, COUNT)
+    guidance: float = option("classifier-free", 7.5, FINITE)
+    batch_size: int = option("images drawn at once", 4, COUNT)
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            found = getattr(self, name)
-            require(found in COUNTS, name, found, A_COUNT)
-        require(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number")
+
+@dataclass(frozen=True)
+class SampleOptions(Options):
+    """What to draw, and from which models."""
+
+    model: str = option("checkpoint file, diffusers folder or hub id")
+    output: str = option("folder for the images")
+    gates: tuple[str, ...] = option("gate files", (), nargs="*")
+    prompts: str | None = option("a text file, a prompt per line (default: nine faces)", None)
+    seeds: tuple[int, ...] = option("of the initial noise, each with every prompt", (42,), SEED)
+    settings: Settings = field(default_factory=Settings)
+    precision: str = option("of the U-Net", "fp32", choices=PRECISIONS)
+    device: str = option("cpu, cuda, mps", "cpu")
 
 
 def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline:
@@ -255,36 +270,17 @@ def named_gates(paths: Sequence[str]) -> dict[str, Gates]:
 
 @explaining
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    default = Settings()
-    parser.add_argument("--model", help="checkpoint file, diffusers folder or hub id")
-    parser.add_argument("--demo", action="store_true", help="the embedded demo model")
-    parser.add_argument("--gates", nargs="*", default=[], help="gate files")
-    parser.add_argument("--prompts", help="a text file, a prompt per line (default: nine faces)")
-    parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[42])
-    parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--guidance", type=float, default=default.guidance)
-    parser.add_argument("--batch-size", type=int, default=default.batch_size)
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", required=True, help="folder for the images")
-    given = parser.parse_args(argv)
+    parser = parser_of(SampleOptions, "sample", __doc__)
+    add_demo(parser)
+    given = built(parser, SampleOptions, with_demo(vars(parser.parse_args(argv)), "model"))
     log_progress()
-    source = given.model or (DEMO_SETTINGS["model"] if given.demo else None)
-    if source is None:
-        parser.error("--model is missing; or use --demo")
-    output = output_folder("--output", given.output, (source,))
+    output = output_folder("--output", given.output, (given.model,))
     prompts, gates = read_prompts(given.prompts), named_gates(given.gates)
     shots = [Shot(prompt, seed) for prompt in prompts for seed in given.seeds]
     image_paths(output, (DENSE, *gates), shots)  # before the model loads
-    settings = Settings(given.steps, given.guidance, given.batch_size)
-    model = load_model(source, device=given.device)
+    model = load_model(given.model, device=given.device)
     chosen = {name: Candidate(of, given.precision) for name, of in {DENSE: None, **gates}.items()}
-    paths = sample(model, chosen, shots, settings, output)
+    paths = sample(model, chosen, shots, given.settings, output)
     print(f"{sum(map(len, paths.values()))} images in {given.output}")
     return 0
 

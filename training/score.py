@@ -11,16 +11,15 @@ The importance itself is stored beside the scores.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from math import inf
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +27,6 @@ from torch import Tensor
 from ldcp_core import (
     DEFAULT_FLOOR,
     DEFAULT_SCOPE,
-    PADDINGS,
-    RANKINGS,
     SCOPES,
     Gates,
     Latent,
@@ -49,18 +46,31 @@ from ldcp_core import (
 )
 from ldcp_core.diffusers import topology_of
 from training import criteria
-from training.arguments import DEMO_SETTINGS
-from training.config import A_COUNT, COUNTS, SEEDS, require
 from training.console import explaining, log_progress, name_of, progress
-from training.criteria import CRITERIA, Criterion, Diversity, DiversityForm, Importances, Ladder
+from training.criteria import Criterion, Diversity, DiversityForm, Importances, Ladder
 from training.data.images import ImageData, open_dataset
 from training.data.splits import Split
 from training.errors import UserError
 from training.learning.budget import Budget, BudgetKind
 from training.model.gating import ChannelMeans
-from training.model.load import DTYPES, check_resolution, load_model
+from training.options import (
+    BELOW_ONE,
+    COUNT,
+    POSITIVE,
+    SEED,
+    WITHIN_ONE,
+    Options,
+    Precision,
+    add_demo,
+    built,
+    option,
+    parser_of,
+    require,
+    with_demo,
+)
 from training.output import GATES, claimed, output_file
 from training.provenance import provenance
+from training.session import fit_to, frozen_model, sites_in
 from training.step.denoising import Denoising
 
 log = logging.getLogger("training.score")
@@ -72,57 +82,42 @@ CUT = ("output", "ranking", "target_sparsity", "budget", "floor", "threshold")
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
-    """What to rank by, on what, and how much to prune. Defaults are those of the command line."""
+class ScoreConfig(Options):
+    """What to rank by, on what, and how much to prune."""
 
-    model: str
-    data: str
-    output: str
-    criterion: Criterion = "taylor"
-    ranking: Ranking = "global"
-    scope: str = DEFAULT_SCOPE
-    target_sparsity: float = 0.3
-    budget: BudgetKind = "channels"
-    floor: float = DEFAULT_FLOOR
-    padding: Padding = "zero"
-    samples: int = 16  # images whose losses, activations or changes are measured
-    timesteps: int = 20  # evenly spread over the schedule
-    loss_threshold: float = 0.1  # diff-pruning: T, relative to the largest loss
-    diversity_form: DiversityForm = "mean"
-    directions: int = 10
-    alpha: float = 5.0
-    threshold: float | None = None  # sensitivity: s, in σ of the layer; percentage: q in [0, 100]
-    resolution: int | None = None
-    batch_size: int = 4
-    precision: str = "fp32"
-    device: str = "cpu"
-    seed: int = 0
+    model: str = option("checkpoint file, diffusers folder or hub id")
+    data: str = option("folder of images in any of FFHQ's layouts, or a data set")
+    output: str = option("the gate file to write (.safetensors)")
+    criterion: Criterion = option("see training/criteria.py", "taylor", required=True)
+    ranking: Ranking = option("of all channels, or of those of each layer", "global")
+    scope: str = option(f"which layers, such as {', '.join(SCOPES[:5])}, all+ff", DEFAULT_SCOPE)
+    target_sparsity: float = option("share to prune", 0.3, BELOW_ONE)
+    budget: BudgetKind = option("what the target is a share of", "channels")
+    floor: float = option("share of each layer that stays", DEFAULT_FLOOR, BELOW_ONE)
+    padding: Padding = option("how constants meet the border", "zero")
+    samples: int = option("images to measure on", 16, COUNT)
+    timesteps: int = option("per image, evenly spread over the schedule", 20, COUNT)
+    loss_threshold: float = option("diff-pruning: T, relative to the largest loss", 0.1, WITHIN_ONE)
+    diversity_form: DiversityForm = option("diversity: what is made of the sensitivities", "mean")
+    directions: int = option("diversity: of the noise, and as many of the text", 10, COUNT)
+    alpha: float = option("diversity: how far along a direction", 5.0, POSITIVE)
+    threshold: float | None = option(
+        "instead of a target; sensitivity: s in σ of the layer; percentage: the percentile q", None
+    )
+    resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
+    batch_size: int = option("images encoded at once", 4, COUNT)
+    precision: Precision = option("of the frozen U-Net", "fp32")
+    device: str = option("cpu, cuda, mps", "cpu")
+    seed: int = option("of everything random", 0, SEED)
 
     def __post_init__(self) -> None:
-        def check(holds: bool, name: str, expected: str) -> None:
-            require(holds, name, getattr(self, name), expected)
-
-        check(self.criterion in CRITERIA, "criterion", f"one of {', '.join(CRITERIA)}")
-        check(self.ranking in RANKINGS, "ranking", f"one of {', '.join(RANKINGS)}")
-        check(0 <= self.target_sparsity < 1, "target_sparsity", "from 0 up to 1")
-        check(0 <= self.floor < 1, "floor", "from 0 up to 1")
-        check(self.seed in SEEDS, "seed", "from 0 up to 2**63")
-        check(0 < self.loss_threshold < 1, "loss_threshold", "between 0 and 1")
-        check(0 < self.alpha < inf, "alpha", "more than 0")
-        check(
-            self.threshold is None or self.criterion in THRESHOLDS,
-            "threshold",
-            f"only with criterion {' or '.join(THRESHOLDS)}",
-        )
-        largest = 100.0 if self.criterion == "percentage" else inf
-        check(
-            self.threshold is None or 0 < self.threshold < largest,
-            "threshold",
-            f"above 0 and below {largest:g}",
-        )
-        check(self.resolution is None or self.resolution in COUNTS, "resolution", A_COUNT)
-        for name in ("samples", "timesteps", "directions", "batch_size"):
-            check(getattr(self, name) in COUNTS, name, A_COUNT)
+        super().__post_init__()
+        if self.threshold is not None:
+            only = f"only with criterion {' or '.join(THRESHOLDS)}"
+            require(self.criterion in THRESHOLDS, "threshold", self.threshold, only)
+            largest = 100.0 if self.criterion == "percentage" else inf
+            within = f"above 0 and below {largest:g}"
+            require(0 < self.threshold < largest, "threshold", self.threshold, within)
 
 
 @dataclass(frozen=True)
@@ -179,16 +174,10 @@ def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gate
 def measure(config: ScoreConfig) -> Measurement:
     """The importance of every channel in scope, and the constants that would replace them."""
     data = open_dataset(config.data)
-    model = load_model(config.model, dtype=DTYPES[config.precision], device=config.device)
-    model.vae.float()
-    model.text_encoder.float()
-    data.resolution = config.resolution or model.resolution
-    check_resolution(data.resolution, model.vae_scale_factor)
+    model = frozen_model(config.model, config.precision, config.device)
+    side = fit_to(model, data, config.resolution)
     topology = topology_of(model.unet)
-    try:
-        sites = topology.sites(config.scope)
-    except ValueError as error:
-        raise UserError(f"--scope is {config.scope!r}: {error}.", "", "change --scope") from error
+    sites = sites_in(topology, config.scope)
 
     denoising = Denoising(model, config.seed)
     ladders = _ladders(config, denoising, data)
@@ -198,7 +187,6 @@ def measure(config: ScoreConfig) -> Measurement:
     constants = means.constants()
     start = time.perf_counter()
     importances, facts = _importances(config, model.unet, ladders, sites, constants)
-    side = data.resolution // model.vae_scale_factor
     weights = {site.name: model.unet.get_parameter(site.weight) for site in sites}
     facts |= {
         "seconds": round(time.perf_counter() - start, 2),
@@ -324,46 +312,10 @@ def layer_table(gates: Gates) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> ScoreConfig:
-    defaults = {f.name: f.default for f in fields(ScoreConfig) if f.default is not MISSING}
-    parser = argparse.ArgumentParser(
-        prog="python -m training.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    add = parser.add_argument
-    add("--criterion", choices=CRITERIA, required=True, help="see training/criteria.py")
-    add("--demo", action="store_true", help="the embedded demo model and faces")
-    add("--model", help="checkpoint file, diffusers folder or hub id")
-    add("--data", help="folder of images in any of FFHQ's layouts, or a data set")
-    add("--output", help="the gate file to write (.safetensors)")
-    add("--ranking", choices=RANKINGS, help="(default global)")
-    add("--scope", help=f"which layers, such as {', '.join(SCOPES[:5])}, all+ff (default mid)")
-    add("--target-sparsity", type=float, help="share to prune (0.3)")
-    add("--budget", choices=get_args(BudgetKind), help="what the target is a share of (channels)")
-    add("--floor", type=float, help=f"share of each layer that stays ({defaults['floor']})")
-    add("--padding", choices=PADDINGS, help="how constants meet the border (zero)")
-    add("--samples", type=int, help=f"images to measure on ({defaults['samples']})")
-    add("--timesteps", type=int, help=f"per image ({defaults['timesteps']})")
-    add("--loss-threshold", type=float, help="diff-pruning: relative loss T (0.1)")
-    add("--diversity-form", choices=get_args(DiversityForm), help="(mean)")
-    add("--directions", type=int, help="diversity: of the noise, and as many of the text (10)")
-    add("--alpha", type=float, help="diversity: how far along a direction (5)")
-    add("--threshold", type=float, help="sensitivity: s in σ; percentage: the percentile q")
-    add("--resolution", type=int, help="pixels (default: the model's own)")
-    add("--batch-size", type=int, help="images encoded at once (4)")
-    add("--precision", choices=list(DTYPES), help="of the frozen U-Net (fp32)")
-    add("--device", help="cpu, cuda, mps (cpu)")
-    add("--seed", type=int, help="of everything random (0)")
-    given = vars(parser.parse_args(argv))
-    settings: dict[str, Any] = {}
-    if given.pop("demo", False):
-        settings = {name: DEMO_SETTINGS[name] for name in ("model", "data", "output")}
-    settings |= given
-    missing = [f"--{name}" for name in ("model", "data", "output") if name not in settings]
-    if missing:
-        parser.error(f"{', '.join(missing)} missing; or try --demo, which needs nothing")
-    return ScoreConfig(**settings)
+    parser = parser_of(ScoreConfig, "score", __doc__)
+    add_demo(parser)
+    given = with_demo(vars(parser.parse_args(argv)), "model", "data", "output")
+    return built(parser, ScoreConfig, given)
 
 
 @explaining

@@ -12,7 +12,6 @@ or ``--unstructured l1``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -23,14 +22,24 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import RANKINGS, GateFileError, load_gates
+from ldcp_core import DEFAULT_SCOPE, GateFileError, Ranking, load_gates
 from training import evaluate, fit, score
-from training.arguments import DEMO_SETTINGS, parse_seed
-from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
+from training.learning.budget import BudgetKind
+from training.options import (
+    DEMO_SETTINGS,
+    SEED,
+    FitConfig,
+    Options,
+    add_demo,
+    built,
+    option,
+    parser_of,
+    with_demo,
+)
 from training.output import PICTURE, output_file, output_folder, write
 from training.provenance import without_folders
 from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure
@@ -40,6 +49,31 @@ log = logging.getLogger("training.sweep")
 LEARNED = "learned"
 WITHOUT_CUT: dict[str, Any] = {f.name: f.default for f in fields(ScoreConfig) if f.name in CUT}
 WITHOUT_CUT["output"] = ""
+
+
+@dataclass(frozen=True)
+class SweepOptions(Options):
+    """What to combine. All other options are those of `training.evaluate`."""
+
+    model: str = option("checkpoint file, diffusers folder or hub id")
+    data: str = option("folder of images in any of FFHQ's layouts, or a data set")
+    output: str = option("folder for the gate files and the table")
+    criteria: tuple[str, ...] = option(
+        "how to choose channels", (LEARNED,), choices=(LEARNED, *CRITERIA)
+    )
+    scopes: tuple[str, ...] = option("which layers", (DEFAULT_SCOPE,))
+    targets: tuple[float, ...] = option("shares to prune", (ScoreConfig.target_sparsity,))
+    weights: tuple[float, ...] = option("λ of learned gates", ())
+    rankings: tuple[Ranking, ...] = option("of other criteria", (ScoreConfig.ranking,))
+    thresholds: tuple[str, ...] = option(
+        "instead of targets, such as sensitivity=0.5,1 (in σ) percentage=25,50",
+        (),
+        metavar="CRITERION=VALUES",
+    )
+    budget: BudgetKind = option("what targets are shares of", "parameters")
+    steps: int | None = option("optimizer steps of a fit", None)
+    samples: int = option("held-out samples of the evaluation", 48)
+    seed: int = option("of everything random", 0, SEED)
 
 
 @dataclass(frozen=True)
@@ -73,7 +107,7 @@ class Plan:
         return "_".join(str(word) for word in words if word is not None)
 
 
-def plans(given: argparse.Namespace) -> Iterator[Plan]:
+def plans(given: SweepOptions) -> Iterator[Plan]:
     """All combinations; learned gates have λ, the others a ranking, or a threshold alone."""
     thresholds = thresholds_of(given.thresholds, given.criteria)
     target = ScoreConfig.target_sparsity
@@ -113,7 +147,7 @@ def thresholds_of(texts: Sequence[str], criteria: Sequence[str]) -> dict[str, li
     return found
 
 
-def config_of(plan: Plan, given: argparse.Namespace) -> FitConfig | ScoreConfig:
+def config_of(plan: Plan, given: SweepOptions, demo: bool) -> FitConfig | ScoreConfig:
     """The settings of the plan's gate file; raises UserError for some that can't work."""
     settings: dict[str, Any] = dict(
         model=given.model,
@@ -125,8 +159,8 @@ def config_of(plan: Plan, given: argparse.Namespace) -> FitConfig | ScoreConfig:
         seed=given.seed,
     )
     if plan.criterion == LEARNED:
-        if given.demo:
-            settings |= {k: v for k, v in DEMO_SETTINGS.items() if k not in settings}
+        if demo:
+            settings = DEMO_SETTINGS | settings
         if plan.weight is not None:
             settings["sparsity_weight"] = plan.weight
         if given.steps is not None:
@@ -164,47 +198,21 @@ def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
 
 @explaining
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model", help="checkpoint file, diffusers folder or hub id")
-    add("--data", help="folder of images in any of FFHQ's layouts, or a data set")
-    add("--demo", action="store_true", help="the embedded demo model and faces")
-    add("--criteria", nargs="+", choices=(LEARNED, *CRITERIA), default=[LEARNED])
-    add("--scopes", nargs="+", default=["mid"])
-    add("--targets", nargs="+", type=float, default=[0.3], help="shares to prune")
-    add("--weights", nargs="+", type=float, help="λ of learned gates")
-    add("--rankings", nargs="+", choices=RANKINGS, default=["global"], help="of other criteria")
-    add(
-        "--thresholds",
-        nargs="+",
-        default=[],
-        metavar="CRITERION=VALUES",
-        help="instead of targets, such as sensitivity=0.5,1 (in σ) percentage=25,50",
-    )
-    add("--budget", default="parameters", help="what targets are shares of (parameters)")
-    add("--steps", type=int, help="optimizer steps of a fit")
-    add("--samples", type=int, default=48, help="held-out samples of the evaluation")
-    add("--seed", type=parse_seed, default=0)
-    add("--output", required=True, help="folder for the gate files and the table")
-    given, others = parser.parse_known_args(argv)
+    parser = parser_of(SweepOptions, "sweep", __doc__, allow_abbrev=False)
+    add_demo(parser)
+    typed, others = parser.parse_known_args(argv)
     log_progress()
-    if given.demo:
-        given.model = given.model or DEMO_SETTINGS["model"]
-        given.data = given.data or DEMO_SETTINGS["data"]
-    if given.model is None or given.data is None:
-        parser.error("--model and --data are missing; or use --demo")
+    demo = "demo" in typed
+    given = built(parser, SweepOptions, with_demo(vars(typed), "model", "data"))
     folder = output_folder("--output", given.output, (given.model, given.data))
     options = ["--model", given.model, "--data", given.data, "--samples", str(given.samples)]
     options += ["--output", str(folder / "evaluation"), *others]
     chosen = list(plans(given))
-    configs = [config_of(plan, given) for plan in chosen]  # all that can fail before the long part
+    configs = [
+        config_of(plan, given, demo) for plan in chosen
+    ]  # all that can fail before the long part
     paths = [config.output for config in configs]
-    evaluate.check(evaluate.parser().parse_args([*paths, *options]))
+    evaluate.parse_arguments([*paths, *options])
     for config in configs:
         if isinstance(config, FitConfig):
             fit.checked_output(config)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,12 @@ from training.learning import result as outcome
 from training.model.load import DiffusionModel, _clip_tokenizer, load_model
 
 WIDTHS = (16, 16, 32, 32)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """On models as small as these a second thread waits for longer than it computes."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +50,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few samples to calibrate and validate with: they are not what is tested."""
-    parse, short = fit.parse_arguments, {"calibration_batches": 1, "validation_samples": 2}
-    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
+
+    def shortened(part: Callable[..., Any]) -> Callable[..., Any]:
+        short = {"calibration_batches": 1, "validation_samples": 2}
+        return lambda config, *others: part(replace(config, **short), *others)
+
+    monkeypatch.setattr(fit, "calibrate", shortened(fit.calibrate))
+    monkeypatch.setattr(outcome, "_validate", shortened(outcome._validate))
 
 
 @pytest.fixture

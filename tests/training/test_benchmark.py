@@ -300,7 +300,7 @@ def test_a_gate_file_decides_what_the_whole_unet_prunes(
     ("arguments", "text"),
     [
         (["--resolution", "500"], "--resolution is 500.\n  Expected: pixels, a multiple of 64"),
-        (["--sparsity", "30"], "--sparsity is 30.\n  Expected: shares between 0 and 1"),
+        (["--sparsity", "30"], "--sparsity is 30.0.\n  Expected: between 0 and 1"),
         (["--rounds", "0"], "--rounds is 0.\n  Expected: 1 or more"),
         (["--batch", "-1"], "--batch is -1."),
         (["--threads", "0"], "--threads is 0."),

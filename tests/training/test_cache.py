@@ -27,7 +27,7 @@ from training.data.cache import SHARD, TensorCache, default_cache
 from training.data.encoding import EncodedImages
 from training.data.images import open_dataset
 from training.errors import UserError
-from training.model.load import DiffusionModel
+from training.model.load import DiffusionModel, load_model
 from training.step.denoising import Denoising, Encoder
 
 FORBIDDEN: Callable[..., Any] = lambda *_, **__: pytest.fail("something was computed again")  # noqa: E731
@@ -260,11 +260,11 @@ def test_what_a_latent_depends_on_is_in_its_address(
     larger = folders(open_dataset(str(images), resolution=24), model)
     assert larger[0] != latents and larger[1] == prompts
 
-    other = fit.load_model(str(pipeline))
+    other = load_model(str(pipeline))
     with torch.no_grad():
         other.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-6
     assert folders(data, other)[0] != latents and folders(data, other)[1] == prompts
-    other = fit.load_model(str(pipeline))
+    other = load_model(str(pipeline))
     with torch.no_grad():
         other.text_encoder.get_input_embeddings().weight[0, 0] += 1e-6
     assert folders(data, other)[0] == latents and folders(data, other)[1] != prompts
@@ -416,7 +416,7 @@ def test_vae_and_text_encoder_leave_memory_before_learning(
     run: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts: list[weakref.ref[Any]] = []
-    load, steps = fit.load_model, fit.run
+    load, steps = fit.frozen_model, fit.run
 
     def watched(*arguments: Any, **options: Any) -> DiffusionModel:
         model = load(*arguments, **options)
@@ -428,7 +428,7 @@ def test_vae_and_text_encoder_leave_memory_before_learning(
         assert [part() for part in parts] == [None, None]
         steps(*arguments)
 
-    monkeypatch.setattr(fit, "load_model", watched)
+    monkeypatch.setattr(fit, "frozen_model", watched)
     monkeypatch.setattr(fit, "run", checked)
     assert run() == 0
 

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +18,7 @@ from training.learning import result as outcome
 from training.model.load import DiffusionModel, load_model
 from training.step.denoising import Denoising
 
-QUICK = ["--batch-size", "4", "--gradient-accumulation", "1", "--max-steps", "60"]
+QUICK = ["--batch-size", "4", "--gradient-accumulation", "1", "--max-steps", "30"]
 
 
 def arguments(pipeline: Path, images: Path, output: Path, *more: str) -> list[str]:
@@ -37,13 +32,15 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.mark.parametrize("seed", ["0", "1"])
 def test_a_fit_meets_its_target_and_says_what_it_did(
-    pipeline: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: str
+    pipeline: Path,
+    images: Path,
+    tmp_path: Path,
+    short_fits: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "gates.safetensors"
-    more = ("--target-sparsity", "0.5", "--max-steps", "120", "--seed", seed)
-    assert main(arguments(pipeline, images, output, *more)) == 0
+    assert main(arguments(pipeline, images, output, "--target-sparsity", "0.5")) == 0
     gates = load_gates(output)
     assert gates.sparsity == pytest.approx(0.5, abs=0.01)
     counts = [int(keep.sum()) for keep in gates.keep_sets().values()]
@@ -63,6 +60,7 @@ def test_a_fit_without_a_terminal_says_in_a_few_lines_how_far_it_is(
     pipeline: Path,
     images: Path,
     tmp_path: Path,
+    short_fits: None,
     no_pictures: None,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -70,9 +68,9 @@ def test_a_fit_without_a_terminal_says_in_a_few_lines_how_far_it_is(
     caplog.set_level(logging.INFO)
     assert main(arguments(pipeline, images, tmp_path / "gates.safetensors")) == 0
     said = capsys.readouterr().err
-    for what in ("calibrating", "own effect", "learning gates: 60/60", "held-out images, pruned"):
+    for what in ("calibrating", "own effect", "learning gates: 30/30", "held-out images, pruned"):
         assert what in said  # whatever lasts shows how far it is
-    assert len(said) < 4000 and "\r" not in said  # a bar took 20,000
+    assert len(said) < 4000 and "\r" not in said  # a bar would take more
 
 
 def validated(model: DiffusionModel, images: Path, gates: Gates) -> float:
@@ -113,7 +111,9 @@ def test_held_out_problems_meet_the_gated_model_once(model: DiffusionModel, imag
     assert len(seen) == 2 * 2  # two batches, dense and pruned
 
 
-def test_the_same_seed_gives_the_same_file(pipeline: Path, images: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_file(
+    pipeline: Path, images: Path, tmp_path: Path, short_fits: None, no_pictures: None
+) -> None:
     files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
     scores = []
     for file in files:
@@ -139,7 +139,14 @@ def test_the_same_seed_gives_the_same_file(pipeline: Path, images: Path, tmp_pat
         ["--resolution", "24"],
     ],
 )
-def test_every_option_runs(pipeline: Path, images: Path, tmp_path: Path, more: list[str]) -> None:
+def test_every_option_runs(
+    pipeline: Path,
+    images: Path,
+    tmp_path: Path,
+    short_fits: None,
+    no_pictures: None,
+    more: list[str],
+) -> None:
     output = tmp_path / "gates.safetensors"
     assert main(arguments(pipeline, images, output, "--max-steps", "3", *more)) == 0
     gates = load_gates(output)
@@ -243,7 +250,12 @@ def test_no_images_is_an_error_before_the_model_loads(tmp_path: Path) -> None:
 
 
 def test_a_broken_image_is_skipped_and_named(
-    pipeline: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline: Path,
+    images: Path,
+    tmp_path: Path,
+    short_fits: None,
+    no_pictures: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -253,26 +265,3 @@ def test_a_broken_image_is_skipped_and_named(
     output = tmp_path / "gates.safetensors"
     assert main(arguments(pipeline, data, output, "--max-steps", "3")) == 0
     assert "1 of 9 images could not be read and were skipped" in capsys.readouterr().out
-
-
-# the point is a kill that no handler sees, and Windows has no signal of that kind
-@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL on Windows")
-def test_killed_at_any_time_the_old_gate_file_stays_whole(
-    pipeline: Path, images: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "gates.safetensors"
-    main(arguments(pipeline, images, output, "--max-steps", "3", "--seed", "1"))
-    before = output.read_bytes()
-    command = [sys.executable, "-m", "training.fit"]
-    command += arguments(pipeline, images, output, "--max-steps", "100000")
-    process = subprocess.Popen(
-        command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    deadline = time.monotonic() + 120
-    while b"learning gates" not in process.stderr.read1(65536):  # type: ignore[attr-defined]
-        assert process.poll() is None and time.monotonic() < deadline
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert output.read_bytes() == before
-    assert load_gates(output).info["seed"] == 1

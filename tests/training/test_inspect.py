@@ -74,7 +74,7 @@ def test_a_missing_file_is_named(tmp_path, capsys):
     [
         (["--resolution", "500"], "--resolution is 500.\n  Expected: a positive multiple of 8"),
         (["--resolution", "0"], "--resolution is 0.\n  Expected: a positive multiple of 8"),
-        (["--batch", "0"], "--batch is 0.\n  Expected: at least 1"),
+        (["--batch", "0"], "--batch is 0.\n  Expected: 1 or more"),
         (["--image", f"{__file__}/report.png"], f"{__file__} is no folder."),
     ],
 )

@@ -80,10 +80,10 @@ def launched(processes: int, arguments: list[str], cache: Path) -> subprocess.Co
 
 
 def test_two_processes_equal_one_at_the_same_global_batch(
-    pipeline: Path, images: Path, tmp_path: Path
+    pipeline: Path, images: Path, tmp_path: Path, no_pictures: None
 ) -> None:
     common = [
-        "--model", str(pipeline), "--data", str(images), "--device", "cpu", "--max-steps", "6",
+        "--model", str(pipeline), "--data", str(images), "--device", "cpu", "--max-steps", "4",
         "--gradient-accumulation", "2", "--validation-fraction", "0.15",
     ]  # fmt: skip
     two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from safetensors import safe_open
 
 from ldcp_core import load_gates
 from training import fit
-from training.config import RunOptions
 from training.errors import UserError
 from training.fit import main
 from training.learning import checkpoint, loop
@@ -28,9 +28,11 @@ from training.learning import result as outcome
 from training.learning.calibration import Calibration
 from training.learning.checkpoint import Checkpoints
 from training.learning.loop import Learning
+from training.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
-STEPS = 12
+STEPS = 9
+KILLS = int(os.environ.get("LDCP_TEST_KILLS", "12"))
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,7 @@ def run(pipeline: Path, images: Path, tmp_path: Path) -> Run:
         return main([
             "--model", str(pipeline), "--data", str(images), "--output", str(tmp_path / name),
             "--batch-size", "3", "--gradient-accumulation", "2", "--max-steps", str(STEPS),
-            "--checkpoint-every", "4", *more,
+            "--checkpoint-every", "3", *more,
         ])  # fmt: skip
 
     return run
@@ -101,13 +103,21 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) ->
 
 
 @pytest.fixture
-def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A run that broke down in its seventh step, after a checkpoint at the fourth."""
-    with monkeypatch.context() as patch:
-        fail_at(patch, 6, RuntimeError("a defect"))
-        with pytest.raises(RuntimeError):
-            run("cut.safetensors")
-    return tmp_path / "cut.checkpoints"
+def interrupted(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
+    """A run that broke down in its sixth step, after a checkpoint at the third; made once."""
+    made = tmp_path_factory.getbasetemp() / "cut.checkpoints"
+    found = tmp_path / "cut.checkpoints"
+    if not made.exists():
+        with monkeypatch.context() as patch:
+            fail_at(patch, 5, RuntimeError("a defect"))
+            with pytest.raises(RuntimeError):
+                run("cut.safetensors")
+        found.rename(made)
+    shutil.copytree(made, found)
+    return found
 
 
 # --- resume ---------------------------------------------------------------------------------------
@@ -116,7 +126,6 @@ def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pa
 @pytest.mark.parametrize(
     "more",
     [
-        [],
         ["--reconstruction", "noise"],
         ["--target-sparsity", "none"],
         ["--validation-fraction", "0.5"],  # ten images: batches of 3, 3, 3 and 1, epochs cross
@@ -127,7 +136,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
 ) -> None:
     assert run("whole.safetensors", *more) == 0
     with monkeypatch.context() as patch:
-        fail_at(patch, 6, RuntimeError("a defect"))
+        fail_at(patch, 5, RuntimeError("a defect"))
         with pytest.raises(RuntimeError):
             run("cut.safetensors", *more)
     assert run("cut.safetensors", *more, "--resume") == 0
@@ -174,8 +183,8 @@ def test_every_so_many_steps_and_the_last_few_kept(
         return path
 
     monkeypatch.setattr(Checkpoints, "save", watched)
-    assert run("a.safetensors", "--checkpoint-every", "5", "--keep-checkpoints", "2") == 0
-    names = [f"step-{step:08d}.safetensors" for step in (5, 10, 12)]
+    assert run("a.safetensors", "--checkpoint-every", "4", "--keep-checkpoints", "2") == 0
+    names = [f"step-{step:08d}.safetensors" for step in (4, 8, 9)]
     assert seen == [names[:1], names[:2], names[1:]]  # the last step as well
     assert not (tmp_path / "a.checkpoints").exists()  # finished: nothing to go on with
 
@@ -192,7 +201,7 @@ def test_a_run_without_checkpoints_writes_none(run: Run, monkeypatch: pytest.Mon
     ("more", "said"),
     [
         (["--seed", "1"], ["--seed 1 is asked for now", "Expected: --seed 0"]),
-        (["--max-steps", "13"], ["--max-steps 13", "Expected: --max-steps 12"]),
+        (["--max-steps", "13"], ["--max-steps 13", "Expected: --max-steps 9"]),
         (["--batch-size", "2"], ["--batch-size 2", "--batch-size 3"]),
         (["--precision", "bf16"], ["--precision 'bf16'", "--precision 'fp32'"]),
     ],
@@ -278,10 +287,10 @@ def test_a_damaged_checkpoint_costs_an_interval_and_not_the_run(
     damage: str,
 ) -> None:  # fmt: skip
     with monkeypatch.context() as patch:
-        fail_at(patch, 9, RuntimeError("a defect"))
+        fail_at(patch, 7, RuntimeError("a defect"))
         with pytest.raises(RuntimeError):
             run("cut.safetensors")
-    newest = tmp_path / "cut.checkpoints" / "step-00000008.safetensors"
+    newest = tmp_path / "cut.checkpoints" / "step-00000006.safetensors"
     content = bytearray(newest.read_bytes())
     if damage == "cut":
         content = content[: len(content) // 2]
@@ -293,8 +302,8 @@ def test_a_damaged_checkpoint_costs_an_interval_and_not_the_run(
         content = bytearray(b"\x80\x04\x95 this could run anything")
     newest.write_bytes(content)
     assert run("cut.safetensors", "--resume") == 0
-    assert "step-00000008.safetensors is no usable checkpoint" in caplog.text
-    assert "going on after step 4 of 12" in caplog.text
+    assert "step-00000006.safetensors is no usable checkpoint" in caplog.text
+    assert "going on after step 3 of 9" in caplog.text
     assert_same(whole, tmp_path / "cut.safetensors")
 
 
@@ -330,7 +339,7 @@ def test_only_damaged_checkpoints_are_an_error(
     for file in interrupted.iterdir():
         file.write_bytes(b"")
     assert run("cut.safetensors", "--resume") == 1
-    assert "only damaged ones (step-00000004.safetensors)" in capsys.readouterr().err
+    assert "only damaged ones (step-00000003.safetensors)" in capsys.readouterr().err
 
 
 def test_no_number_for_a_loss_ends_the_run_and_says_what_is_safe(
@@ -344,11 +353,11 @@ def test_no_number_for_a_loss_ends_the_run_and_says_what_is_safe(
         patch.setattr(
             loop,
             "deviation",
-            lambda *args: deviation(*args) * (float("nan") if next(calls) == 13 else 1),
+            lambda *args: deviation(*args) * (float("nan") if next(calls) == 11 else 1),
         )
-        assert run("cut.safetensors") == 1  # two batches a step: in the seventh
-    assert "The reconstruction loss became nan at step 6" in capsys.readouterr().err
-    assert "All up to step 4 is safe" in caplog.text
+        assert run("cut.safetensors") == 1  # two batches a step: in the sixth
+    assert "The reconstruction loss became nan at step 5" in capsys.readouterr().err
+    assert "All up to step 3 is safe" in caplog.text
     assert run("cut.safetensors", "--resume") == 0
     assert_same(whole, tmp_path / "cut.safetensors")
 
@@ -374,7 +383,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 ) -> None:
     full_disk(monkeypatch, checkpoint, "write_atomically", 1)
     assert run("cut.safetensors") == 0
-    assert "The checkpoint of step 4 can't be written: [Errno 28] No space left" in caplog.text
+    assert "The checkpoint of step 3 can't be written: [Errno 28] No space left" in caplog.text
     assert_same(whole, tmp_path / "cut.safetensors")
 
 
@@ -387,7 +396,7 @@ def test_a_disk_full_at_the_end_loses_nothing(
         full_disk(patch, outcome, "save_gates", 1)
         assert run("cut.safetensors") == 1
     assert "No space left on device" in (error := capsys.readouterr().err) and "--resume" in error
-    assert "All up to step 12 is safe" in caplog.text
+    assert "All up to step 9 is safe" in caplog.text
     monkeypatch.setattr(Learning, "advance", lambda _: pytest.fail("a step was taken again"))
     assert run("cut.safetensors", "--resume") == 0
     assert_same(whole, tmp_path / "cut.safetensors")
@@ -422,7 +431,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     advance_whole = Learning.advance
 
     def advance(self: Learning) -> None:
-        if self.step == 6:
+        if self.step == 4:
             signal.raise_signal(number)
         advance_whole(self)
 
@@ -431,7 +440,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
         patch.setattr(Learning, "advance", advance)
         assert run("cut.safetensors") == 130
     error = capsys.readouterr().err
-    assert "finishing this step" in error and "Stopped after step 7 of 12" in error
+    assert "finishing this step" in error and "Stopped after step 5 of 9" in error
     assert error.rstrip().endswith("--resume")
     assert not (tmp_path / "cut.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is before
@@ -459,16 +468,16 @@ def test_killed_at_random_moments_a_run_still_ends_with_the_same_bits(
     pipeline: Path, images: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(Path(__file__).with_name("kill_loop.py"))]
-    command += [str(pipeline), str(images), str(tmp_path), os.environ.get("LDCP_TEST_KILLS", "50")]
+    command += [str(pipeline), str(images), str(tmp_path), str(KILLS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["kills"] >= 50
-    assert told["runs"] >= 3 and told["equal"] == told["runs"]
-    assert told["steps_when_killed"] >= 5  # the moments were spread over the run
+    assert told["kills"] >= KILLS
+    assert told["runs"] >= 1 and told["equal"] == told["runs"]
+    assert told["steps_when_killed"] >= min(5, KILLS // 3)  # the moments were spread over the run
 
 
 # --- the file -------------------------------------------------------------------------------------

@@ -12,11 +12,16 @@ from PIL import Image
 
 from ldcp_core import load_gates
 from training import score, sweep
-from training.config import FitConfig
 from training.evaluation.plots import Cell, heat_map
+from training.options import FitConfig
 from training.score import ScoreConfig
 
 Config = FitConfig | ScoreConfig
+
+
+@pytest.fixture(autouse=True)
+def quick(short_fits: None, no_pictures: None) -> None:
+    """What a fit measures and draws is not what is tested."""
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,9 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(pipeline: Path, images: Path, tmp_path: Path, short_fits: None) -> Run:
+def run(
+    pipeline: Path, images: Path, tmp_path: Path, short_fits: None, no_pictures: None
+) -> Run:
     def run(name: str, *more: str) -> int:
         return fit.main([
             "--model", str(pipeline), "--data", str(images), "--max-steps", str(STEPS),
@@ -154,7 +156,7 @@ def test_without_tensorboard_the_option_is_refused_before_anything_is_computed(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr(fit, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(fit, "frozen_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert run("a.safetensors", "--tensorboard") == 1
     assert "pip install tensorboard" in capsys.readouterr().err
 

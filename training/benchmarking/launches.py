@@ -11,7 +11,6 @@ one operation launches is taken from PyTorch's sources; the times are estimated.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,15 +28,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ldcp_core import PADDINGS, Padding, fused
+from ldcp_core import Padding, fused
 from ldcp_core.diffusers import CompactBlock, compact_blocks, topology_of
-from training.arguments import parse_count, parse_share
 from training.benchmarking.timing import DENSE
 from training.benchmarking.variants import TEXT_TOKENS, random_pruning
 from training.console import explaining
 from training.model.configs import SD15
 from training.model.gating import running
 from training.model.load import DTYPES, check_resolution
+from training.options import BELOW_ONE, COUNT, Options, Precision, built, option, parser_of
 
 PIXELS_PER_LATENT = 8
 GIGA, TERA = 1e9, 1e12
@@ -268,40 +267,35 @@ ASSUMPTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class LaunchOptions(Options):
+    """What to count."""
+
+    scope: tuple[str, ...] = option("which layers", ("mid", "all", "all+ff"))
+    sparsity: tuple[float, ...] = option("shares pruned at random", (0.4,), BELOW_ONE)
+    padding: tuple[Padding, ...] = option("how constants meet the border", ("zero",))
+    resolution: int = option("pixels, a multiple of 64", 512, COUNT)
+    batch: int = option("two are one image with guidance", 2, COUNT)
+    precision: Precision = option("of the U-Net", "fp16")
+
+
 @explaining
 def main(argv: Sequence[str]) -> int:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark launches",
-        description=f"{summary}\n\n{details}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--scope", nargs="+", default=["mid", "all", "all+ff"], help="(mid all all+ff)")
-    add(
-        "--sparsity",
-        type=parse_share,
-        nargs="+",
-        default=[0.4],
-        help="shares pruned at random (0.4)",
-    )
-    add("--padding", choices=PADDINGS, nargs="+", default=["zero"], help="(zero)")
-    add("--resolution", type=parse_count, default=512, help="pixels, a multiple of 64 (512)")
-    add("--batch", type=parse_count, default=2, help="(2: one image with guidance)")
-    add("--precision", choices=list(DTYPES), default="fp16", help="(fp16)")
-    options = vars(parser.parse_args(argv))
-    check_resolution(options["resolution"], PIXELS_PER_LATENT)
+    parser = parser_of(LaunchOptions, "benchmark launches", __doc__)
+    given = built(parser, LaunchOptions, vars(parser.parse_args(argv)))
+    check_resolution(given.resolution, PIXELS_PER_LATENT)
     found = count(
-        options["scope"],
-        options["sparsity"],
-        options["padding"],
-        options["resolution"],
-        options["batch"],
-        DTYPES[options["precision"]],
+        given.scope,
+        given.sparsity,
+        given.padding,
+        given.resolution,
+        given.batch,
+        DTYPES[given.precision],
     )
-    facts = f"{options['resolution']} pixels, batch {options['batch']}, {options['precision']}"
+    facts = f"{given.resolution} pixels, batch {given.batch}, {given.precision}"
     print(f"SD1.5's U-Net, {facts}, on a CUDA device.\n")
     print(render(found))
     print(f"\n{ASSUMPTIONS}\n")
-    print(json.dumps({"options": options, **{name: asdict(form) for name, form in found.items()}}))
+    counts = {name: asdict(form) for name, form in found.items()}
+    print(json.dumps({"options": asdict(given), **counts}))
     return 0

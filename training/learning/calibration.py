@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ldcp_core import Site
-from training.config import FitConfig
 from training.console import progress
 from training.criteria import own_effect
 from training.data.encoding import EncodedBatch
@@ -19,6 +18,7 @@ from training.data.images import Batch
 from training.errors import UserError
 from training.learning.processes import Processes
 from training.model.gating import ChannelMeans, deviation, hard_gates
+from training.options import FitConfig
 from training.step.denoising import Denoising
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ldcp_core import SoftGate
-from training.config import FitConfig
 from training.console import progress
 from training.data.encoding import EncodedBatch
 from training.data.images import Batch, Position
@@ -36,6 +35,7 @@ from training.learning.processes import Processes
 from training.learning.randomness import random_state, set_random_state
 from training.learning.stopping import Stopped, StopRequest
 from training.model.gating import deviation
+from training.options import FitConfig
 from training.step.denoising import Denoising
 from training.step.reuse import WINDOW, Problems
 

@@ -1,0 +1,41 @@
+"""What commands open alike: the frozen model, the size of its images, the sites in scope."""
+
+from __future__ import annotations
+
+import torch
+
+from ldcp_core import Site, Topology
+from training.data.images import ImageData
+from training.data.streaming import StreamedImages
+from training.errors import UserError
+from training.model.load import DTYPES, DiffusionModel, check_resolution, load_model
+
+
+def frozen_model(source: str, precision: str, device: str | torch.device) -> DiffusionModel:
+    """`load_model` with the U-Net in ``precision``.
+
+    VAE and text encoder stay in float32: half precision would cost quality in the one pass they
+    make.
+    """
+    model = load_model(source, dtype=DTYPES[precision], device=device)
+    model.vae.float()
+    model.text_encoder.float()
+    return model
+
+
+def fit_to(model: DiffusionModel, data: ImageData | StreamedImages, resolution: int | None) -> int:
+    """Set the side of the images, in pixels (None: the model's own); returns that of a latent.
+
+    Raises UserError for a side that the model can't take.
+    """
+    data.resolution = resolution or model.resolution
+    check_resolution(data.resolution, model.vae_scale_factor)
+    return data.resolution // model.vae_scale_factor
+
+
+def sites_in(topology: Topology, scope: str) -> list[Site]:
+    """The sites that ``--scope`` names; raises UserError for a scope that there is not."""
+    try:
+        return topology.sites(scope)
+    except ValueError as error:
+        raise UserError(f"--scope is {scope!r}: {error}.", "", "change --scope") from error
