@@ -36,7 +36,8 @@ from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
 from training.console import explaining, log_progress, name_of
 from training.data.cache import default_cache
-from training.data.images import ImageData, open_dataset
+from training.data.encoding import FreshImages, Images
+from training.data.images import open_dataset
 from training.data.splits import Split, unseen
 from training.errors import UserError
 from training.evaluation.baselines import baselines
@@ -102,7 +103,7 @@ def candidates_of(gates: Mapping[str, Gates], precisions: Sequence[str]) -> dict
 
 def evaluate(
     model: DiffusionModel,
-    images: ImageData,
+    images: Images,
     held_out: Sequence[int],
     candidates: Mapping[str, Candidate | Unstructured],
     samples: int,
@@ -112,7 +113,7 @@ def evaluate(
 
     The first candidate is what deviations are from. The model is one in float32.
     """
-    resolution = images.resolution
+    resolution = images.data.resolution
     assert resolution is not None
     reference = next(iter(candidates.values()))
     heldout = HeldOut(Denoising(model, 0), images, held_out, samples, 8, seed)
@@ -308,10 +309,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for of in gates.values():
         check_fits(model, of)
     fit_to(model, data, given.resolution)
+    fresh = FreshImages(data, model)
     for name in learned if given.baselines else ():
         denoising = Denoising(model, given.seed)
-        candidates |= baselines(name, candidates[name], denoising, data, seen, given.seed)
-    result = evaluate(model, data, held_out, candidates, given.samples, given.seed)
+        candidates |= baselines(name, candidates[name], denoising, fresh, seen, given.seed)
+    result = evaluate(model, fresh, held_out, candidates, given.samples, given.seed)
     paths: dict[str, list[Path]] = {}
     if networks is not None:
         images.resolution = model.resolution

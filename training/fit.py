@@ -32,7 +32,7 @@ from ldcp_core import (
 from ldcp_core.diffusers import topology_of
 from training.console import explaining, log_progress
 from training.data.cache import CacheNotWritable, default_cache
-from training.data.encoding import WORKERS, EncodedImages
+from training.data.encoding import WORKERS, CachedImages, FreshImages, Images
 from training.data.images import Position, open_dataset
 from training.data.splits import Split
 from training.data.streaming import Data, StreamedImages
@@ -121,15 +121,19 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     log.info("%s: %s images to learn from, %d held out", data.source, many, len(held_out))
     images = _encoded(config, data, model, processes)
     samples = _samples(config, data, held_out or train, model) if processes.first else None
-    if isinstance(images, EncodedImages):
+    if isinstance(images, CachedImages):
         model = model.without_encoders()
     if config.run.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     denoising = Denoising(model, config.seed)
     position = Position()
-    shared = {} if processes.world == 1 else {"share": processes.share}
     stream = images.batches(
-        train, batch_size, seed=config.seed, epochs=None, position=position, **shared
+        train,
+        batch_size,
+        seed=config.seed,
+        epochs=None,
+        position=position,
+        share=processes.share,
     )
     steps = _optimizer_steps(config, len(train), batch_size)
     learning = Learning(config, denoising, learner, stream, position, steps, processes)
@@ -181,7 +185,7 @@ def _opened(config: FitConfig) -> tuple[Data, Sequence[int], Sequence[int]]:
 
 def _encoded(
     config: FitConfig, data: Data, model: DiffusionModel, processes: Processes
-) -> Data | EncodedImages:
+) -> Images | StreamedImages:
     """The images out of the cache, which is built first; the images themselves where there is none.
 
     Raises UserError when a cache that is needed, or was asked for, can't be written.
@@ -196,8 +200,8 @@ def _encoded(
                 "a cache: it tells each process which images can be read, without reading them",
                 "leave out --no-cache",
             )
-        return data
-    images = EncodedImages(data, model, Path(config.run.cache or default_cache()))
+        return FreshImages(data, model)
+    images = CachedImages(data, model, Path(config.run.cache or default_cache()))
     try:
         images.build(model, processes.rank, processes.world, config.run.workers or WORKERS)
         processes.wait()
@@ -206,7 +210,7 @@ def _encoded(
         if config.run.cache is not None or processes.world > 1:
             raise
         log.warning("%s\n  Going on without a cache.", error)
-        return data
+        return FreshImages(data, model)
     return images
 
 

@@ -48,6 +48,7 @@ from ldcp_core.diffusers import topology_of
 from training import criteria
 from training.console import explaining, log_progress, name_of, progress
 from training.criteria import Criterion, Diversity, DiversityForm, Importances, Ladder
+from training.data.encoding import FreshImages
 from training.data.images import ImageData, open_dataset
 from training.data.splits import Split
 from training.errors import UserError
@@ -204,10 +205,11 @@ def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list
     last = denoising.model.alphas_cumprod.numel() - 1
     steps = torch.linspace(0, last, config.timesteps).round().long().tolist()
     count = -(-config.samples // config.batch_size)
-    stream = data.batches(train, config.batch_size, seed=config.seed, epochs=None)
+    images = FreshImages(data, denoising.model)
+    stream = images.batches(train, config.batch_size, seed=config.seed, epochs=None)
     ladders = []
     for batch in progress(islice(stream, count), "encoding images", count, unit="batch"):
-        latents, context = denoising.encoder(batch)
+        latents, context = denoising.inputs(batch)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         ladders.append(Ladder(denoising, latents, context, noise, steps))
     return ladders

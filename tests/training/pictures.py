@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from training.data.images import ImageData
+from training.data.images import BrokenImage, ImageData
 
 RED = (255, 0, 0)
 
@@ -26,3 +28,19 @@ def png(colour: object = RED, mode: str = "RGB", size: tuple[int, int] = (8, 8))
 
 def ids(data: ImageData) -> list[str]:
     return [record.id for record in data.records]
+
+
+def read(
+    data: ImageData, indices: Sequence[int], batch_size: int, **options: Any
+) -> Iterator[list[str]]:
+    """The ids of each batch of images that can be read."""
+
+    def readable(index: int) -> bool:
+        try:
+            data.pixels(index)
+        except BrokenImage:
+            return False
+        return index in data.captions([index])
+
+    for chosen in data.index_batches(indices, batch_size, readable, **options):
+        yield [data.records[index].id for index in chosen]

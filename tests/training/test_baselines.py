@@ -9,12 +9,18 @@ import torch
 
 from ldcp_core import Gates, Topology
 from ldcp_core.diffusers import topology_of
+from training.data.encoding import FreshImages
 from training.data.images import open_dataset
 from training.evaluation.baselines import baselines, measured
 from training.model.gating import ChannelMeans, watched
 from training.model.load import DiffusionModel
 from training.sample import Candidate
 from training.step.denoising import Denoising
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.evaluation.baselines.SAMPLES", 16)
 
 
 def random_gates(topology: Topology) -> Gates:
@@ -25,7 +31,7 @@ def random_gates(topology: Topology) -> Gates:
 
 def test_watching_gives_the_means_and_leaves_no_hook(model: DiffusionModel, images: Path) -> None:
     sites = topology_of(model.unet).sites()
-    data = open_dataset(str(images), resolution=16)
+    data = FreshImages(open_dataset(str(images), resolution=16), model)
     denoising = Denoising(model, 0)
     problem = denoising.problem(next(data.batches([0, 1, 2], 3, epochs=1)))
     with watched(model.unet, sites) as seen:
@@ -48,7 +54,7 @@ def test_flap_prefers_the_channels_that_stray(model: DiffusionModel, images: Pat
     kept = conv1.weight.detach().clone()
     try:
         conv1.weight.data[::2] *= 1e-4  # these outputs are their bias, everywhere
-        data = open_dataset(str(images), resolution=16)
+        data = FreshImages(open_dataset(str(images), resolution=16), model)
         found = measured(gates, Denoising(model, 0), data, list(range(16)), seed=0)["FLAP"]
     finally:
         conv1.weight.data.copy_(kept)
@@ -62,7 +68,7 @@ def test_every_choice_keeps_as_many_channels_and_per_site_the_same_counts(
 ) -> None:
     gates = random_gates(topology_of(model.unet))
     counts = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
-    data = open_dataset(str(images), resolution=16)
+    data = FreshImages(open_dataset(str(images), resolution=16), model)
     beside = Candidate(gates)
     found = baselines("a", beside, Denoising(model, 0), data, list(range(16)), seed=1)
     assert len(found) == 8 and "a-own-effect-per-site" in found

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from pictures import draw, png
+from pictures import draw, png, read
 from torch import Tensor
 
 from ldcp_core import load_gates
@@ -24,11 +24,11 @@ from training.data import cache as cache_module
 from training.data import encoding, stamps
 from training.data import images as data_module
 from training.data.cache import SHARD, TensorCache, default_cache
-from training.data.encoding import EncodedImages
+from training.data.encoding import CachedImages, FreshImages
 from training.data.images import open_dataset
 from training.errors import UserError
 from training.model.load import DiffusionModel, load_model
-from training.step.denoising import Denoising, Encoder
+from training.step.denoising import Denoising
 
 FORBIDDEN: Callable[..., Any] = lambda *_, **__: pytest.fail("something was computed again")  # noqa: E731
 
@@ -162,22 +162,21 @@ def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 @pytest.fixture
-def encoded(model: DiffusionModel, images: Path, tmp_path: Path) -> EncodedImages:
-    found = EncodedImages(open_dataset(str(images), resolution=16), model, tmp_path / "images")
+def encoded(model: DiffusionModel, images: Path, tmp_path: Path) -> CachedImages:
+    found = CachedImages(open_dataset(str(images), resolution=16), model, tmp_path / "images")
     found.build(model)
     return found
 
 
 def test_batches_are_those_without_a_cache_to_the_bit(
-    encoded: EncodedImages, model: DiffusionModel, images: Path
+    encoded: CachedImages, model: DiffusionModel, images: Path
 ) -> None:
-    data, encoder = open_dataset(str(images), resolution=16), Encoder(model)
-    plain = data.batches(range(20), 3, seed=1, epochs=2)
+    data = open_dataset(str(images), resolution=16)
+    plain = FreshImages(data, model).batches(range(20), 3, seed=1, epochs=2)
     cached = encoded.batches(range(20), 3, seed=1, epochs=2)
     for a, b in zip(plain, cached, strict=True):
         assert a.ids == b.ids
-        latents, context = encoder(a)
-        assert torch.equal(latents, b.latents) and torch.equal(context, b.context)
+        assert torch.equal(a.latents, b.latents) and torch.equal(a.context, b.context)
     problem = Denoising(model, 0).problem(b)
     assert problem.noisy.shape == b.latents.shape
 
@@ -190,7 +189,7 @@ def test_captions_are_embedded_once_each(
     for i, file in enumerate(sorted(images.rglob("*.png"))[:4]):
         (data / f"{i}.png").write_bytes(file.read_bytes())
         (data / f"{i}.txt").write_text(["a face", "a cat"][i % 2])
-    found = EncodedImages(open_dataset(str(data), resolution=16), model, tmp_path / "c")
+    found = CachedImages(open_dataset(str(data), resolution=16), model, tmp_path / "c")
     found.build(model)
     batch = next(found.batches(range(4), 4))
     assert torch.equal(batch.context[0], batch.context[2])
@@ -208,7 +207,7 @@ def test_a_broken_image_is_known_without_reading_it_again(
     (folder / "00001.png").write_bytes(b"broken")
     for attempt in range(2):
         data = open_dataset(str(folder), resolution=16)
-        found = EncodedImages(data, model, tmp_path / "c")
+        found = CachedImages(data, model, tmp_path / "c")
         found.build(model)
         assert [b.ids for b in found.batches(range(3), 3)] == [["00000.png", "00002.png"]]
         assert data.broken == {
@@ -232,7 +231,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(
 
     data = open_dataset(str(images), resolution=16)
     doomed = data.records[9].read()
-    found = EncodedImages(data, model, tmp_path / "c")
+    found = CachedImages(data, model, tmp_path / "c")
     with monkeypatch.context() as patch:
         patch.setattr(data_module, "decode_image", fail)
         with pytest.raises(UserError, match=r"00009.png: MemoryError(.|\n)*fewer --workers"):
@@ -240,18 +239,18 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(
     assert not data.broken  # the image itself is fine
     assert len(list(tmp_path.glob("c/latents-*/*"))) == 1
     read: list[int] = []
-    again = EncodedImages(data, model, tmp_path / "c")
+    again = CachedImages(data, model, tmp_path / "c")
     monkeypatch.setattr(again, "_decoded", lambda i: read.append(i) or data.pixels(i))
     again.build(model, workers=workers)
     assert sorted(read) == list(range(8, 20))
 
 
 def test_what_a_latent_depends_on_is_in_its_address(
-    encoded: EncodedImages, model: DiffusionModel, images: Path, tmp_path: Path,
+    encoded: CachedImages, model: DiffusionModel, images: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, pipeline: Path,
 ) -> None:  # fmt: skip
     def folders(data: Any, with_model: DiffusionModel) -> tuple[str, str]:
-        found = EncodedImages(data, with_model, tmp_path)
+        found = CachedImages(data, with_model, tmp_path)
         return found.latents._paths[0].as_posix(), found.embeddings._paths[0].as_posix()
 
     data = open_dataset(str(images), resolution=16)
@@ -276,9 +275,9 @@ def test_the_address_is_of_the_content_and_not_of_the_place(
     model: DiffusionModel, images: Path, tmp_path: Path
 ) -> None:
     def first(root: Path) -> Path:
-        return EncodedImages(
-            open_dataset(str(root), resolution=16), model, tmp_path
-        ).latents._paths[0]
+        return CachedImages(open_dataset(str(root), resolution=16), model, tmp_path).latents._paths[
+            0
+        ]
 
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -354,10 +353,10 @@ def test_an_image_without_a_caption_to_read_is_skipped_until_it_has_one(
     )
     for shown in (["00000.png", "00002.png"], ["00000.png", "00001.png", "00002.png"]):
         data = open_dataset(str(folder), resolution=16)
-        found = EncodedImages(data, model, tmp_path / "c")
+        found = CachedImages(data, model, tmp_path / "c")
         found.build(model)
         assert [b.ids for b in found.batches(range(3), 3)] == [shown]
-        assert [b.ids for b in data.batches(range(3), 3)] == [shown]
+        assert list(read(data, range(3), 3)) == [shown]
         assert ("a caption of 70,000" in data.broken_report()) == (len(shown) == 2)
         (folder / "metadata.jsonl").unlink(missing_ok=True)
         monkeypatch.setattr(encoding, "encode_images", FORBIDDEN)

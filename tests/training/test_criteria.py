@@ -12,6 +12,7 @@ from ldcp_core import Site, Topology
 from ldcp_core.diffusers import topology_of
 from training import criteria
 from training.criteria import Diversity, Ladder
+from training.data.encoding import FreshImages
 from training.data.images import ImageData, open_dataset
 from training.model.load import DiffusionModel
 from training.step.denoising import Denoising
@@ -114,7 +115,7 @@ def data(images: object) -> ImageData:
 @pytest.fixture(scope="module")
 def ladder(model: DiffusionModel, data: ImageData) -> Ladder:
     denoising = Denoising(model, 0)
-    latents, context = denoising.encoder(next(data.batches(range(len(data)), 2, epochs=1)))
+    latents, context = denoising.inputs(next(FreshImages(data, model).batches(range(len(data)), 2)))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     return Ladder(denoising, latents, context, noise, [100, 500, 900])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import RED, draw, ids, png
+from pictures import RED, draw, ids, png, read
 from PIL import Image, ImageFile
 
 from training.data import images as data_module
@@ -99,7 +99,7 @@ def test_no_other_decoder_is_reached_whatever_a_file_is_called(format: str, tmp_
 
 
 def test_images_are_opened_in_one_place() -> None:
-    root = Path(data_module.__file__).parents[1]
+    root = Path(data_module.__file__).parents[2]
     sources = [
         f for room in ("training", "nodes", "ldcp_core") for f in (root / room).rglob("*.py")
     ]
@@ -152,21 +152,21 @@ def test_a_broken_image_is_skipped_counted_and_named(
     draw(tmp_path / "d.png")
     data = open_dataset(str(tmp_path), resolution=8)
     assert data.broken_report() == ""
-    assert [b.ids for b in data.batches(range(4), 2, epochs=2)] == [["a.png", "d.png"]] * 2
+    assert list(read(data, range(4), 2, epochs=2)) == [["a.png", "d.png"]] * 2
     assert list(data.broken) == ["b.png", "c.png"]
     assert reason in data.broken["b.png"]
     assert data.broken_report().startswith("2 of 4 images could not be read")
     assert "c.png" in data.broken_report()
     assert caplog.text.count("Skipping the broken image b.png") == 1  # at once, the first time only
     with pytest.raises(BrokenImage, match="b.png"):
-        data[1]
+        data.pixels(1)
 
 
 def test_only_broken_images_end_the_run_instead_of_looping(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     data = open_dataset(str(tmp_path), resolution=8)
     with pytest.raises(UserError, match=r"None of the 1 image\(s\).*a\.png: the file is empty"):
-        next(data.batches([0], 1, seed=0, epochs=None))
+        next(read(data, [0], 1, seed=0, epochs=None))
 
 
 def test_the_example_of_only_broken_images_is_one_of_those_chosen(tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_the_example_of_only_broken_images_is_one_of_those_chosen(tmp_path: Path
     (tmp_path / "b.png").write_bytes(b"")
     data = open_dataset(str(tmp_path), resolution=8)
     with pytest.raises(BrokenImage, match="a.png"):
-        data[0]
+        data.pixels(0)
     with pytest.raises(UserError, match=r"None of the 1 image\(s\).*b\.png: the file is empty"):
-        next(data.batches([1], 1))
+        next(read(data, [1], 1))
 
 
 def test_small_images_are_enlarged_with_one_warning(
@@ -185,14 +185,14 @@ def test_small_images_are_enlarged_with_one_warning(
     for name in ("a.png", "b.png"):
         draw(tmp_path / name, size=(8, 6))
     data = open_dataset(str(tmp_path), resolution=16)
-    assert data[0].pixels.shape == data[1].pixels.shape == (3, 16, 16)
+    assert data.pixels(0).shape == data.pixels(1).shape == (3, 16, 16)
     assert caplog.text.count("smaller than 16") == 1
 
 
 def test_the_resolution_must_be_known_before_reading(tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
     with pytest.raises(ValueError, match="resolution"):
-        open_dataset(str(tmp_path))[0]
+        open_dataset(str(tmp_path)).pixels(0)
 
 
 # --- split and order ------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_too_few_images_for_a_split_is_an_error(tmp_path: Path, faces: ImageData
 
 
 def seen(data: ImageData, **options: object) -> list[str]:
-    return [id for batch in data.batches(range(len(data)), 3, **options) for id in batch.ids]
+    return [id for batch in read(data, range(len(data)), 3, **options) for id in batch]
 
 
 def test_batches_repeat_exactly_with_a_seed_and_differ_between_epochs(faces: ImageData) -> None:
@@ -247,18 +247,16 @@ def test_batches_repeat_exactly_with_a_seed_and_differ_between_epochs(faces: Ima
 
 
 def test_batches_have_the_size_asked_for_and_the_last_holds_the_rest(faces: ImageData) -> None:
-    batches = list(faces.batches(range(20), 8, seed=0))
-    assert [batch.pixels.shape for batch in batches] == [(8, 3, 4, 4), (8, 3, 4, 4), (4, 3, 4, 4)]
-    # Image i is drawn in grey level i, so pixels and ids must tell the same story.
-    for batch in batches:
-        levels = ((batch.pixels[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
-        assert batch.ids == [f"{level:02d}.png" for level in levels]
+    assert [len(batch) for batch in read(faces, range(20), 8, seed=0)] == [8, 8, 4]
+    for i in range(20):  # image i is drawn in grey level i
+        assert faces.records[i].id == f"{i:02d}.png"
+        assert ((faces.pixels(i) + 1) * 127.5).round().unique().tolist() == [i]
 
 
 def test_an_endless_iterator_goes_on_past_the_first_epoch(faces: ImageData) -> None:
-    endless = faces.batches([3, 4], 1, seed=0, epochs=None)
+    endless = read(faces, [3, 4], 1, seed=0, epochs=None)
     assert len([next(endless) for _ in range(9)]) == 9
-    assert list(faces.batches([], 1, epochs=None)) == []
+    assert list(read(faces, [], 1, epochs=None)) == []
 
 
 def test_a_broken_image_does_not_disturb_the_others(faces: ImageData, tmp_path: Path) -> None:
@@ -273,5 +271,5 @@ def test_warnings_go_through_logging(tmp_path: Path, caplog: pytest.LogCaptureFi
         caplog.at_level(logging.WARNING, logger="training.data.images"),
         pytest.raises(BrokenImage),
     ):
-        open_dataset(str(tmp_path), resolution=4)[0]
+        open_dataset(str(tmp_path), resolution=4).pixels(0)
     assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -27,7 +27,7 @@ def test_a_fit_finds_the_faces_with_their_captions(
         "00000/00000.png", "00000/00001.png", "00002/00002.png",
     ]  # fmt: skip
     assert all(data.captions().values())
-    assert len({data[i].pixels.sum().item() for i in range(3)}) == 3
+    assert len({data.pixels(i).sum().item() for i in range(3)}) == 3
 
 
 def test_only_what_is_missing_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -394,8 +394,13 @@ def test_a_deviation_that_rounding_makes_is_said_to_be_one(
 
 
 def test_cheap_choices_stand_beside_learned_gates(
-    source: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: list[str],
+    half: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("training.evaluation.baselines.SAMPLES", 4)
     info = {**load_gates(half).info, "criterion": "learned"}
     file = described(half, tmp_path / "mine.safetensors", info)
     output = ["--samples", "2", "--output", str(tmp_path / "e"), "--baselines"]

@@ -11,6 +11,7 @@ import torch
 
 from ldcp_core import Gates, load_gates
 from ldcp_core.diffusers import topology_of
+from training.data.encoding import FreshImages
 from training.data.images import open_dataset
 from training.errors import UserError
 from training.fit import fit, main, parse_arguments
@@ -81,7 +82,8 @@ def validated(model: DiffusionModel, images: Path, gates: Gates) -> float:
         batch_size=2,
     )
     data = open_dataset(str(images), resolution=16)
-    return outcome._validate(config, Denoising(model, 0), data, [0, 1, 2, 3], gates)
+    images_of = FreshImages(data, model)
+    return outcome._validate(config, Denoising(model, 0), images_of, [0, 1, 2, 3], gates)
 
 
 def test_a_deviation_in_bf16_is_not_that_of_rounding(

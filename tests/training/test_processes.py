@@ -13,7 +13,7 @@ import torch
 
 from ldcp_core import load_gates
 from training import fit
-from training.data.encoding import EncodedImages
+from training.data.encoding import CachedImages
 from training.data.images import open_dataset
 from training.learning.processes import Processes
 from training.model.load import DiffusionModel
@@ -39,7 +39,7 @@ def test_shares_are_disjoint_and_complete(count: int, world: int) -> None:
 def test_the_problems_of_two_processes_are_halves_of_the_one(
     model: DiffusionModel, images: Path, cache: Path
 ) -> None:
-    encoded = EncodedImages(open_dataset(str(images), resolution=16), model, cache)
+    encoded = CachedImages(open_dataset(str(images), resolution=16), model, cache)
     encoded.build(model)
     # 20 images in batches of 6: the last one of an epoch has 2
     whole, parts = [], []

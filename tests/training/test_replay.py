@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ldcp_core import PADDINGS, SoftGate, blocks_of
 from ldcp_core.diffusers import topology_of
-from training.data.images import Batch
+from training.data.encoding import Batch
 from training.model.gating import deviation, masked
-from training.model.load import DiffusionModel
+from training.model.load import DiffusionModel, embed_prompts
 from training.step.denoising import Denoising, Problem
 from training.step.frozen import frozen_layers
 from training.step.replay import stages_before
@@ -24,8 +24,10 @@ SCOPES = ["mid", "up", "down", "all", "ff", "up_blocks.3.*", "up_blocks.1.resnet
 
 @pytest.fixture
 def problem(model: DiffusionModel) -> Problem:
-    pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return Denoising(model, 0).problem(Batch(pixels, [""] * 3, ["a", "b", "c"]))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 4, 16, 16, generator=generator)
+    context = embed_prompts(model, [""] * 3)
+    return Denoising(model, 0).problem(Batch(latents, context, ["a", "b", "c"], 3, slice(3)))
 
 
 def logits_and_gates(model: DiffusionModel, scope: str) -> tuple[list[Tensor], dict[str, SoftGate]]:

@@ -25,7 +25,6 @@ from training.errors import UserError
 from training.fit import main
 from training.learning import checkpoint, loop
 from training.learning import result as outcome
-from training.learning.calibration import Calibration
 from training.learning.checkpoint import Checkpoints
 from training.learning.loop import Learning
 from training.options import RunOptions
@@ -141,34 +140,6 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
             run("cut.safetensors", *more)
     assert run("cut.safetensors", *more, "--resume") == 0
     assert_same(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
-
-
-def test_a_checkpoint_holds_the_global_generators(
-    interrupted: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import random
-
-    import numpy as np
-
-    def draws() -> list[float]:
-        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
-
-    state = checkpoint.read(next(iter(Checkpoints(interrupted, 2).paths()))).state
-    from training.learning.randomness import set_random_state
-
-    set_random_state(state["learning"]["random"])
-    expected = draws()
-    drawn: list[list[float]] = []
-    whole = Learning.advance
-
-    def advance(self: Learning) -> None:
-        drawn.append(draws())
-        whole(self)
-
-    draws()
-    monkeypatch.setattr(Learning, "advance", advance)
-    run("cut.safetensors", "--resume")
-    assert drawn[0] == expected
 
 
 def test_every_so_many_steps_and_the_last_few_kept(
@@ -513,10 +484,3 @@ def test_torn_temporary_files_go(tmp_path: Path) -> None:
     assert [file.name for file in folder.folder.iterdir()] == ["step-00000002.safetensors"]
     folder.clear()
     assert not folder.folder.exists()
-
-
-def test_a_calibration_comes_back_from_its_state() -> None:
-    found = Calibration({"a": torch.rand(4)}, 0.25, {"a": torch.rand(4)})
-    again = Calibration.from_state_dict(found.state_dict())
-    assert again.effect == 0.25 and torch.equal(again.constants["a"], found.constants["a"])
-    assert torch.equal(again.effects["a"], found.effects["a"])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ldcp_core import SoftGate
 from ldcp_core.diffusers import topology_of
-from training.data.images import Batch, Position
-from training.model.load import DiffusionModel
+from training.data.encoding import Batch
+from training.data.images import Position
+from training.model.load import DiffusionModel, embed_prompts
 from training.step.denoising import Answered, Denoising
 from training.step.reuse import Problems
 
@@ -24,7 +25,7 @@ class Drawn:
 
     def __init__(self, model: DiffusionModel, times: int = TIMES) -> None:
         self.denoising, self.position = Denoising(model, 0), Position()
-        self.answers = 0
+        self.answers, self._context = 0, embed_prompts(model, [""])
         self.sites = [site.name for site in topology_of(model.unet).sites("mid")]
         self.problems = Problems(
             self.denoising, self._stream(), self.position, self.sites, WINDOW, times
@@ -42,7 +43,8 @@ class Drawn:
             generator = torch.Generator().manual_seed(self.position.offset)
             self.position.offset += 1
             name = str(self.position.offset)
-            yield Batch(torch.rand(1, 3, 16, 16, generator=generator), [""], [name])
+            latents = torch.randn(1, 4, 16, 16, generator=generator)
+            yield Batch(latents, self._context, [name], 1, slice(1))
 
 
 def all_of(answered: Answered) -> list[Tensor]:

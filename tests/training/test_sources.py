@@ -13,7 +13,7 @@ import datasets
 import pyarrow.parquet
 import pytest
 import torch
-from pictures import RED, draw, ids, png
+from pictures import RED, draw, ids, png, read
 
 from training.data.files import CAPTION_LIMIT, FILE_LIMIT
 from training.data.images import ImageData, open_dataset
@@ -32,7 +32,8 @@ def captions(data: ImageData) -> dict[str, str]:
 
 def colours(data: ImageData) -> list[tuple[int, ...]]:
     data.resolution = 2
-    return [tuple(((d.pixels[:, 0, 0] + 1) * 127.5).round().int().tolist()) for d in data]
+    pixels = [data.pixels(i)[:, 0, 0] for i in range(len(data))]
+    return [tuple(((p + 1) * 127.5).round().int().tolist()) for p in pixels]
 
 
 # --- layouts --------------------------------------------------------------------------------------
@@ -53,8 +54,8 @@ def test_every_layout_is_listed_to_any_depth(names: list[str], tmp_path: Path) -
     data = open_dataset(str(tmp_path), resolution=8)
     assert sorted(ids(data)) == sorted(names)
     assert len(data) == len(names)
-    assert data[0].pixels.shape == (3, 8, 8)
-    assert data[0].pixels.dtype == torch.float32
+    assert data.pixels(0).shape == (3, 8, 8)
+    assert data.pixels(0).dtype == torch.float32
 
 
 def test_an_ffhq_tree_with_several_renditions_gives_each_picture_once(
@@ -112,7 +113,7 @@ def test_a_name_that_is_not_utf_8_gets_a_printable_id(tmp_path: Path) -> None:
     assert ids(data) == ["f\\udcff.png", "g.png"]
     training, validation = data.split(0.5, seed=0)
     assert sorted(training + validation) == [0, 1]
-    assert data[0].id.encode() == b"f\\udcff.png"
+    assert data.records[0].id.encode() == b"f\\udcff.png"
 
 
 def test_one_image_file_is_a_data_set(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_a_broken_row_of_a_table_is_skipped(tmp_path: Path) -> None:
         tmp_path / "a.parquet"
     )
     data = open_dataset(str(tmp_path), resolution=8)
-    assert [b.ids for b in data.batches(range(3), 3)] == [["row 2"]]
+    assert list(read(data, range(3), 3)) == [["row 2"]]
     assert data.broken == {
         "row 0": "not a png, jpg, webp, bmp or tiff image, whatever its name says",
         "row 1": "the row has no image",
@@ -220,7 +221,7 @@ def link(path: Path, target: Path) -> None:
 
 def broken(data: ImageData) -> dict[str, str]:
     data.resolution = 8
-    list(data.batches(range(len(data)), 99))
+    list(read(data, range(len(data)), 99))
     return data.broken
 
 
@@ -264,7 +265,7 @@ def test_a_table_of_paths_alone_says_how_to_save_images(tmp_path: Path) -> None:
     secret = draw(tmp_path / "secret.png")
     data = open_dataset(str(table_of_paths(tmp_path / "faces", [str(secret)])), resolution=8)
     with pytest.raises(UserError, match=r"None of the 1 image.*save_to_disk"):
-        next(data.batches([0], 1))
+        next(read(data, [0], 1))
 
 
 def test_a_hub_data_set_of_image_files_is_read_from_its_part_of_the_cache(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from test_resume import assert_same, fail_at
 
 from training import fit
 from training.data import encoding, streaming
-from training.data.encoding import EncodedBatch
+from training.data.encoding import Batch, FreshImages
 from training.data.images import Position, open_dataset
 from training.data.streaming import StreamedImages
 from training.errors import UserError
 from training.model.load import DiffusionModel
-from training.step.denoising import Denoising, Encoder
+from training.step.denoising import Denoising
 
 ROWS = 14
 
@@ -57,7 +58,7 @@ def streamed(source: Path, model: DiffusionModel, held_out: int = 2) -> Streamed
     return found
 
 
-def rows_of(batches: list[EncodedBatch]) -> list[list[int]]:
+def rows_of(batches: list[Batch]) -> list[list[int]]:
     return [[int(id.split()[1]) for id in batch.ids] for batch in batches]
 
 
@@ -77,12 +78,12 @@ def test_latents_and_embeddings_are_those_of_a_table_on_disk(
     faces: Path, model: DiffusionModel
 ) -> None:
     plain = open_dataset(str(faces), resolution=16)
-    encoder = Encoder(model)
     data = streamed(faces, model)
-    expected = [encoder(batch) for batch in plain.batches(range(ROWS), 5)]
+    expected = FreshImages(plain, model).batches(range(ROWS), 5)
     found = list(data.batches(range(ROWS), 5))
-    for (latents, context), batch in zip(expected, found, strict=True):
-        assert torch.equal(batch.latents, latents) and torch.equal(batch.context, context)
+    for fresh, batch in zip(expected, found, strict=True):
+        assert torch.equal(batch.latents, fresh.latents)
+        assert torch.equal(batch.context, fresh.context)
     assert data.captions([0, 1]) == {0: "face 0", 1: "face 1"}
 
 
@@ -153,8 +154,11 @@ def test_a_stream_that_breaks_is_explained(faces: Path, model: DiffusionModel) -
 
 @pytest.fixture
 def run(
-    pipeline: Path, faces: Path, tmp_path: Path, short_fits: None, no_pictures: None
+    pipeline: Path, faces: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
+    parse, short = fit.parse_arguments, {"calibration_batches": 1, "validation_samples": 2}
+    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
+
     def run(name: str, *more: str) -> int:
         return fit.main([
             "--model", str(pipeline), "--data", str(faces), "--streaming", "--max-steps", "6",

@@ -31,9 +31,7 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(
-    pipeline: Path, images: Path, tmp_path: Path, short_fits: None, no_pictures: None
-) -> Run:
+def run(pipeline: Path, images: Path, tmp_path: Path, short_fits: None, no_pictures: None) -> Run:
     def run(name: str, *more: str) -> int:
         return fit.main([
             "--model", str(pipeline), "--data", str(images), "--max-steps", str(STEPS),

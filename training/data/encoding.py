@@ -1,7 +1,10 @@
-"""Images as the U-Net sees them: latents and prompt embeddings, computed once and kept on disk.
+"""Images as the U-Net sees them: latents and prompt embeddings, each computed once.
 
-An `EncodedImages` stands in for `ImageData` wherever batches are drawn: the same images in the same
-order, without decoding one. With it in hand neither VAE nor text encoder is needed any more.
+`CachedImages` keeps them on disk: with it in hand neither VAE nor text encoder is needed any more.
+`FreshImages` computes those that are met, and keeps them in memory. Both give the same batches.
+
+Images are encoded one by one: the bits of a convolution depend on how many images it gets at once,
+and a latent must not depend on what it was computed together with.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
-class EncodedBatch:
+class Batch:
     """Images together: ``latents`` [B, 4, h, w] and ``context`` [B, T, D], float32 on the CPU.
 
     Where several processes share a batch of ``total`` images, these are its ``rows`` alone; the
@@ -42,15 +45,92 @@ class EncodedBatch:
     rows: slice | list[int]
 
 
-class EncodedImages:
+class Images:
+    """The images of ``data``; how they are encoded is up to a subclass."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def batches(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epochs: int | None = 1,
+        position: Position | None = None,
+        share: Callable[[int], slice] = slice,
+    ) -> Iterator[Batch]:
+        """Batches of the images that can be read, in the order of `ImageData.index_batches`.
+
+        ``share`` says which rows of a batch of so many images to give; all by default.
+        """
+        for chosen in self.data.index_batches(
+            indices, batch_size, self._readable, seed=seed, epochs=epochs, position=position
+        ):
+            rows = share(len(chosen))
+            mine = chosen[rows]
+            read = mine or chosen[:1]  # nothing of this batch is ours: shapes without rows
+            yield Batch(
+                torch.stack([self._latent(index) for index in read])[: len(mine)],
+                torch.stack([self._context(index) for index in read])[: len(mine)],
+                [self.data.records[index].id for index in mine],
+                len(chosen),
+                rows,
+            )
+
+    def _readable(self, index: int) -> bool:
+        raise NotImplementedError
+
+    def _latent(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+    def _context(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+
+class FreshImages(Images):
+    """The images of ``data``, each encoded by ``model`` when it is first met."""
+
+    def __init__(self, data: ImageData, model: DiffusionModel) -> None:
+        super().__init__(data)
+        self._model = model
+        self._captions: dict[int, str] = {}
+        self._latents: dict[int, Tensor] = {}
+        self._contexts: dict[str, Tensor] = {}
+
+    def _readable(self, index: int) -> bool:
+        if index in self._latents:
+            return True
+        try:
+            pixels = self.data.pixels(index)
+        except BrokenImage:
+            return False
+        self._captions |= self.data.captions([index])
+        if index not in self._captions:
+            return False
+        self._latents[index] = encode_images(self._model, pixels[None])[0].cpu()
+        return True
+
+    def _latent(self, index: int) -> Tensor:
+        return self._latents[index]
+
+    def _context(self, index: int) -> Tensor:
+        caption = self._captions[index]
+        if caption not in self._contexts:
+            self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()
+        return self._contexts[caption]
+
+
+class CachedImages(Images):
     """The images of ``data``, encoded by ``model`` and kept in ``folder``."""
 
     def __init__(self, data: ImageData, model: DiffusionModel, folder: Path) -> None:
-        self._data = data
-        self._captions = data.captions()
-        self._prompts = list(dict.fromkeys(self._captions.values()))
+        super().__init__(data)
+        captions = data.captions()
+        self._prompts = list(dict.fromkeys(captions.values()))
         number = {prompt: i for i, prompt in enumerate(self._prompts)}
-        self._prompt = {index: number[caption] for index, caption in self._captions.items()}
+        self._prompt = {index: number[caption] for index, caption in captions.items()}
         vae, text = model.vae, model.text_encoder
         latents = digest(
             [weights_digest(vae), str(vae.config.scaling_factor), CROP, str(data.resolution)]
@@ -60,10 +140,6 @@ class EncodedImages:
         )
         self.latents = TensorCache(folder / f"latents-{latents}", data.stamps(folder))
         self.embeddings = TensorCache(folder / f"prompts-{embeddings}", self._prompts)
-
-    def __len__(self) -> int:
-        """How many images there are, those included that can't be read."""
-        return len(self._data)
 
     def build(
         self, model: DiffusionModel, rank: int = 0, world: int = 1, workers: int = WORKERS
@@ -76,7 +152,6 @@ class EncodedImages:
 
         def latents(indices: Sequence[int]) -> Iterator[Tensor | str]:
             for found in _ahead(self._decoded, indices, workers):
-                # one by one: a latent must not depend on what it was computed together with
                 broken = isinstance(found, str)
                 yield found if broken else encode_images(model, found[None])[0].cpu()
 
@@ -86,47 +161,23 @@ class EncodedImages:
 
         self.latents.build(latents, "encoding images", rank, world)
         self.embeddings.build(embeddings, "encoding prompts", rank, world)
-        self._data.note_broken(self.latents.broken)
+        self.data.note_broken(self.latents.broken)
 
-    def batches(
-        self,
-        indices: Sequence[int],
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        epochs: int | None = 1,
-        position: Position | None = None,
-        share: Callable[[int], slice] = slice,
-    ) -> Iterator[EncodedBatch]:
-        """As `ImageData.batches`, in the same order.
+    def _readable(self, index: int) -> bool:
+        return index in self._prompt and index not in self.latents.broken
 
-        ``share`` says which rows of a batch of so many images to read; all by default.
-        """
-        for chosen in self._data.index_batches(
-            indices,
-            batch_size,
-            lambda index: index in self._prompt and index not in self.latents.broken,
-            seed=seed,
-            epochs=epochs,
-            position=position,
-        ):
-            rows = share(len(chosen))
-            mine = chosen[rows]
-            read = mine or chosen[:1]  # nothing of this batch is ours: shapes without rows
-            yield EncodedBatch(
-                torch.stack([self.latents[index] for index in read])[: len(mine)],
-                torch.stack([self.embeddings[self._prompt[index]] for index in read])[: len(mine)],
-                [self._data.records[index].id for index in mine],
-                len(chosen),
-                rows,
-            )
+    def _latent(self, index: int) -> Tensor:
+        return self.latents[index]
+
+    def _context(self, index: int) -> Tensor:
+        return self.embeddings[self._prompt[index]]
 
     def _decoded(self, index: int) -> Tensor | str:
-        id = self._data.records[index].id
+        id = self.data.records[index].id
         try:
-            return self._data.pixels(index)
+            return self.data.pixels(index)
         except BrokenImage:
-            return self._data.broken[id]
+            return self.data.broken[id]
         except BaseException as error:
             raise UserError(
                 f"A worker that read images died at {id}: {error!r}.",

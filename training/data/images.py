@@ -40,24 +40,6 @@ class BrokenImage(Exception):
     """One image can't be read; the message says why."""
 
 
-@dataclass(frozen=True)
-class Item:
-    """One image: `pixels` float32 [3, R, R] in [-1, 1]."""
-
-    pixels: Tensor
-    caption: str
-    id: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images together: `pixels` float32 [B, 3, R, R] in [-1, 1]."""
-
-    pixels: Tensor
-    captions: list[str]
-    ids: list[str]
-
-
 @dataclass
 class Position:
     """How far a stream of batches has come: the epoch, and how much of its order lies behind.
@@ -91,21 +73,11 @@ class ImageData:
         """Return the number of listed images, broken ones included."""
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Item:
-        """Decode one image.
-
-        Raises:
-            BrokenImage: it or its caption can't be read; also noted in `broken`.
-        """
-        pixels = self.pixels(index)
-        captions = self.captions([index])
-        if index not in captions:
-            id = self.records[index].id
-            raise BrokenImage(f"{id}: {self.broken[id]}")
-        return Item(pixels, captions[index], self.records[index].id)
-
     def pixels(self, index: int) -> Tensor:
-        """Decode one image, float32 [3, R, R] in [-1, 1]; raises as `data[index]`."""
+        """Decode one image, float32 [3, R, R] in [-1, 1].
+
+        Raises BrokenImage, also noted in `broken`, where it can't be read.
+        """
         if self.resolution is None:
             raise ValueError("set ImageData.resolution before reading images")
         record = self.records[index]
@@ -199,49 +171,6 @@ class ImageData:
         order = self._shuffled(range(len(self)), f"split {seed}")
         return sorted(order[held_out:]), sorted(order[:held_out])
 
-    def batches(
-        self,
-        indices: Sequence[int],
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        epochs: int | None = 1,
-        position: Position | None = None,
-    ) -> Iterator[Batch]:
-        """Yield batches of readable images; the last one of an epoch may be smaller.
-
-        Args:
-            indices: which images, for example one half of `split`.
-            batch_size: images per batch, at least one.
-            seed: shuffle, differently in each epoch; None keeps the order of `indices`.
-            epochs: how many times over; None goes on for ever.
-            position: where to begin; moved along, so that it always says where to go on after the
-                batch that was yielded last.
-
-        Broken images are skipped. The order of the others does not depend on them.
-
-        Raises:
-            UserError: not one of the images can be read.
-        """
-        held: dict[int, Item] = {}
-
-        def readable(index: int) -> bool:
-            try:
-                held[index] = self[index]
-            except BrokenImage:
-                return False
-            return True
-
-        for chosen in self.index_batches(
-            indices, batch_size, readable, seed=seed, epochs=epochs, position=position
-        ):
-            items = [held.pop(index) for index in chosen]
-            yield Batch(
-                torch.stack([item.pixels for item in items]),
-                [item.caption for item in items],
-                [item.id for item in items],
-            )
-
     def index_batches(
         self,
         indices: Sequence[int],
@@ -252,11 +181,17 @@ class ImageData:
         epochs: int | None = 1,
         position: Position | None = None,
     ) -> Iterator[list[int]]:
-        """Yield the indices that make up the batches of `batches`, without reading an image.
+        """Yield the indices that make up batches; the last one of an epoch may be smaller.
 
         Args:
-            readable: says whether an image can be had (and has noted in `broken` why not).
-            position: as in `batches`, like the other arguments.
+            indices: which images, for example one half of `split`.
+            batch_size: images per batch, at least one.
+            readable: says whether an image can be had (and has noted in `broken` why not). Others
+                are skipped; the order of the rest does not depend on them.
+            seed: shuffle, differently in each epoch; None keeps the order of `indices`.
+            epochs: how many times over; None goes on for ever.
+            position: where to begin; moved along, so that it always says where to go on after the
+                batch that was yielded last.
 
         Raises:
             UserError: not one of the images can be read.

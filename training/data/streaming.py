@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data.encoding import EncodedBatch
+from training.data.encoding import Batch
 from training.data.images import ImageData, Position, decode_image, reason_of, to_pixels
 from training.data.sources import Stream, open_stream
 from training.errors import UserError
@@ -97,10 +97,10 @@ class StreamedImages:
         epochs: int | None = 1,
         position: Position | None = None,
         share: Callable[[int], slice] = slice,
-    ) -> Iterator[EncodedBatch]:
+    ) -> Iterator[Batch]:
         """Batches of the rows in ``indices``, in the order of the stream whatever the ``seed``.
 
-        As `EncodedImages.batches`. Every process reads the whole stream, and decodes and encodes
+        As `Images.batches`. Every process reads the whole stream, and decodes and encodes
         its own rows alone. An image that can't be read leaves its place in the batch empty.
 
         Raises UserError when there is no row to read, or not one can be.
@@ -142,9 +142,7 @@ class StreamedImages:
             position.stream = table.state_dict()
             yield batch
 
-    def _encoded(
-        self, chosen: Sequence[tuple[int, Mapping[str, Any]]], rows: slice
-    ) -> EncodedBatch:
+    def _encoded(self, chosen: Sequence[tuple[int, Mapping[str, Any]]], rows: slice) -> Batch:
         assert self._model is not None and self.resolution is not None
         latents: dict[int, Tensor] = {}
         context: dict[int, Tensor] = {}
@@ -162,10 +160,10 @@ class StreamedImages:
         if not latents:
             latents[0] = torch.zeros(self._latent_shape())
             context[0] = self._embedding("")
-            return EncodedBatch(latents[0][None][:0], context[0][None][:0], [], len(chosen), [])
+            return Batch(latents[0][None][:0], context[0][None][:0], [], len(chosen), [])
         ids = [f"row {chosen[place][0]}" for place in latents]
         stacked = [torch.stack(list(values.values())) for values in (latents, context)]
-        return EncodedBatch(stacked[0], stacked[1], ids, len(chosen), list(latents))
+        return Batch(stacked[0], stacked[1], ids, len(chosen), list(latents))
 
     def _latent_shape(self) -> tuple[int, int, int]:
         assert self._model is not None and self.resolution is not None

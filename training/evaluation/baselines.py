@@ -17,7 +17,7 @@ from torch import Tensor
 from ldcp_core import Gates, top_channels
 from training.console import progress
 from training.criteria import Importances, magnitudes, own_effect, random
-from training.data.images import ImageData
+from training.data.encoding import Images
 from training.model.gating import watched
 from training.sample import Candidate
 from training.step.denoising import Denoising
@@ -30,7 +30,7 @@ def baselines(
     name: str,
     beside: Candidate,
     denoising: Denoising,
-    images: ImageData,
+    images: Images,
     seen: Sequence[int],
     seed: int,
 ) -> dict[str, Candidate]:
@@ -54,7 +54,7 @@ def baselines(
 
 
 def measured(
-    gates: Gates, denoising: Denoising, images: ImageData, seen: Sequence[int], seed: int
+    gates: Gates, denoising: Denoising, images: Images, seen: Sequence[int], seed: int
 ) -> dict[str, Importances]:
     """The importances of the gates' channels by each way of choosing.
 

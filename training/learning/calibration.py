@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from torch import Tensor
 from ldcp_core import Site
 from training.console import progress
 from training.criteria import own_effect
-from training.data.encoding import EncodedBatch
-from training.data.images import Batch
+from training.data.encoding import Batch
 from training.errors import UserError
 from training.learning.processes import Processes
 from training.model.gating import ChannelMeans, deviation, hard_gates
@@ -35,19 +33,12 @@ class Calibration:
     effect: float
     effects: dict[str, Tensor]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"constants": self.constants, "effect": self.effect, "effects": self.effects}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Calibration:
-        return cls(state["constants"], state["effect"], state["effects"])
-
 
 def calibrate(
     config: FitConfig,
     denoising: Denoising,
     sites: Sequence[Site],
-    stream: Iterator[Batch | EncodedBatch],
+    stream: Iterator[Batch],
     processes: Processes,
 ) -> Calibration:
     """Measure all three on the first batches of the stream, each process on its share of them.

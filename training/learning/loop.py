@@ -16,8 +16,8 @@ import torch
 
 from ldcp_core import SoftGate
 from training.console import progress
-from training.data.encoding import EncodedBatch
-from training.data.images import Batch, Position
+from training.data.encoding import Batch
+from training.data.images import Position
 from training.errors import UserError
 from training.learning.calibration import Calibration
 from training.learning.curves import History
@@ -32,7 +32,6 @@ from training.learning.learner import (
     price_of,
 )
 from training.learning.processes import Processes
-from training.learning.randomness import random_state, set_random_state
 from training.learning.stopping import Stopped, StopRequest
 from training.model.gating import deviation
 from training.options import FitConfig
@@ -58,7 +57,7 @@ class Learning:
         config: FitConfig,
         denoising: Denoising,
         learner: GateLearner,
-        stream: Iterator[Batch | EncodedBatch],
+        stream: Iterator[Batch],
         position: Position,
         steps: int,
         processes: Processes,
@@ -174,20 +173,18 @@ class Learning:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "calibration": self.calibration.state_dict(),
+            "calibration": vars(self.calibration),
             "learner": self.learner.state_dict(),
             "learner_generator": self.learner.generator.get_state(),
-            "random": random_state(),
             **{name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; before the first batch is drawn."""
         self.step = state["step"]
-        self._use(Calibration.from_state_dict(state["calibration"]))
+        self._use(Calibration(**state["calibration"]))
         self.learner.load_state_dict(state["learner"])
         self.learner.generator.set_state(state["learner_generator"])
-        set_random_state(state["random"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

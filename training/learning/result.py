@@ -19,7 +19,7 @@ from ldcp_core import (
 )
 from ldcp_core.diffusers import compact_blocks, topology_of
 from training.console import name_of
-from training.data.encoding import EncodedImages
+from training.data.encoding import Images
 from training.data.splits import Split
 from training.data.streaming import Data, StreamedImages
 from training.errors import UserError
@@ -52,7 +52,7 @@ def finish(
     learning: Learning,
     denoising: Denoising,
     data: Data,
-    images: Data | EncodedImages,
+    images: Images | StreamedImages,
     held_out: Sequence[int],
     output: Path,
     samples: Samples | None,
@@ -100,7 +100,7 @@ def finish(
 def _validate(
     config: FitConfig,
     denoising: Denoising,
-    data: Data | EncodedImages,
+    data: Images | StreamedImages,
     indices: Sequence[int],
     gates: Gates,
 ) -> float:

@@ -1,8 +1,4 @@
-"""Images become denoising problems: latents, prompts, noise, timesteps, and the U-Net's answer.
-
-Latents and prompt embeddings come from a cache on disk (`EncodedImages`), or are computed once per
-image and kept in memory: every epoch after the first costs neither VAE nor text encoder.
-"""
+"""Images become denoising problems: latents, prompts, noise, timesteps, and the U-Net's answer."""
 
 from __future__ import annotations
 
@@ -18,10 +14,10 @@ from torch.utils._pytree import tree_map_only
 from ldcp_core import SoftGate, blocks_of
 from ldcp_core.gates import Padding
 from training.console import progress
-from training.data.encoding import EncodedBatch, EncodedImages
-from training.data.images import Batch, ImageData
+from training.data.encoding import Batch, Images
+from training.data.streaming import StreamedImages
 from training.model.gating import masked
-from training.model.load import DiffusionModel, embed_prompts, encode_images
+from training.model.load import DiffusionModel
 from training.step.frozen import frozen_layers
 from training.step.replay import recording, replaying
 
@@ -59,52 +55,24 @@ class Answered:
         return Answered(Problem(**problem), dense, shared)
 
 
-class Encoder:
-    """Latents and prompt embeddings of images, each computed once.
-
-    One by one: the bits of a convolution depend on how many images it gets at once, and an image's
-    latent must not depend on what it first came together with (after a resume, that differs).
-    """
-
-    def __init__(self, model: DiffusionModel) -> None:
-        self._model = model
-        self._latents: dict[str, Tensor] = {}
-        self._contexts: dict[str, Tensor] = {}
-
-    def __call__(
-        self, batch: Batch | EncodedBatch, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Latents [B, 4, h, w] and context [B, T, D], in the U-Net's place and precision.
-
-        Or in ``dtype``.
-        """
-        device, dtype = self._model.unet.device, dtype or self._model.unet.dtype
-        if isinstance(batch, EncodedBatch):
-            return batch.latents.to(device, dtype), batch.context.to(device, dtype)
-        for pixels, id in zip(batch.pixels, batch.ids, strict=True):
-            if id not in self._latents:
-                self._latents[id] = encode_images(self._model, pixels[None])[0].cpu()
-        for caption in dict.fromkeys(batch.captions):
-            if caption not in self._contexts:
-                self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()
-        latents = torch.stack([self._latents[id] for id in batch.ids])
-        context = torch.stack([self._contexts[caption] for caption in batch.captions])
-        return latents.to(device, dtype), context.to(device, dtype)
-
-
 class Denoising:
     """Draws noise and timesteps for images and asks the U-Net about them."""
 
     def __init__(self, model: DiffusionModel, seed: int) -> None:
         self.model = model
-        self.encoder = Encoder(model)
         self.generator = torch.Generator().manual_seed(seed)
         self._alphas = model.alphas_cumprod.to(torch.float64)
         self._layers = list(model.unet.modules())
 
+    def inputs(self, batch: Batch, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and context where the U-Net is, in its precision or in ``dtype``."""
+        first = self.model.unet.conv_in.weight  # the U-Net's own `dtype` looks at every module
+        to = {"device": first.device, "dtype": dtype or first.dtype}
+        return batch.latents.to(**to), batch.context.to(**to)
+
     def problem(
         self,
-        batch: Batch | EncodedBatch,
+        batch: Batch,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> Problem:
@@ -112,12 +80,12 @@ class Denoising:
 
         Within a batch the timesteps are stratified, one per equal share of the schedule: as
         uniform as independent draws, with less variance. Of a batch that several processes share
-        each draws all, and uses what belongs to its own images. ``dtype``: see `Encoder`.
+        each draws all, and uses what belongs to its own images. ``dtype`` is that of the problem
+        (None: the U-Net's).
         """
         generator = generator or self.generator
-        latents, context = self.encoder(batch, dtype)
-        encoded = isinstance(batch, EncodedBatch)
-        count, rows = (batch.total, batch.rows) if encoded else (len(latents), slice(None))
+        latents, context = self.inputs(batch, dtype)
+        count, rows = batch.total, batch.rows
         steps = self._alphas.numel()
         strata = torch.randperm(count, generator=generator)
         share = (strata + torch.rand(count, generator=generator)) / count
@@ -178,7 +146,7 @@ class HeldOut:
     def __init__(
         self,
         denoising: Denoising,
-        data: ImageData | EncodedImages,
+        data: Images | StreamedImages,
         indices: Sequence[int],
         samples: int,
         batch_size: int,
@@ -246,8 +214,8 @@ def _distance(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _at_least(
-    data: ImageData | EncodedImages, indices: Sequence[int], batch_size: int, samples: int
-) -> Iterator[Batch | EncodedBatch]:
+    data: Images | StreamedImages, indices: Sequence[int], batch_size: int, samples: int
+) -> Iterator[Batch]:
     """Batches in a fixed order, going round until ``samples`` images have come."""
     seen = 0
     for batch in data.batches(indices, batch_size, epochs=None):

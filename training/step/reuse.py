@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from training.data.encoding import EncodedBatch
-from training.data.images import Batch, Position
+from training.data.encoding import Batch
+from training.data.images import Position
 from training.step.denoising import Answered, Denoising
 
 #: optimizer steps between two meetings of a problem
@@ -32,7 +32,7 @@ class Problems:
     def __init__(
         self,
         denoising: Denoising,
-        stream: Iterator[Batch | EncodedBatch],
+        stream: Iterator[Batch],
         position: Position,
         sites: Sequence[str],
         window: int,
@@ -61,7 +61,7 @@ class Problems:
         self._met += 1
         if self._met == self._window * self._times:
             self.begin()
-        return None if found is None else found.to(self._denoising.model.unet.device)
+        return None if found is None else found.to(self._denoising.model.unet.conv_in.weight.device)
 
     def _draw(self) -> Answered | None:
         problem = self._denoising.problem(next(self._stream))
