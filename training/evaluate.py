@@ -55,11 +55,8 @@ from training.options import (
     FINITE,
     SEED,
     Options,
-    add_demo,
-    built,
     option,
-    parser_of,
-    with_demo,
+    parsed,
 )
 from training.output import PICTURE, output_files, output_folder, report_of, write
 from training.provenance import is_number, is_text, read
@@ -269,10 +266,7 @@ class EvaluateOptions(Options):
 
 def parse_arguments(argv: Sequence[str] | None) -> EvaluateOptions:
     """The options of a command line; raises UserError for some that can't work."""
-    parser = parser_of(EvaluateOptions, "evaluate", __doc__)
-    add_demo(parser)
-    given = with_demo(vars(parser.parse_args(argv)), "model", "data")
-    options = built(parser, EvaluateOptions, given)
+    options = parsed(EvaluateOptions, argv, "evaluate", __doc__, demo=("model", "data"))
     check(options)
     return options
 

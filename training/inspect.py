@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ldcp_core import Latent, gates_report, load_gates, report_image
 from training.console import explaining
-from training.options import COUNT, Bound, Options, built, option, parser_of
+from training.options import COUNT, Bound, Options, option, parsed
 from training.output import PICTURE, output_file, write
 
 #: pixels of the image per position of the latent (SD1.5's VAE)
@@ -35,8 +35,7 @@ class InspectOptions(Options):
 
 @explaining
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of(InspectOptions, "inspect", __doc__)
-    given = built(parser, InspectOptions, vars(parser.parse_args(argv)))
+    given = parsed(InspectOptions, argv, "inspect", __doc__)
     if given.image is not None:
         output_file("--image", given.image, PICTURE, (given.gates,))
     side = given.resolution // SCALE

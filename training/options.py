@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from math import inf, isfinite
@@ -170,6 +170,20 @@ def with_demo(given: dict[str, Any], *names: str) -> dict[str, Any]:
     """What was given, over those of ``names`` that --demo stands for if that was given."""
     demo = DEMO_SETTINGS if given.pop("demo", False) else {}
     return {name: demo[name] for name in names if name in demo} | given
+
+
+def parsed(
+    options: type[T],
+    argv: Sequence[str] | None,
+    command: str,
+    text: str | None,
+    demo: Sequence[str] = (),
+) -> T:
+    """The options of a command line; --demo stands for those in ``demo`` that were not given."""
+    parser = parser_of(options, command, text)
+    if demo:
+        add_demo(parser)
+    return built(parser, options, with_demo(vars(parser.parse_args(argv)), *demo))
 
 
 # --- a fit ----------------------------------------------------------------------------------------

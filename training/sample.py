@@ -37,11 +37,8 @@ from training.options import (
     FINITE,
     SEED,
     Options,
-    add_demo,
-    built,
     option,
-    parser_of,
-    with_demo,
+    parsed,
 )
 from training.output import PICTURE, output_file, output_folder, write
 
@@ -270,9 +267,7 @@ def named_gates(paths: Sequence[str]) -> dict[str, Gates]:
 
 @explaining
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of(SampleOptions, "sample", __doc__)
-    add_demo(parser)
-    given = built(parser, SampleOptions, with_demo(vars(parser.parse_args(argv)), "model"))
+    given = parsed(SampleOptions, argv, "sample", __doc__, demo=("model",))
     log_progress()
     output = output_folder("--output", given.output, (given.model,))
     prompts, gates = read_prompts(given.prompts), named_gates(given.gates)

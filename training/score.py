@@ -62,12 +62,9 @@ from training.options import (
     WITHIN_ONE,
     Options,
     Precision,
-    add_demo,
-    built,
     option,
-    parser_of,
+    parsed,
     require,
-    with_demo,
 )
 from training.output import GATES, claimed, output_file
 from training.provenance import provenance
@@ -314,10 +311,7 @@ def layer_table(gates: Gates) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> ScoreConfig:
-    parser = parser_of(ScoreConfig, "score", __doc__)
-    add_demo(parser)
-    given = with_demo(vars(parser.parse_args(argv)), "model", "data", "output")
-    return built(parser, ScoreConfig, given)
+    return parsed(ScoreConfig, argv, "score", __doc__, demo=("model", "data", "output"))
 
 
 @explaining

@@ -296,7 +296,6 @@ def test_a_full_size_single_file_loads_offline_into_the_right_modules(tmp_path: 
     assert_frozen(model)
     assert_weights_landed(model, state)
     assert (model.resolution, model.vae_scale_factor) == (512, 8)
-    assert model.prediction_type == "epsilon"
     assert model.alphas_cumprod.shape == (1000,)
     # beta_0 = 0.00085, so the first cumulative product is 1 - 0.00085.
     assert model.alphas_cumprod[0].item() == pytest.approx(1 - 0.00085, abs=1e-6)
@@ -733,7 +732,7 @@ def test_a_small_folder_of_the_same_topology_loads(tiny_folder: Path) -> None:
     assert out.shape == (3, 4, 8, 8)
 
 
-def test_latents_are_scaled_and_sampled_only_with_a_generator(tiny_folder: Path) -> None:
+def test_latents_are_the_scaled_mean_of_the_posterior(tiny_folder: Path) -> None:
     model = load_model(str(tiny_folder))
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
     mean = encode_images(model, pixels)
@@ -742,12 +741,6 @@ def test_latents_are_scaled_and_sampled_only_with_a_generator(tiny_folder: Path)
         posterior = model.vae.encode(pixels).latent_dist
     assert torch.equal(mean, posterior.mean * 0.5)  # 0.5 is this VAE's scaling factor
     assert torch.equal(mean, encode_images(model, pixels))
-
-    def sample(seed: int) -> torch.Tensor:
-        return encode_images(model, pixels, torch.Generator().manual_seed(seed))
-
-    assert torch.equal(sample(1), sample(1))
-    assert not torch.equal(sample(1), sample(2))
 
 
 def test_a_folder_with_only_half_precision_files_loads(folder_copy: Path) -> None:

@@ -250,7 +250,7 @@ def test_scores_are_drawn_as_shapes_and_not_channel_by_channel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(report, "_png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(report, "png", lambda figure: drawn.append(figure) or b"")
     scores = {
         "mid_block.resnets.0.conv1": torch.tensor([0.9] * 960 + [0.1] * 320),
         "mid_block.resnets.0.conv2": torch.ones(1280),

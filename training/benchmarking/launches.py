@@ -36,7 +36,7 @@ from training.console import explaining
 from training.model.configs import SD15
 from training.model.gating import running
 from training.model.load import DTYPES, check_resolution
-from training.options import BELOW_ONE, COUNT, Options, Precision, built, option, parser_of
+from training.options import BELOW_ONE, COUNT, Options, Precision, option, parsed
 
 PIXELS_PER_LATENT = 8
 GIGA, TERA = 1e9, 1e12
@@ -281,8 +281,7 @@ class LaunchOptions(Options):
 
 @explaining
 def main(argv: Sequence[str]) -> int:
-    parser = parser_of(LaunchOptions, "benchmark launches", __doc__)
-    given = built(parser, LaunchOptions, vars(parser.parse_args(argv)))
+    given = parsed(LaunchOptions, argv, "benchmark launches", __doc__)
     check_resolution(given.resolution, PIXELS_PER_LATENT)
     found = count(
         given.scope,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from ldcp_core import one_line
 from training.data.images import open_image
+from training.drawing import png, pyplot
 
 Row = Mapping[str, Any]
 
@@ -28,14 +28,12 @@ def plot(rows: Sequence[Row]) -> bytes:
     A panel for every scope; one against bytes where there are several precisions; one for
     structured beside unstructured pruning where there is such.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     several = len({r["precision"] for r in rows}) > 1
     panels = panels_of([r for r in rows if "deviation" in r], several)
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, layout="tight"
+    )
     for axis, panel in zip(axes[0], panels, strict=True):
         for label, members in panel.lines.items():
             points = sorted(members, key=panel.x)
@@ -53,11 +51,7 @@ def plot(rows: Sequence[Row]) -> bytes:
         )
         axis.grid(alpha=0.3, which="both")
         axis.legend()
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 @dataclass(frozen=True)
@@ -119,10 +113,7 @@ def heat_map(cells: Sequence[Cell]) -> bytes:
 
     Each cell says its deviation and the share of channels that was really pruned.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.colors import LogNorm
 
     scopes = list(dict.fromkeys(cell.scope for cell in cells))
@@ -144,10 +135,7 @@ def heat_map(cells: Sequence[Cell]) -> bytes:
         axis.set_xticks(range(len(targets)), [f"{target:.0%}" for target in targets])
         axis.set_yticks(range(len(weights)), [f"{weight:g}" for weight in weights])
     figure.colorbar(image, ax=axes[0], label="deviation from dense (MSE, held out)")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def grid(paths: Mapping[str, Sequence[Path]], prompts: Sequence[str]) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from ldcp_core import THRESHOLD, Gates
+from training.drawing import png, pyplot
 
 
 @dataclass
@@ -51,8 +51,8 @@ class History:
 
 def curves_png(history: History) -> bytes:
     """Loss, λ and sparsity over the steps, as a PNG."""
-    plt = _pyplot()
-    figure, (losses, shares) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    plt = pyplot()
+    figure, (losses, shares) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="tight")
     steps = range(len(history.sparsity))
     losses.plot(steps, history.reconstruction, lw=0.5, color="tab:blue", alpha=0.5)
     losses.plot(
@@ -69,16 +69,16 @@ def curves_png(history: History) -> bytes:
     shares.set_ylim(0, 1)
     shares.set_xlabel("step")
     shares.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def scores_png(gates: Gates) -> bytes:
     """The sorted scores of every site with the threshold, as a PNG."""
-    plt = _pyplot()
+    plt = pyplot()
     columns = min(4, len(gates.scores))
     rows = -(-len(gates.scores) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3 * columns, 2.6 * rows), sharey=True, squeeze=False
+        rows, columns, figsize=(3 * columns, 2.6 * rows), sharey=True, squeeze=False, layout="tight"
     )
     for axis, (site, score) in zip(axes.flat, gates.scores.items(), strict=False):
         ordered = sorted(score.tolist(), reverse=True)
@@ -91,7 +91,7 @@ def scores_png(gates: Gates) -> bytes:
     for axis in list(axes.flat)[len(gates.scores) :]:
         axis.remove()
     axes[0][0].set_ylabel("score")
-    return _png(figure)
+    return png(figure)
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
@@ -100,20 +100,3 @@ def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
     for value in values:
         result.append(weight * result[-1] + (1 - weight) * value if result else value)
     return result
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window, also on machines that have a screen
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(buffer, format="png", dpi=120)
-    _pyplot().close(figure)
-    return buffer.getvalue()

@@ -82,11 +82,6 @@ class DiffusionModel:
         return self.unet.config.sample_size * self.vae_scale_factor
 
     @property
-    def prediction_type(self) -> str:
-        """What the U-Net predicts; always "epsilon", other models are refused."""
-        return self.scheduler.config.prediction_type
-
-    @property
     def alphas_cumprod(self) -> Tensor:
         """Cumulative product of 1 - beta per training timestep, float32 [T] on the CPU."""
         return self.scheduler.alphas_cumprod
@@ -167,18 +162,14 @@ def embed_prompts(model: DiffusionModel, prompts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_images(
-    model: DiffusionModel, pixels: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
+def encode_images(model: DiffusionModel, pixels: Tensor) -> Tensor:
     """Return scaled latents [B, 4, H/f, W/f] of `pixels` [B, 3, H, W] in [-1, 1].
 
-    With a generator the latents are sampled from the VAE's posterior, as in SD1.5's training;
-    without one they are its mean, which repeats exactly. Both are multiplied by the VAE's
+    They are the mean of the VAE's posterior, which repeats exactly, times the VAE's
     `scaling_factor` (0.18215 for SD1.5).
     """
     posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
-    latents = posterior.mode() if generator is None else posterior.sample(generator)
-    return latents * model.vae.config.scaling_factor
+    return posterior.mode() * model.vae.config.scaling_factor
 
 
 # --- a diffusers folder ---------------------------------------------------------------------------
