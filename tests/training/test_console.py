@@ -98,12 +98,6 @@ def test_a_seed_beyond_every_generator_is_told(
     assert str(2**70) in capsys.readouterr().err
 
 
-def test_a_seed_that_is_none_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        sample.main(["--demo", "--output", "a", "--seeds", "x"])
-    assert "'x' is no whole number" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("option", ["--steps=0", "--batch-size=0", "--guidance=inf"])
 def test_images_that_cannot_be_drawn_are_told_before_the_model_loads(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
