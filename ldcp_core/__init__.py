@@ -42,7 +42,7 @@ from .gates import (
     moving_cost,
     top_channels,
 )
-from .gating import block_gates
+from .pruning import Pruned, PrunedSite, block_gates
 from .report import Report, ReportLayer, RunFacts, build_report, gates_report
 from .report_image import report_image
 from .resblock import (
@@ -98,6 +98,8 @@ __all__ = [
     "Magnitude",
     "Moments",
     "Padding",
+    "Pruned",
+    "PrunedSite",
     "Ranking",
     "Report",
     "ReportLayer",

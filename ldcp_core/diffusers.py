@@ -33,7 +33,7 @@ from .feedforward import (
 )
 from .gatefile import load_gates
 from .gates import Gates
-from .gating import block_gates
+from .pruning import Pruned, block_gates
 from .resblock import (
     BlockGate,
     CompactResBlock,
@@ -159,9 +159,8 @@ class Pruning:
         """
         now = self._state()
         if now != self._selected_from:
-            constants = {site: self._gates.constant(site) for site in self._keep_sets}
             with torch.no_grad():
-                blocks = compact_blocks(self._unet, self._keep_sets, constants, self._gates.padding)
+                blocks = compact_blocks(self._unet, self._gates.pruned(self._keep_sets))
             self._forwards = compact_forwards(self._unet, blocks)
             self._selected_from = now
         self._up_to_date = True
@@ -458,11 +457,7 @@ def replaced(
 
 
 def compact_blocks(
-    unet: nn.Module,
-    keep_sets: Mapping[str, Tensor],
-    constants: Mapping[str, Tensor],
-    padding: Padding,
-    dtype: torch.dtype | None = None,
+    unet: nn.Module, pruned: Pruned, dtype: torch.dtype | None = None
 ) -> dict[str, CompactBlock]:
     """Block name -> its kept rows and columns; `compact_forwards` runs the U-Net through them.
 
@@ -470,8 +465,8 @@ def compact_blocks(
     weights.
     """
     found: dict[str, CompactBlock] = {}
-    pruned = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
-    for name, gate in block_gates(pruned, constants, padding).items():
+    less = {name: site for name, site in pruned.items() if not bool(site.keep.all())}
+    for name, gate in block_gates(less).items():
         found[name] = adapter(unet, name).compact(gate, dtype)
     return found
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ALIGNMENT, Padding
+from .pruning import PrunedSite
 from .sites import SD15, Topology
 
 THRESHOLD = 0.5
@@ -94,6 +95,14 @@ class Gates:
     def keep_sets(self) -> dict[str, Tensor]:
         """Kept channels as learned: site -> bool [C], true iff score > 0.5."""
         return {site: score > THRESHOLD for site, score in self.scores.items()}
+
+    def pruned(self, keep_sets: Mapping[str, Tensor] | None = None) -> dict[str, PrunedSite]:
+        """What these gates prune, as learned or with other keep-sets of their sites."""
+        kept = self.keep_sets() if keep_sets is None else keep_sets
+        return {
+            site: PrunedSite(keep, self.constants.get(site), self.padding)
+            for site, keep in kept.items()
+        }
 
     def keep_sets_at(self, sparsity: float, multiple: int = ALIGNMENT) -> dict[str, Tensor]:
         """Kept channels when the lowest-ranked ``sparsity`` of all channels is pruned instead.

@@ -17,8 +17,9 @@ from torch import Tensor
 from .blocks import Latent, Padding
 from .cost import Savings, SiteSaving, savings
 from .gates import THRESHOLD, Gates
+from .pruning import Pruned, PrunedSite, padding_of
 from .schedule import Schedule, StepRange
-from .sites import Topology, block_of, short_name, sites_of
+from .sites import Topology, block_of, short_name
 
 MIB = 2**20
 
@@ -170,13 +171,17 @@ def build_report(
     Raises ValueError for a site that the topology does not have.
     """
     latent = latent or Latent()
-    owner = {site: layer for layer in layers for site in layer.keep_sets}
-    found = _savings(topology, owner, latent)
+    pruned: dict[str, PrunedSite] = {}
+    scores: dict[str, Tensor] = {}
+    for layer in layers:
+        pruned |= layer.gates.pruned(layer.keep_sets)
+        scores |= {site: layer.gates.scores[site] for site in layer.keep_sets}
+    found = _savings(topology, pruned, latent)
     sites = [row.site for row in found.sites]
     return Report(
         tuple(layers),
-        {site: owner[site].gates.scores[site].detach().cpu() for site in sites},
-        {site: owner[site].keep_sets[site].cpu() for site in sites},
+        {site: scores[site].detach().cpu() for site in sites},
+        {site: pruned[site].keep.cpu() for site in sites},
         found,
         bytes_per_parameter,
         latent,
@@ -190,13 +195,10 @@ def gates_report(gates: Gates, latent: Latent | None = None) -> Report:
     return build_report([ReportLayer(gates, gates.keep_sets())], gates.topology, latent=latent)
 
 
-def _savings(topology: Topology, owner: Mapping[str, ReportLayer], latent: Latent) -> Savings:
-    """Savings of the effective sites; each block by the rule of the gates of its first site."""
+def _savings(topology: Topology, pruned: Pruned, latent: Latent) -> Savings:
     by_rule: dict[Padding, dict[str, int]] = {"zero": {}, "extend": {}}
-    for site, layer in owner.items():
-        inner = owner.get(sites_of(block_of(site))[0])
-        rule = "zero" if inner is None else inner.gates.padding
-        by_rule[rule][site] = int(layer.keep_sets[site].sum())
+    for name, site in pruned.items():
+        by_rule[padding_of(block_of(name), pruned)][name] = int(site.keep.sum())
     parts = [savings(topology, kept, rule, latent) for rule, kept in by_rule.items()]
     order = {site.name: place for place, site in enumerate(topology.all_sites())}
     rows: list[SiteSaving] = sorted(

@@ -223,7 +223,7 @@ def _samples(
     captions = dict.fromkeys(data.captions(indices).values())
     prompts = [caption for caption in captions if caption][:SAMPLES] or [""] * SAMPLES
     assert data.resolution is not None
-    return Samples(model, prompts, data.resolution, config.padding)
+    return Samples(model, prompts, data.resolution)
 
 
 @contextmanager

@@ -125,9 +125,7 @@ class Candidate:
         """Context in which the U-Net is this one; yields its bytes (`in_precision`)."""
         blocks = {}
         if self.gates is not None:
-            constants = {site: self.gates.constant(site) for site in self.gates.scores}
-            keep_sets, padding = self.gates.keep_sets(), self.gates.padding
-            blocks = compact_blocks(unet, keep_sets, constants, padding)
+            blocks = compact_blocks(unet, self.gates.pruned())
         with in_precision(unet, self.precision, blocks) as size:
             yield size
 

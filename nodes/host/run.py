@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...ldcp_core import (
     ALWAYS,
     Gates,
+    PrunedSite,
     Schedule,
     block_gates,
     blocks_of,
@@ -248,16 +249,12 @@ class Run:
 
     def _gate(self, block: str, owners: Owners) -> Any:
         """The gate of one block, each site as its layer has it."""
-        found = {
-            site: self.layers[number]
-            for site, number in zip(sites_of(block), owners, strict=True)
-            if number is not None
-        }
-        # the padding rule concerns the first site alone
-        padding = "zero" if owners[0] is None else self.layers[owners[0]].gates.padding
-        keep_sets = {site: layer.keep_sets[site] for site, layer in found.items()}
-        constants = {site: layer.gates.constant(site) for site, layer in found.items()}
-        return block_gates(keep_sets, constants, padding)[block]
+        pruned: dict[str, PrunedSite] = {}
+        for site, number in zip(sites_of(block), owners, strict=True):
+            if number is not None:
+                layer = self.layers[number]
+                pruned |= layer.gates.pruned({site: layer.keep_sets[site]})
+        return block_gates(pruned)[block]
 
     def _select(self, model: Any, device: torch.device, name: str, owners: Owners) -> None:
         """Select one block's compact weights, and park the full ones that nobody needs now."""

@@ -18,6 +18,7 @@ from ldcp_core import (
     CompactFeedForward,
     FeedForwardGate,
     LinearWeights,
+    PrunedSite,
     SoftGate,
     block_gates,
     masked_feed_forward,
@@ -124,8 +125,8 @@ def test_feed_forwards_and_res_blocks_are_told_apart_by_their_sites() -> None:
     keep, mu = keep_and_constants(1, 0.5)
     conv = torch.arange(8) < 4
     found = block_gates(
-        {f"{ff}.net.0": keep, "mid_block.resnets.0.conv2": conv}, {f"{ff}.net.0": mu}, "extend"
+        {f"{ff}.net.0": PrunedSite(keep, mu), "mid_block.resnets.0.conv2": PrunedSite(conv)}
     )
     gate, other = found[ff], found["mid_block.resnets.0"]
     assert isinstance(gate, FeedForwardGate) and gate.hidden is keep and gate.hidden_constant is mu
-    assert other.inner is None and other.residual is conv and other.padding == "extend"
+    assert other.inner is None and other.residual is conv

@@ -36,6 +36,7 @@ from ldcp_core import (
     CompactResBlock,
     ConvWeights,
     Padding,
+    PrunedSite,
     SoftGate,
     block_gates,
     masked_forward,
@@ -840,15 +841,17 @@ def test_a_forward_pass_changes_neither_its_input_nor_its_weights() -> None:
 def test_gates_are_grouped_by_block() -> None:
     keep, mu = torch.tensor([True, False]), torch.tensor([0.0, 1.0])
     grouped = block_gates(
-        {"mid_block.resnets.0.conv1": keep, "mid_block.resnets.1.conv2": keep},
-        {"mid_block.resnets.0.conv1": mu},
-        "extend",
+        {
+            "mid_block.resnets.0.conv1": PrunedSite(keep, mu, "extend"),
+            "mid_block.resnets.1.conv2": PrunedSite(keep, padding="extend"),
+        }
     )
     assert list(grouped) == ["mid_block.resnets.0", "mid_block.resnets.1"]
     first, second = grouped.values()
     assert first.inner is keep and first.inner_constant is mu and first.residual is None
     assert second.inner is None and second.residual is keep and second.residual_constant is None
-    assert first.padding == second.padding == "extend"
+    # the rule concerns the first site alone
+    assert (first.padding, second.padding) == ("extend", "zero")
 
 
 def test_the_mask_passes_its_gradient_to_the_gate() -> None:

@@ -60,16 +60,15 @@ def make_exchange(folder: Path) -> None:
 
     gates, unet = load_gates(output), load_model(str(model)).unet
     x, context = torch.randn(2, 4, 32, 40), torch.randn(2, 77, CONTEXT)
-    constants = {site: gates.constant(site) for site in gates.scores}
 
     def evaluate() -> torch.Tensor:
         with torch.no_grad():
             return unet(x, TIMESTEP, encoder_hidden_states=context).sample
 
     found = {"x": x, "context": context, "dense": evaluate()}
-    with gating.masked(unet, gating.hard_gates(gates.keep_sets(), constants), gates.padding):
+    with gating.masked(unet, gating.hard_gates(gates.pruned()), gates.padding):
         found["masked"] = evaluate()
-    with gating.compacted(unet, gates.keep_sets(), constants, gates.padding):
+    with gating.compacted(unet, gates.pruned()):
         found["compact"] = evaluate()
     save_file(found, folder / "outputs.safetensors")
     save_file(dict(unet.state_dict()), folder / "unet.safetensors")

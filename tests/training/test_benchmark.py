@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ldcp_core import PADDINGS, Gates, SoftGate, Topology, save_gates
+from ldcp_core import PADDINGS, Gates, PrunedSite, SoftGate, Topology, save_gates
 from ldcp_core.diffusers import compact_blocks, topology_of
 from training import benchmark as command
 from training.benchmark import BenchmarkConfig, benchmark, check, main, parse, save
@@ -186,7 +186,7 @@ def test_the_weights_that_may_be_moved_away_are_not_read_while_pruning(
     unet: UNet2DConditionModel, inputs: Inputs
 ) -> None:
     block = unet.mid_block.resnets[0]
-    blocks = compact_blocks(unet, {"mid_block.resnets.0.conv2": torch.arange(32) < 16}, {}, "zero")
+    blocks = compact_blocks(unet, {"mid_block.resnets.0.conv2": PrunedSite(torch.arange(32) < 16)})
     weights = replaced_weights(unet, blocks)
     assert [id(w) for w in weights] == [id(w) for w in block.conv2.parameters()]  # not conv1's
     with running(unet, blocks):

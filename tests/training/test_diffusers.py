@@ -69,9 +69,8 @@ def test_every_family_is_the_masked_reference_where_on_and_itself_where_off(
     unet = diffusers_unet(topology, "cpu")
     given = inputs(topology, 2, (16, 24), "cpu")
     gates = gates_of(unet)
-    constants = {site: gates.constant(site) for site in gates.scores}
     dense = unet(**given).sample
-    with masked(unet, hard_gates(gates.keep_sets(), constants), "zero"):
+    with masked(unet, hard_gates(gates.pruned()), "zero"):
         reference = unet(**given).sample
     with pruned(unet, gates):
         found = unet(**given).sample
@@ -90,8 +89,7 @@ def evaluated(unet: UNet2DConditionModel, timestep: int = 500) -> torch.Tensor:
 
 
 def reference(unet: UNet2DConditionModel, gates: Gates) -> torch.Tensor:
-    constants = {site: gates.constant(site) for site in gates.scores}
-    with masked(unet, hard_gates(gates.keep_sets(), constants), gates.padding):
+    with masked(unet, hard_gates(gates.pruned()), gates.padding):
         return evaluated(unet)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldcp_core import PADDINGS, SoftGate
+from ldcp_core import PADDINGS, PrunedSite, SoftGate
 from ldcp_core.diffusers import topology_of
 from training.model.gating import ChannelMeans, compacted, hard_gates, masked
 from training.model.load import DiffusionModel
@@ -34,6 +34,10 @@ def constants(model: DiffusionModel) -> dict[str, torch.Tensor]:
     return {s.name: torch.randn(s.channels, generator=generator) for s in sites}
 
 
+def of(keep, mu=None, padding="zero") -> dict[str, PrunedSite]:
+    return {site: PrunedSite(k, (mu or {}).get(site), padding) for site, k in keep.items()}
+
+
 def test_the_site_map_names_every_resblock_of_diffusers_with_its_widths(
     model: DiffusionModel,
 ) -> None:
@@ -54,9 +58,9 @@ def test_compact_equals_masked_in_the_whole_unet_and_differs_from_dense(
 ) -> None:
     keep, mu = keep_sets(model, 0.5, scope=scope), constants(model)
     dense = evaluate(model)
-    with masked(model.unet, hard_gates(keep, mu), padding):
+    with masked(model.unet, hard_gates(of(keep, mu, padding)), padding):
         reference = evaluate(model)
-    with compacted(model.unet, keep, mu, padding):
+    with compacted(model.unet, of(keep, mu, padding)):
         compact = evaluate(model)
     assert (compact - reference).abs().max() < TOLERANCE * reference.abs().max().clamp(min=1)
     assert (reference - dense).abs().max() > 100 * TOLERANCE
@@ -66,9 +70,9 @@ def test_compact_equals_masked_in_the_whole_unet_and_differs_from_dense(
 def test_all_gates_open_is_bit_identical_to_dense(model: DiffusionModel) -> None:
     keep = keep_sets(model, 0.0, scope="all+ff")
     dense = evaluate(model)
-    with masked(model.unet, hard_gates(keep, {}), "zero"):
+    with masked(model.unet, hard_gates(of(keep)), "zero"):
         assert torch.equal(evaluate(model), dense)
-    with compacted(model.unet, keep, {}, "zero"):
+    with compacted(model.unet, of(keep)):
         assert torch.equal(evaluate(model), dense)
 
 
@@ -76,7 +80,7 @@ def test_all_gates_open_is_bit_identical_to_dense(model: DiffusionModel) -> None
 def test_nothing_is_left_on_the_modules_also_after_an_error(model: DiffusionModel) -> None:
     before = evaluate(model)
     with pytest.raises(RuntimeError, match="in the middle"):
-        with masked(model.unet, hard_gates(keep_sets(model, 0.5), {}), "zero"):
+        with masked(model.unet, hard_gates(of(keep_sets(model, 0.5))), "zero"):
             raise RuntimeError("in the middle")
     assert not any("forward" in vars(module) for module in model.unet.modules())
     assert torch.equal(evaluate(model), before)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldcp_core import Gates
+from ldcp_core import Gates, PrunedSite
 from ldcp_core.diffusers import compact_blocks, topology_of
 from training.benchmarking.variants import Inputs, unet_bytes
 from training.errors import UserError
@@ -89,8 +89,7 @@ def test_full_precision_is_the_model_itself(
     dense = inputs.run(model.unet)
     with Candidate().running(model.unet) as size:
         assert torch.equal(inputs.run(model.unet), dense) and size == unet_bytes(model.unet)
-    constants = {site: gates.constant(site) for site in gates.scores}
-    with compacted(model.unet, gates.keep_sets(), constants, gates.padding):
+    with compacted(model.unet, gates.pruned()):
         wanted = inputs.run(model.unet)
     with Candidate(gates).running(model.unet):
         assert torch.equal(inputs.run(model.unet), wanted)
@@ -169,7 +168,7 @@ def test_pruning_comes_before_quantizing(model: DiffusionModel) -> None:
     original = conv2.weight.data.clone()
     try:
         conv2.weight.data[:, 0] *= 1000
-        blocks = compact_blocks(model.unet, {site.name: keep}, {}, "zero")
+        blocks = compact_blocks(model.unet, {site.name: PrunedSite(keep)})
     finally:
         conv2.weight.data.copy_(original)
     (block,) = blocks.values()

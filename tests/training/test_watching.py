@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldcp_core import Gates, gates_report, load_gates
+from ldcp_core import Gates, PrunedSite, gates_report, load_gates
 from training import fit
 from training.learning import curves as report
 from training.learning import watching
@@ -169,17 +169,17 @@ def halves(png: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def test_samples_show_the_dense_model_above_the_pruned_one(model: DiffusionModel) -> None:
     sites = ["mid_block.resnets.0.conv2", "mid_block.resnets.1.conv2"]
-    constants = {site: torch.full((32,), 1000.0) for site in sites}
-    samples = Samples(model, ["a face", ""], 16, "zero")
-    kept = {site: torch.ones(32, dtype=torch.bool) for site in sites}
-    above, below = halves(samples.picture(kept, constants))
+    constant = torch.full((32,), 1000.0)
+    samples = Samples(model, ["a face", ""], 16)
+    kept = {site: PrunedSite(torch.ones(32, dtype=torch.bool), constant) for site in sites}
+    above, below = halves(samples.picture(kept))
     assert above.shape == (16, 32, 3) and np.array_equal(above, below)  # nothing is pruned
     assert not np.array_equal(above[:, :16], above[:, 16:])  # another seed and prompt
-    pruned = {site: torch.zeros(32, dtype=torch.bool) for site in sites}
-    again, below = halves(samples.picture(pruned, constants))
+    pruned = {site: PrunedSite(torch.zeros(32, dtype=torch.bool), constant) for site in sites}
+    again, below = halves(samples.picture(pruned))
     assert np.array_equal(again, above)
     assert np.abs(below.astype(int) - above).mean() > 1
-    fresh = Samples(model, ["a face", ""], 16, "zero").picture(pruned, constants)
+    fresh = Samples(model, ["a face", ""], 16).picture(pruned)
     assert np.array_equal(halves(fresh)[1], below)  # fixed seeds
 
 

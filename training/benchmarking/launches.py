@@ -233,7 +233,7 @@ def count(
     found = {DENSE: Count.of(operations(unet, {}, resolution, batch))}
     for scope, share, rule in product(scopes, sparsity, padding):
         pruning = random_pruning(topology_of(unet).sites(scope), share, seed=0)
-        blocks = compact_blocks(unet, pruning.keep_sets, pruning.constants, rule)
+        blocks = compact_blocks(unet, pruning.pruned(rule))
         name = f"{scope} {pruning.label}, {rule}"
         operations(unet, blocks, resolution, batch)  # makes what is kept for this size
         for form, triton in ((name, False), (f"{name}, Triton", True)):

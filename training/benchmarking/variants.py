@@ -20,14 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ldcp_core import (
-    ALIGNMENT,
-    Padding,
-    Site,
-    aligned_counts,
-    blocks_of,
-    top_channels,
-)
+from ldcp_core import ALIGNMENT, Padding, PrunedSite, Site, aligned_counts, blocks_of, top_channels
 from ldcp_core.diffusers import CompactBlock, compact_blocks, gated_layers
 from training.benchmarking.timing import DENSE, Variant
 from training.model.configs import SD15
@@ -108,6 +101,13 @@ class Pruning:
     keep_sets: Mapping[str, Tensor]
     constants: Mapping[str, Tensor]
 
+    def pruned(self, padding: Padding) -> dict[str, PrunedSite]:
+        """The same for the core, under a padding rule."""
+        return {
+            site: PrunedSite(keep, self.constants.get(site), padding)
+            for site, keep in self.keep_sets.items()
+        }
+
     @property
     def counts(self) -> str:
         """Pruned of all channels, for people."""
@@ -161,7 +161,7 @@ def unet_variants(
 
     first = prunings[0]
     full = layer_bytes(unet, first.blocks)
-    compact = compact_blocks(unet, first.keep_sets, first.constants, paddings[0])
+    compact = compact_blocks(unet, first.pruned(paddings[0]))
 
     def off() -> Tensor:
         with running(unet, compact):
@@ -201,7 +201,7 @@ def pruned_variants(
     """``run`` with the compact blocks in place, for each pruning and padding rule."""
 
     def variant(pruning: Pruning, padding: Padding) -> Variant:
-        blocks = compact_blocks(unet, pruning.keep_sets, pruning.constants, padding)
+        blocks = compact_blocks(unet, pruning.pruned(padding))
         return Variant(
             pruned_name(pruning, padding),
             f"{pruning.counts} replaced by constants",

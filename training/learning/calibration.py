@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldcp_core import Site
+from ldcp_core import Site, SoftGate
 from training.console import progress
 from training.criteria import own_effect
 from training.data.encoding import Batch
 from training.errors import UserError
 from training.learning.processes import Processes
-from training.model.gating import ChannelMeans, deviation, hard_gates
+from training.model.gating import ChannelMeans, deviation
 from training.options import FitConfig
 from training.step.denoising import Denoising
 
@@ -57,8 +57,9 @@ def calibrate(
     if config.constant == "zero":
         constants = {site: torch.zeros_like(mean) for site, mean in constants.items()}
 
-    closed = {site.name: torch.zeros(site.channels, dtype=torch.bool) for site in sites}
-    gates = hard_gates(closed, constants)
+    gates = {
+        site.name: SoftGate(torch.zeros(site.channels), constants[site.name]) for site in sites
+    }
     answered = [pair for pair in zip(problems, dense, strict=True) if pair[1] is not None]
     with torch.no_grad():
         deviations = [

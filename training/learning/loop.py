@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldcp_core import SoftGate
+from ldcp_core import PrunedSite, SoftGate
 from training.console import progress
 from training.data.encoding import Batch
 from training.data.images import Position
@@ -92,6 +92,14 @@ class Learning:
         self._use(found)
         self.learner.start_(found.effects, self._price)
         self._problems.begin()
+
+    def pruned(self) -> dict[str, PrunedSite]:
+        """What would be pruned by what has been learned so far."""
+        constants, rule = self.calibration.constants, self._config.padding
+        return {
+            site: PrunedSite(keep, constants[site], rule)
+            for site, keep in self.learner.keep_sets().items()
+        }
 
     def reach(self) -> tuple[float, float]:
         """The sparsities between which the steps that are left will bring the learning.

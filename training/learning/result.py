@@ -77,8 +77,7 @@ def finish(
     gates = replace(gates, info={**gates.info, "history": history.to_json()})
     picture = None
     if samples is not None:
-        constants = {site: gates.constant(site) for site in gates.scores}
-        picture = samples.picture(gates.keep_sets(), constants)
+        picture = samples.picture(gates.pruned())
     curves, scores = curves_png(history), scores_png(gates)
     notes = [] if heldout is None else [f"held-out deviation from dense (MSE, fp32): {heldout:.3g}"]
     page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
@@ -110,7 +109,6 @@ def _validate(
     well-chosen gates do.
     """
     unet = denoising.model.unet
-    constants = {site: gates.constant(site) for site in gates.scores}
     with in_precision(unet, "fp32", {}):
         heldout = HeldOut(
             denoising,
@@ -120,7 +118,7 @@ def _validate(
             config.batch_size,
             config.seed + 1,
         )
-    blocks = compact_blocks(unet, gates.keep_sets(), constants, gates.padding, torch.float32)
+    blocks = compact_blocks(unet, gates.pruned(), torch.float32)
     with in_precision(unet, "fp32", blocks):
         deviations, losses = heldout.as_it_is("held-out images, pruned")
     dense, pruned = heldout.dense_losses.mean().item(), losses.mean().item()

@@ -7,7 +7,7 @@ generators of its own: drawing them changes nothing in what is learned.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from ldcp_core import Padding
+from ldcp_core import Pruned
 from training.console import progress
 from training.model.gating import compacted
 from training.model.load import DiffusionModel, embed_prompts
@@ -31,24 +31,21 @@ class Samples:
     Prompts are embedded at once. An empty prompt is drawn without guidance.
     """
 
-    def __init__(
-        self, model: DiffusionModel, prompts: Sequence[str], resolution: int, padding: Padding
-    ) -> None:
+    def __init__(self, model: DiffusionModel, prompts: Sequence[str], resolution: int) -> None:
         self._unet, self._vae = model.unet, model.vae
-        self._padding = padding
         self._contexts = [embed_prompts(model, ["", p] if p else [""]).cpu() for p in prompts]
         self._side = resolution // model.vae_scale_factor
         self._scheduler = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
         self._dense: list[Image.Image] | None = None
 
-    def picture(self, keep_sets: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> bytes:
+    def picture(self, pruned: Pruned) -> bytes:
         """A PNG: the dense model's images above, the pruned one's of the same noise below."""
         if self._dense is None:
             self._dense = self._draw(nullcontext())
-        pruned = self._draw(compacted(self._unet, keep_sets, constants, self._padding))
+        drawn = self._draw(compacted(self._unet, pruned))
         side = self._dense[0].width
         sheet = Image.new("RGB", (side * len(self._dense), 2 * side), "white")
-        for row, images in enumerate((self._dense, pruned)):
+        for row, images in enumerate((self._dense, drawn)):
             for column, image in enumerate(images):
                 sheet.paste(image, (column * side, row * side))
         stream = io.BytesIO()

@@ -102,8 +102,7 @@ class SampleImages:
     def look(self, learning: Learning) -> None:
         if learning.step % self._every:
             return
-        keep_sets = learning.learner.keep_sets()
-        picture = self._samples.picture(keep_sets, learning.calibration.constants)
+        picture = self._samples.picture(learning.pruned())
         path = self._folder / f"step-{learning.step:08d}.png"
         try:
             self._folder.mkdir(exist_ok=True)

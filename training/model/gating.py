@@ -18,6 +18,7 @@ from torch import Tensor
 from ldcp_core import (
     Calibration,
     Padding,
+    Pruned,
     Site,
     SoftGate,
     blocks_of,
@@ -57,24 +58,18 @@ def running(unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock]) -> A
     return overridden(unet, compact_forwards(unet, blocks))
 
 
-def compacted(
-    unet: UNet2DConditionModel,
-    keep_sets: Mapping[str, Tensor],
-    constants: Mapping[str, Tensor],
-    padding: Padding,
-) -> Any:
+def compacted(unet: UNet2DConditionModel, pruned: Pruned) -> Any:
     """Context in which the U-Net computes only the kept channels; equal to `masked`."""
-    return running(unet, compact_blocks(unet, keep_sets, constants, padding))
+    return running(unet, compact_blocks(unet, pruned))
 
 
-def hard_gates(
-    keep_sets: Mapping[str, Tensor], constants: Mapping[str, Tensor]
-) -> dict[str, SoftGate]:
+def hard_gates(pruned: Pruned) -> dict[str, SoftGate]:
     """Keep-sets as masks for `masked`; sites without constants use zero."""
-    return {
-        site: SoftGate(keep.float(), constants.get(site, torch.zeros(keep.numel())))
-        for site, keep in keep_sets.items()
-    }
+    found = {}
+    for name, site in pruned.items():
+        constant = torch.zeros(site.keep.numel()) if site.constant is None else site.constant
+        found[name] = SoftGate(site.keep.float(), constant)
+    return found
 
 
 class ChannelMeans:
