@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import full_checkpoint
+import pretend_device
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def comfy(comfyui_path, report_note):
     assert asyncio.run(nodes.load_custom_node(str(REPOSITORY)))
     pack = str(REPOSITORY).replace(".", "_x_")  # the name that ComfyUI gives it
     parts = ["shared", "files", "queued", "load_node", "schedule_node", "apply_node"]
-    parts += [f"host.{name}" for name in ("model", "blocks", "patch", "identity")]
+    parts += [f"host.{name}" for name in ("model", "blocks", "patch", "identity", "dynamic_vram")]
     return SimpleNamespace(
         root=comfy,
         nodes=nodes,
@@ -148,7 +149,8 @@ def masked(comfy):
 def replacer(keep, constant):
     def hook(layer, inputs, output):
         shape = (-1, 1, 1) if output.dim() == 4 else (-1,)  # a feed-forward's channels come last
-        return torch.where(keep.view(shape), output, constant.to(output).view(shape))
+        mask, values = keep.to(output.device), constant.to(output)
+        return torch.where(mask.view(shape), output, values.view(shape))
 
     return hook
 
@@ -222,3 +224,64 @@ def unpatched():
         return model.model.apply_model(x, t, **{**conditions, "transformer_options": options})
 
     return call
+
+
+@pytest.fixture(scope="session")
+def memory(comfy, report_note):
+    """Counters of the pretend device, with ComfyUI told that there is always room on it."""
+    try:
+        counters = pretend_device.build()
+    except (OSError, RuntimeError, ImportError) as error:  # no C++ compiler or no ninja here
+        message = f"MEMORY TESTS SKIPPED: the pretend device does not build: {error}"
+        report_note.append(message)
+        pytest.skip(message)
+    management = comfy.root.model_management
+    free = management.get_free_memory
+
+    def always_room(device=None, torch_free_too=False):
+        if device is None or device.type != pretend_device.NAME:
+            return free(device, torch_free_too)
+        return (2**34, 2**34) if torch_free_too else 2**34
+
+    management.get_free_memory = always_room
+    yield counters
+    management.get_free_memory = free
+
+
+@pytest.fixture
+def device(memory):
+    return torch.device(pretend_device.NAME, 0)
+
+
+@pytest.fixture
+def layer(comfy, make_gates):
+    def make(steps=None, full_weights="auto", padding="zero", seed=1):
+        gates = make_gates(padding=padding, seed=seed)
+        schedule = comfy.core.ALWAYS if steps is None else comfy.core.Schedule.steps(steps)
+        return comfy.patch.Layer(gates, gates.keep_sets(), schedule, full_weights)
+
+    return make
+
+
+@pytest.fixture
+def run(comfy, conditioning):
+    """Sample three steps with a callback per step."""
+
+    def sample(model, callback=lambda *_: None, steps=3, side=32, positive=None):
+        generator = torch.Generator().manual_seed(9)
+        return comfy.root.sample.sample(
+            model.clone(),
+            torch.randn(1, 4, side, side, generator=generator),
+            steps,
+            1.0,
+            "euler",
+            "normal",
+            positive or conditioning(5),
+            conditioning(6),
+            torch.zeros(1, 4, side, side),
+            callback=callback,
+            disable_pbar=True,
+            seed=3,
+        )
+
+    return sample

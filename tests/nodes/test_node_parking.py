@@ -4,42 +4,11 @@ from __future__ import annotations
 
 import gc
 
-import pretend_device
 import pytest
 import torch
+from gated import GATED, WIDTH, convs, weights_left_out
 
 pytestmark = pytest.mark.comfyui
-GATED = [
-    f"middle_block.{block}.{path}" for block in (0, 2) for path in ("in_layers.2", "out_layers.3")
-]
-WIDTH = 128
-
-
-@pytest.fixture(scope="session")
-def memory(comfy, report_note):
-    """Counters of the pretend device, with ComfyUI told that there is always room on it."""
-    try:
-        counters = pretend_device.build()
-    except (OSError, RuntimeError, ImportError) as error:  # no C++ compiler or no ninja here
-        message = f"PARKING TESTS SKIPPED: the pretend device does not build: {error}"
-        report_note.append(message)
-        pytest.skip(message)
-    management = comfy.root.model_management
-    free = management.get_free_memory
-
-    def always_room(device=None, torch_free_too=False):
-        if device is None or device.type != pretend_device.NAME:
-            return free(device, torch_free_too)
-        return (2**34, 2**34) if torch_free_too else 2**34
-
-    management.get_free_memory = always_room
-    yield counters
-    management.get_free_memory = free
-
-
-@pytest.fixture
-def device(memory):
-    return torch.device(pretend_device.NAME, 0)
 
 
 @pytest.fixture
@@ -56,20 +25,6 @@ def unload(comfy, device):
     comfy.root.model_management.free_memory(2**60, device)
 
 
-@pytest.fixture
-def layer(comfy, make_gates):
-    def make(steps=None, full_weights="auto", padding="zero", seed=1):
-        gates = make_gates(padding=padding, seed=seed)
-        schedule = comfy.core.ALWAYS if steps is None else comfy.core.Schedule.steps(steps)
-        return comfy.patch.Layer(gates, gates.keep_sets(), schedule, full_weights)
-
-    return make
-
-
-def convs(model):
-    return [model.model.diffusion_model.get_submodule(path) for path in GATED]
-
-
 def loaded_bytes(model, device):
     return sum(t.nbytes for t in model.model.state_dict().values() if t.device == device)
 
@@ -81,21 +36,6 @@ def state(model):
         marks = {k: v for k, v in vars(module).items() if "comfy" in k}
         found[name] = (marks, [str(p.device) for p in module.parameters(recurse=False)])
     return found
-
-
-def weights_left_out(layer):
-    """Bytes of float32 weights and biases that a pruned evaluation needs no more, by hand."""
-    kept = {site: int(keep.sum()) for site, keep in layer.keep_sets.items()}
-    taps = 9 if layer.gates.padding == "zero" else 1
-    saved = 0
-    for block in ("mid_block.resnets.0", "mid_block.resnets.1"):
-        inner, residual = kept[f"{block}.conv1"], kept[f"{block}.conv2"]
-        full = 2 * (9 * WIDTH * WIDTH + WIDTH)
-        rows = 9 * WIDTH * inner + inner  # conv1's kept rows, all its columns
-        columns = 9 * inner * residual + residual  # conv2's kept rows and columns
-        folded = taps * (WIDTH - inner) * residual  # its pruned columns, for the constants
-        saved += full - rows - columns - folded
-    return 4 * saved
 
 
 class Watch:
@@ -110,30 +50,6 @@ class Watch:
         self.allocated.append(self.memory.allocated())
         self.booked.append(self.model.model.model_loaded_weight_memory)
         self.loaded.append(loaded_bytes(self.model, self.device))
-
-
-@pytest.fixture
-def run(comfy, conditioning):
-    """Sample three steps with a callback per step."""
-
-    def sample(model, callback=lambda *_: None, steps=3, side=32, positive=None):
-        generator = torch.Generator().manual_seed(9)
-        return comfy.root.sample.sample(
-            model.clone(),
-            torch.randn(1, 4, side, side, generator=generator),
-            steps,
-            1.0,
-            "euler",
-            "normal",
-            positive or conditioning(5),
-            conditioning(6),
-            torch.zeros(1, 4, side, side),
-            callback=callback,
-            disable_pbar=True,
-            seed=3,
-        )
-
-    return sample
 
 
 @pytest.mark.parametrize("padding", ["zero", "extend"])
