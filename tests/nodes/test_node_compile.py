@@ -1,23 +1,25 @@
-"""torch.compile of the whole U-Net, with our node before and after it.
+"""torch.compile of the whole U-Net, with our node before and after it, and of single blocks.
 
-Compiling takes minutes on a CPU, so it runs only when asked: ``LDCP_TEST_COMPILE=inductor`` (needs
-a C++ compiler) goes through ComfyUI's own node, ``LDCP_TEST_COMPILE=eager`` through the function
-behind it, without generating code. What pruning itself must not do in a compiled region is always
-tested, in tests/core/test_resblock.py.
+Compiling the U-Net takes minutes on a CPU, so it runs only when asked:
+``LDCP_TEST_COMPILE=inductor`` (needs a C++ compiler) goes through ComfyUI's own node,
+``LDCP_TEST_COMPILE=eager`` through the function behind it, without generating code. What pruning
+itself must not do in a compiled region is always tested, in tests/core/test_resblock.py, and how
+often a block is compiled, here.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from features import Kit
 
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.skipif("LDCP_TEST_COMPILE" not in os.environ, reason="set LDCP_TEST_COMPILE=eager"),
-]
+pytestmark = pytest.mark.comfyui
+whole = pytest.mark.skipif(
+    "LDCP_TEST_COMPILE" not in os.environ, reason="set LDCP_TEST_COMPILE=eager"
+)
 BACKEND = os.environ.get("LDCP_TEST_COMPILE", "")
 
 
@@ -37,6 +39,7 @@ def compiled(kit, model):
     return model
 
 
+@whole
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_compiled_model_is_pruned_as_an_uncompiled_one(comfy, kit, make_gates, masked, order):
     base, gates = kit.small_model(), make_gates(constants=20.0)
@@ -59,6 +62,58 @@ def test_a_compiled_model_is_pruned_as_an_uncompiled_one(comfy, kit, make_gates,
         f"compiling alone {rounding:.1e}"
     )
     assert error <= max(2e-6, 2 * rounding) and rounding <= 1e-5 and effect >= 2e-4
+
+
+CONVOLUTIONS = tuple(f"mid_block.resnets.0.conv{number}" for number in (1, 2))
+FEED_FORWARD = "mid_block.attentions.0.transformer_blocks.0.ff"
+
+
+@pytest.mark.parametrize(
+    "sites, path, shapes",
+    [
+        (CONVOLUTIONS, "middle_block.0", [(2, 128, 4, 4), (2, 128)]),
+        ((f"{FEED_FORWARD}.net.0",), "middle_block.1.transformer_blocks.0.ff", [(2, 16, 128)]),
+    ],
+    ids=["ResBlock", "feed-forward"],
+)
+@pytest.mark.parametrize("padding", ["zero", "extend"])
+def test_another_run_schedule_or_choice_of_as_many_channels_compiles_nothing_anew(
+    comfy, model, make_gates, sites, path, shapes, padding
+):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    block = model.model.diffusion_model.get_submodule(path)
+    compiled = torch.compile(lambda *inputs: block(*inputs), backend=count)
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(2)) for shape in shapes]
+    dense = block(*inputs)
+    gates = make_gates(sites, padding, constants=20.0)
+    as_many = replace(gates, scores={site: s.flip(0) for site, s in gates.scores.items()})
+    fewer = replace(gates, scores={site: s * 0.9 for site, s in gates.scores.items()})
+
+    def evaluate(gates, schedule=comfy.core.ALWAYS):
+        run = comfy.patch.Run((comfy.patch.Layer(gates, gates.keep_sets(), schedule),))
+        forwards = run.forwards(model.model, torch.device("cpu"), [True])
+        with comfy.patch._installed(forwards):
+            found = compiled(*inputs)
+            assert torch.equal(found, block(*inputs)) and not torch.equal(found, dense)
+        return found
+
+    first = evaluate(gates)
+    assert len(graphs) == 1
+    assert torch.equal(evaluate(gates), first)
+    assert torch.equal(evaluate(gates, comfy.core.Schedule.steps("0")), first)
+    assert not torch.equal(evaluate(as_many), first)
+    assert len(graphs) == 1
+    evaluate(fewer)
+    assert len(graphs) == 2
+    assert torch.equal(compiled(*inputs), dense) and len(graphs) == 3
+    evaluate(gates)
+    assert len(graphs) == 3
 
 
 def apart(found, expected):
