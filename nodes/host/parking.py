@@ -6,6 +6,8 @@ are marked the way ComfyUI marks its own offloaded modules (cast on use), so tha
 evaluates one gets right numbers, only slower. When the run ends they come back. ComfyUI counts
 how many bytes of a model are loaded; parking keeps that count true, and what ComfyUI itself does
 to a parked module in the meantime (reload, unload) wins.
+
+Where ComfyUI manages VRAM dynamically nothing is parked: what does not run is not brought in.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+
+from .dynamic_vram import readable
 
 log = logging.getLogger("ldcp")
 
@@ -30,12 +34,15 @@ class Places:
     load: torch.device
     offload: torch.device
     obstacle: str = ""
+    #: whether the host brings weights in as layers run (`dynamic_vram`)
+    dynamic: bool = False
 
     @classmethod
     def of(cls, patcher: Any) -> Places:
         """As the ModelPatcher has it at the start of a run."""
         load, offload = patcher.load_device, patcher.offload_device
-        return cls(load, offload, _obstacle(patcher, load, offload))
+        dynamic = getattr(patcher, "is_dynamic", bool)()
+        return cls(load, offload, _obstacle(patcher, load, offload), dynamic)
 
 
 def _obstacle(patcher: Any, load: torch.device, offload: torch.device) -> str:
@@ -45,8 +52,6 @@ def _obstacle(patcher: Any, load: torch.device, offload: torch.device) -> str:
         return "processor and GPU share one memory"
     if patcher.hook_patches or patcher.forced_hooks:
         return "hooks change the weights during the run"
-    if getattr(patcher, "is_dynamic", bool)():
-        return "this ComfyUI manages the weights in VRAM itself"
     return ""
 
 
@@ -73,7 +78,10 @@ class Parking:
         """Move a layer's weights to the offload device; whether they are there now.
 
         One that the host has offloaded already needs nothing. One that it can't cast on use stays.
+        Under dynamic VRAM: whether pruning it has left it out.
         """
+        if self.places.dynamic:
+            return readable(layer, self.places.load)
         if self.places.obstacle or not hasattr(layer, CAST):
             return False
         if layer.weight.device != self.places.load:

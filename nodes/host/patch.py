@@ -56,6 +56,7 @@ def attach(model: Any, layer: Layer, onlooker: Onlooker | None = None) -> Any:
         CallbacksMP.ON_CLEANUP: pruning.end_run,
         CallbacksMP.ON_LOAD: pruning.weights_loaded,
         CallbacksMP.ON_APPLY_HOOKS: pruning.weights_changed,
+        CallbacksMP.ON_DETACH: pruning.model_unloaded,
     }.items():
         patched.add_callback_with_key(event, KEY, callback)
     return patched
@@ -120,6 +121,11 @@ class DynamicPruning:
         run = self._runs.get(patcher.model)
         if run is not None:
             run.forget_weights()
+
+    def model_unloaded(self, patcher: Any, unpatch_all: bool = True, *_: Any) -> None:
+        run = self._runs.get(patcher.model)
+        if run is not None and unpatch_all:
+            run.give_way()
 
     def __call__(
         self,

@@ -29,8 +29,9 @@ from ...ldcp_core import (
 )
 from .blocks import Compact, Forward, HostBlock, Judgement
 from .changes import changed_attribute
+from .dynamic_vram import full_bytes, resident_bytes
 from .model import find_blocks
-from .parking import FullWeights, Parking, nbytes
+from .parking import FullWeights, Parking
 from .record import RunRecord
 from .weights import NotCaptured
 
@@ -40,6 +41,10 @@ log = logging.getLogger("ldcp")
 Owners = tuple[int | None, ...]
 Key = tuple[str, Owners]  # block, and its sites' owners
 BY_OTHERS = "another node or extension has "
+HELD = (
+    "ComfyUI has some of them in VRAM (for steps that are not pruned, from an earlier run, or on a "
+    "page with other weights) until it needs the room"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Layer:
 
     ``full_weights`` says where the full weights of pruned convolutions stay during a run:
     "offload": off the compute device, "keep": on it, "auto": off it when every step prunes.
+    Under dynamic VRAM that is up to the host, and "keep" is said of the compact copies in steps
+    that this layer does not prune.
     ``remark`` is what the user should know about these gates on this model, or empty.
     """
 
@@ -80,6 +87,8 @@ class Run:
         self._rows_only: dict[str, str] = {}
         self._compacts: dict[Key, Compact | None] = {}
         self._forwards: dict[Key, tuple[Compact, Judgement, Forward]] = {}
+        #: the layers that pruned the latest evaluation
+        self._active: list[bool] = []
         self._schedule: Tensor | None = None
         self._sigmas: list[float] = []
         self._percent_sigmas: dict[float, float] = {}
@@ -96,8 +105,27 @@ class Run:
         self._compacts.clear()
         self._forwards.clear()
 
+    def give_way(self) -> None:
+        """The host has unloaded the model to make room: under dynamic VRAM the copies go too."""
+        if self._dynamic:
+            self.forget_weights()
+
     def active(self, model: Any, t: Tensor, options: Mapping[str, Any]) -> list[bool]:
         """Which layers prune the evaluation that is about to start."""
+        earlier, self._active = self._active, self._active_layers(model, t, options)
+        if self._dynamic and self._active != earlier and not self._keeps_copies:
+            self.forget_weights()  # the full weights may need the room now
+        return self._active
+
+    @property
+    def _dynamic(self) -> bool:
+        return self.parking is not None and self.parking.places.dynamic
+
+    @property
+    def _keeps_copies(self) -> bool:
+        return any(layer.full_weights == "keep" for layer in self.layers)
+
+    def _active_layers(self, model: Any, t: Tensor, options: Mapping[str, Any]) -> list[bool]:
         self._reached = self._pruned = False
         self._read_schedule(options.get("sample_sigmas"))
         if all(layer.schedule == ALWAYS for layer in self.layers):
@@ -157,7 +185,8 @@ class Run:
     def _forward(self, key: Key, selected: Compact, judgement: Judgement) -> Forward:
         """What to put on a block: its compact form, for as long as the judgement holds.
 
-        The same object for as long as nothing changes, since torch.compile compiles another anew.
+        The same object for as long as nothing changes. Another run's is not compiled anew either:
+        torch.compile looks at what a forward holds, and tensors of the same shape are the same.
         """
         known = self._forwards.get(key)
         if known is not None and known[0] is selected and known[1] is judgement:
@@ -190,6 +219,8 @@ class Run:
         """
         self.record.evaluations += 1
         self.record.pruning = self._pruned
+        if self._pruned and self._dynamic:
+            self._account()
         if self._pruned:
             self.record.pruned_evaluations += 1
             self._pruned_at.append(options.get("sigmas", t))
@@ -276,13 +307,13 @@ class Run:
             if len(parked) < len(selected.pruned):
                 reason = "another extension holds or replaces some of these layers"
         self.record.kept_full = self.record.kept_full or reason
-        self._account(device)
+        self._account()
 
     def _keeps_full(self, model: Any, block: str) -> str:
         """Why a block's full weights stay on the compute device; empty when they leave."""
         if self.parking is None:
             return "the model was evaluated outside a sampler"
-        if self.parking.places.obstacle:
+        if self.parking.places.obstacle or self._dynamic:
             return self.parking.places.obstacle
         layers = [layer for layer in self.layers if layer.prunes(block)]
         choices = {layer.full_weights for layer in layers}
@@ -299,17 +330,20 @@ class Run:
             bool(steps) and all(self._prunes_at(model, layer, *step) for step in steps)
         )
 
-    def _account(self, device: torch.device) -> None:
+    def _account(self) -> None:
         """Count the pruned layers' bytes, and those that are on the compute device."""
+        assert self._evaluated is not None
+        device = self._evaluated[1]
         selected = [c for c in self._compacts.values() if c is not None]
         pruned = list(dict.fromkeys(part for c in selected for part in c.pruned))
-        full = [part for part in pruned if part.weight.device == device]
-        weights = {part.weight.data_ptr() for part in full}
+        weights = {part.weight.data_ptr() for part in pruned if part.weight.device == device}
         copies = {t.data_ptr(): t.nbytes for c in selected for t in c.tensors}
-        resident = sum(nbytes(part) for part in full)
-        resident += sum(size for pointer, size in copies.items() if pointer not in weights)
+        full = sum(resident_bytes(part, device) for part in pruned)
+        resident = full + sum(size for place, size in copies.items() if place not in weights)
+        if full and self._dynamic:
+            self.record.kept_full = self.record.kept_full or HELD
         self.record.device = str(device)
-        self.record.full_bytes = sum(nbytes(part) for part in pruned)
+        self.record.full_bytes = sum(full_bytes(part) for part in pruned)
         self.record.resident_bytes = max(self.record.resident_bytes, resident)
 
     def _log_notes(self) -> None:

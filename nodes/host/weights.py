@@ -4,6 +4,7 @@ Everything that depends on how ComfyUI stores and casts weights is here. A layer
 while the operation at its end is replaced by a function that catches weight and bias. What arrives
 includes LoRA, hooks, low-VRAM casts and quantised formats; nothing is computed. A layer that does
 anything but this one operation, with its input as it is, is not one that pruning understands.
+Under dynamic VRAM a copy of the layer runs, so that ComfyUI brings nothing in for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...ldcp_core import ConvWeights, LinearWeights
+from . import dynamic_vram
 from .changes import changed_convolution
 
 
@@ -30,22 +32,23 @@ def captured(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype) -> ConvW
     Raises NotCaptured when that is not a convolution whose rows can be left out.
     """
     found: list[ConvWeights] = []
+    asked = _asked(conv, device)
     probe = torch.empty(0, conv.in_channels, 1, 1, device=device, dtype=dtype)
     answer = probe.new_empty(0, conv.out_channels, 1, 1)
 
     def catch(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> Tensor:
         if x is probe:
-            found.append(ConvWeights(*_kept(conv, weight, bias)))
+            found.append(ConvWeights(*_kept(asked, weight, bias)))
         return answer
 
-    earlier = vars(conv).get("_conv_forward")
-    conv._conv_forward = catch
+    earlier = vars(asked).get("_conv_forward")
+    asked._conv_forward = catch
     try:
-        result = type(conv).forward(conv, probe)
+        result = type(asked).forward(asked, probe)
     finally:
-        del conv._conv_forward
+        del asked._conv_forward
         if earlier is not None:
-            conv._conv_forward = earlier
+            asked._conv_forward = earlier
     if result is not answer or len(found) != 1:
         raise NotCaptured(f"a {type(conv).__name__} that is not computed as a convolution")
     if changed_convolution(conv):
@@ -79,10 +82,11 @@ def captured_linear(linear: nn.Linear, device: torch.device, dtype: torch.dtype)
     """
     probe = torch.empty(0, linear.in_features, device=device, dtype=dtype)
     answer = probe.new_empty(0, linear.out_features)
-    used = _operands(F.linear, lambda: type(linear).forward(linear, probe), answer)
+    asked = _asked(linear, device)
+    used = _operands(F.linear, lambda: type(asked).forward(asked, probe), answer)
     if used is None or used["input"] is not probe:
         raise NotCaptured(f"a {type(linear).__name__} that is not computed as a linear layer")
-    return LinearWeights(*_kept(linear, used["weight"], used["bias"]))
+    return LinearWeights(*_kept(asked, used["weight"], used["bias"]))
 
 
 def captured_norm(
@@ -96,12 +100,19 @@ def captured_norm(
     shape = (1, norm.num_channels, 2, 2) if grouped else (1, *norm.normalized_shape)
     probe = torch.empty(shape, device=device, dtype=dtype)
     operation = F.group_norm if grouped else F.layer_norm
-    used = _operands(operation, lambda: type(norm).forward(norm, probe), torch.empty_like(probe))
+    asked = _asked(norm, device)
+    used = _operands(operation, lambda: type(asked).forward(asked, probe), torch.empty_like(probe))
     own = {"eps": norm.eps, "num_groups": norm.num_groups} if grouped else {"eps": norm.eps}
     same = used is not None and all(used[name] == value for name, value in own.items())
     if not same or used["input"] is not probe:
         raise NotCaptured(f"a {type(norm).__name__} that is not computed as one")
     return used["weight"].detach().clone(), used["bias"].detach().clone()
+
+
+def _asked(layer: Any, device: torch.device) -> Any:
+    """What runs in a layer's place to show its weights: it, or under dynamic VRAM a copy of it."""
+    readable = dynamic_vram.readable(layer, device)
+    return dynamic_vram.read(layer, device) if readable else layer
 
 
 def _kept(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
