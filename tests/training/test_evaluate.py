@@ -281,6 +281,7 @@ def test_gates_of_several_seeds_meet_images_that_none_was_trained_on(
     source: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    short_fits: None,
     no_pictures: None,
     held_out: list[list[int]],
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from training import benchmark, evaluate, fit, inspect, sample, score, sweep
-from training.demo import build, draw, samples
+from training.demo import build, draw
 from training.errors import UserError
 from training.output import GATES, PICTURE, claimed, output_file, write
 
@@ -165,16 +165,6 @@ def test_the_demo_is_not_built_over_other_files(
     )
     assert build.main() == 1
     assert precious.exists()
-
-
-def test_a_picture_of_the_demo_replaces_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photo = tmp_path / "photo.png"
-    photo.write_bytes(PRECIOUS)
-    monkeypatch.setattr(sys, "argv", ["samples", "--output", str(photo)])
-    assert samples.main() == 1
-    assert photo.read_bytes() == PRECIOUS
 
 
 # --- two at once ----------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ STEPS = 6
 Run = Callable[..., int]
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are drawn in few steps: how they look is not what is tested."""
+    monkeypatch.setattr("training.learning.samples.STEPS", 3)
+
+
 @pytest.fixture
 def run(pipeline: Path, images: Path, tmp_path: Path, short_fits: None, no_pictures: None) -> Run:
     def run(name: str, *more: str) -> int:
