@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
+from operator import length_hint
 from pathlib import Path
 from typing import Any, ParamSpec, TextIO
 
@@ -57,7 +58,7 @@ def progress(
     """
     terminal = sys.stderr.isatty()
     shown = logging.getLogger("training").isEnabledFor(logging.INFO)
-    nothing = total == 0 or (hasattr(over, "__len__") and not len(over))
+    nothing = total == 0 or length_hint(over, 1) == 0
     return tqdm(
         over,
         label,

@@ -10,7 +10,6 @@ import argparse
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cache
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -59,15 +58,17 @@ def option(help: str, default: Any = MISSING, bound: Bound | None = None, **pars
     return field(default=default, metadata={"help": help, "bound": bound, "parsing": parsing})
 
 
+@dataclass(frozen=True)
 class Options:
     """A dataclass of options; raises UserError for a value that its option doesn't take."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+        hints = get_type_hints(type(self))
+        for f in fields(self):
             value, bound = getattr(self, f.name), f.metadata.get("bound")
             many = value if isinstance(value, tuple) else () if value is None else (value,)
             for one in many:
-                if choices := _kind(type(self), f.name)[1]:
+                if choices := _kind(hints[f.name])[1]:
                     require(one in choices, f.name, one, f"one of {', '.join(choices)}")
                 if bound is not None:
                     require(bound.holds(one), f.name, one, bound.words)
@@ -92,8 +93,9 @@ def parser_of(
 
 
 def _add(parser: argparse.ArgumentParser, options: type[Options]) -> None:
-    for f in fields(options):  # type: ignore[arg-type]
-        kind, choices, many = _kind(options, f.name)
+    hints = get_type_hints(options)
+    for f in fields(options):
+        kind, choices, many = _kind(hints[f.name])
         if isinstance(kind, type) and issubclass(kind, Options):
             _add(parser, kind)
         elif "help" in f.metadata:
@@ -108,12 +110,11 @@ def _add(parser: argparse.ArgumentParser, options: type[Options]) -> None:
 
 def built(parser: argparse.ArgumentParser, options: type[T], given: Mapping[str, Any]) -> T:
     """The options that were given, by name; ends the program where one is missing."""
-    settings = dict(given)
-    missing = []
-    for f in fields(options):  # type: ignore[arg-type]
-        kind = _kind(options, f.name)[0]
+    settings, missing, hints = dict(given), [], get_type_hints(options)
+    for f in fields(options):
+        kind = _kind(hints[f.name])[0]
         if isinstance(kind, type) and issubclass(kind, Options):
-            names = {part.name for part in fields(kind)}  # type: ignore[arg-type]
+            names = {part.name for part in fields(kind)}
             settings[f.name] = kind(**{k: settings.pop(k) for k in names & settings.keys()})
         elif isinstance(settings.get(f.name), list):
             settings[f.name] = tuple(settings[f.name])
@@ -125,10 +126,8 @@ def built(parser: argparse.ArgumentParser, options: type[T], given: Mapping[str,
     return options(**settings)
 
 
-@cache
-def _kind(options: type[Options], name: str) -> tuple[Any, tuple[str, ...], bool]:
+def _kind(kind: Any) -> tuple[Any, tuple[str, ...], bool]:
     """Of a field: the type of a value, the values there are (all: none named), whether several."""
-    kind = get_type_hints(options)[name]
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = get_args(kind)[0]
     many = get_origin(kind) is tuple

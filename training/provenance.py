@@ -77,8 +77,9 @@ def read(
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) < 2**63
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < 2**63
 
 
 def is_whole(value: object) -> TypeGuard[int]:

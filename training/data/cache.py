@@ -174,5 +174,5 @@ def _checksum(tensors: Mapping[str, Tensor], reasons: str) -> str:
     for name in ("rows", "values"):
         tensor = tensors[name]
         found = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode(), found)
-        found = zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
     return f"{found:08x}"

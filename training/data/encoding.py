@@ -152,8 +152,9 @@ class CachedImages(Images):
 
         def latents(indices: Sequence[int]) -> Iterator[Tensor | str]:
             for found in _ahead(self._decoded, indices, workers):
-                broken = isinstance(found, str)
-                yield found if broken else encode_images(model, found[None])[0].cpu()
+                if isinstance(found, Tensor):
+                    found = encode_images(model, found[None])[0].cpu()
+                yield found
 
         def embeddings(indices: Sequence[int]) -> Iterator[Tensor | str]:
             for index in indices:

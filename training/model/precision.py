@@ -96,7 +96,7 @@ def in_precision(
     storage = storage_of(precision, unet.device)
     gated = {id(layer) for layer in gated_layers(unet, blocks)}
     kept = {name: dict(module._parameters) for name, module in unet.named_modules()}
-    packed = {name: PackedBlock(block, storage) for name, block in blocks.items()}
+    packed: dict[str, Any] = {name: PackedBlock(block, storage) for name, block in blocks.items()}
     layers = {}
     try:
         for name, module in unet.named_modules():

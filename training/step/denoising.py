@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ldcp_core import SoftGate, blocks_of
-from ldcp_core.gates import Padding
+from ldcp_core import Padding, SoftGate, blocks_of
 from training.console import progress
 from training.data.encoding import Batch, Images
 from training.data.streaming import StreamedImages
