@@ -9,12 +9,11 @@ on and a larger number adds to what there is.
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -27,6 +26,7 @@ from training.console import explaining, log_progress, progress
 from training.demo.faces import draw_face
 from training.demo.traits import draw_traits
 from training.errors import UserError
+from training.options import COUNT, NOT_NEGATIVE, Options, option, parsed
 from training.output import output_folder
 
 #: apart from the faces that the demo model learned from and those in `images/`
@@ -100,31 +100,28 @@ def _grainy(image: Image.Image, grain: float, seed: int) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(image + noise), 0, 255).astype(np.uint8))
 
 
+@dataclass(frozen=True)
+class DrawOptions(Options):
+    """How many faces to draw, and how."""
+
+    images: int = option("how many", bound=COUNT)
+    output: str = option("the folder to write")
+    size: int = option("pixels", 128, COUNT)
+    grain: float = option(
+        "a camera's noise, its standard deviation of 255; with 1.2 a file of 1024 pixels is as "
+        "large as one of FFHQ",
+        0.0,
+        NOT_NEGATIVE,
+    )
+    workers: int = option("processes", os.cpu_count() or 1, COUNT)
+
+
 @explaining
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.demo.draw", description="Draw faces in FFHQ's layout."
-    )
-    parser.add_argument("--images", type=int, required=True, help="how many")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--size", type=int, default=128, help="pixels (128)")
-    parser.add_argument(
-        "--grain",
-        type=float,
-        default=0.0,
-        help="a camera's noise, its standard deviation of 255; with 1.2 a file of 1024 pixels is "
-        "as large as one of FFHQ (0)",
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    arguments = parser.parse_args(argv)
+    given = parsed(DrawOptions, argv, "demo.draw", __doc__)
     log_progress()
-    for name in ("images", "size", "workers"):
-        if (value := getattr(arguments, name)) < 1:
-            raise UserError(f"--{name} is {value}.", "1 or more", f"change --{name}")
-    if not 0 <= arguments.grain < math.inf:
-        raise UserError(f"--grain is {arguments.grain}.", "0 or more", "change --grain")
-    draw(arguments.output, arguments.images, arguments.size, arguments.grain, arguments.workers)
-    print(f"{arguments.images} images in {arguments.output}")
+    draw(Path(given.output), given.images, given.size, given.grain, given.workers)
+    print(f"{given.images} images in {given.output}")
     return 0
 
 
