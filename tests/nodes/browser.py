@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,11 @@ class Browser:
         self.page.wait_for_timeout(700)
         return self.page.evaluate(TEXT, [start])
 
+    def lines(self, start: str) -> list[str]:
+        """The same as they are now, whatever is in sight; none where there is no such text."""
+        found = self.page.evaluate(TEXT, [start])
+        return found["lines"] if found else []
+
     def add(self, node_type: str) -> None:
         """Empty the canvas, and put one node on it."""
         self.page.evaluate(ADD, [node_type])
@@ -272,9 +278,10 @@ class Browser:
         self.keys("Escape")
         self.page.evaluate(FORGIVE)
 
-    def queue(self) -> dict[str, Any]:
+    def queue(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Queue what is on the canvas and wait for its end; the server's record of the run.
 
+        ``meanwhile`` is called again and again while it runs.
         Raises RuntimeError with the server's message when it was refused or failed.
         """
         known = set(self._history())
@@ -282,6 +289,7 @@ class Browser:
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
             self.page.wait_for_timeout(200)
+            meanwhile()
             new = {k: v for k, v in self._history().items() if k not in known}
             if new:
                 (run,) = new.values()

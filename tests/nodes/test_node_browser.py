@@ -251,19 +251,33 @@ def test_every_line_on_a_node_is_seen_also_what_the_run_noticed(page, keep, load
     if not page.use_nodes_2(nodes_2):
         pytest.skip("this frontend has no Nodes 2.0")
     page.drop(loading("ldcp_step_schedule"))
-    make_small(page, steps=2)
-    page.set_widgets("LDCPStepSchedule", steps="0, 99")
+    make_small(page, steps=8)
+    page.set_widgets("LDCPStepSchedule", steps="0-3, 99")
     page.set_all("KSampler", seed=int(nodes_2))  # Apply may be cached; a run is not
-    page.queue()
+    page.room()  # brings all nodes in sight
+    live = []
+
+    def look():
+        seen = [line for line in page.lines("4 sites") if line.startswith("now ")]
+        if seen and not live:
+            keep(page, f"live_{'nodes_2' if nodes_2 else 'classic'}")
+        live.extend(seen)
+
+    page.queue(look)
+    words = {line.split(";")[0] for line in live}
+    assert words == {"now pruned", "now in full"}, live
     text = page.text("4 sites")
     assert [line.split(" ", 2)[:2] for line in text["lines"][:2]] == [
         ["4", "sites,"],
         ["113.8", "MiB"],
     ]
-    assert text["lines"][2:] == [
-        "steps 0, 99",
-        "this run has 2 steps (0 to 1); the range 99 lies past the last one and prunes nothing",
-    ]
+    schedule, run, resident, stayed, note = text["lines"][2:]
+    assert schedule == "steps 0-3, 99"
+    assert run.startswith("steps 0-3 of 8 ran pruned (4 of 8 evaluations), ")
+    assert resident.startswith("gated layers on cpu: ") and "share one memory" in stayed
+    assert note == (
+        "this run has 8 steps (0 to 7); the range 99 lies past the last one and prunes nothing"
+    )
     assert text["cut"] <= 1
     apart(page)
     keep(page, f"notes_{'nodes_2' if nodes_2 else 'classic'}")
