@@ -372,6 +372,7 @@ def run(
     def run(*more: str) -> int:
         return fit.main([
             "--model", str(pipeline), "--data", str(images), "--max-steps", "3",
+            "--gradient-accumulation", "1",
             "--output", str(tmp_path / "gates.safetensors"), *more,
         ])  # fmt: skip
 
