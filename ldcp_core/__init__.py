@@ -4,7 +4,7 @@ Depends on torch, numpy and safetensors alone; ComfyUI's nodes and the training 
 on this one definition, so that what is trained is what runs.
 """
 
-from .blocks import ALIGNMENT, PADDINGS, Block, Cost, Latent, Padding, Site, SiteKind
+from .blocks import ALIGNMENT, PADDINGS, Block, Cost, Latent, Padding, Site, SiteKind, SoftGate
 from .calibration import Calibration, Moments
 from .cost import Savings, SiteSaving, savings, unet_cost
 from .criteria import (
@@ -51,7 +51,6 @@ from .resblock import (
     ConvWeights,
     ResBlock,
     ResBlockOps,
-    SoftGate,
     masked_forward,
 )
 from .schedule import ALWAYS, NEVER, Schedule, ScheduleError, StepRange, step_index

@@ -51,13 +51,32 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class SoftGate:
+    """What pruning does to a site's channels, by a mask [C] of zeros and ones and constants [C].
+
+    The mask is differentiable in training. Every masked reference says by this what is pruned, and
+    every compact form is tested against one.
+    """
+
+    mask: Tensor
+    constant: Tensor
+
+    def __call__(self, h: Tensor, axis: int = 1) -> Tensor:
+        """m·h + (1 − m)·μ, with the channels in dimension ``axis`` of ``h``."""
+        shape = [1] * h.dim()
+        shape[axis] = -1
+        mask = self.mask.to(h).view(shape)
+        return mask * h + (1 - mask) * self.constant.to(h).view(shape)
+
+
+@dataclass(frozen=True)
 class SiteKind:
     """What the sites of one kind have in common. Layers are named as diffusers does, in the block.
 
     ``layer`` is the one whose output channels are gated, ``owner`` the one with their weights, of
     which each channel has ``rows`` rows of ``taps`` weights per input. ``reader`` is the layer
     that reads the channels with a column of weights each; None where a sum reads them. ``axis`` is
-    the dimension that counts them between the two.
+    the dimension that counts them between the two. ``type_name`` is what tables call the layer.
     """
 
     name: str

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, Padding
+from .blocks import Block, Padding, SoftGate
 from .feedforward import (
     CompactFeedForward,
     FeedForward,
@@ -39,7 +39,6 @@ from .resblock import (
     CompactResBlock,
     ConvWeights,
     ResBlock,
-    SoftGate,
     masked_forward,
 )
 from .schedule import ALWAYS, Schedule, StepRange, step_index

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import Block, Cost, Latent, Padding, SiteKind
-from .resblock import SoftGate
+from .blocks import Block, Cost, Latent, Padding, SiteKind, SoftGate
 
 HIDDEN = SiteKind("hidden", "net.0", "net.0.proj", "net.2", axis=-1, type_name="GEGLU", rows=2)
 
@@ -81,8 +80,7 @@ def masked_feed_forward(
     """The reference on [..., C]: all is computed, then pruned hidden channels are replaced."""
     hidden = geglu(x, proj)
     if gate is not None:
-        mask = gate.mask.to(hidden)
-        hidden = mask * hidden + (1 - mask) * gate.constant.to(hidden)
+        hidden = gate(hidden, axis=HIDDEN.axis)
     return F.linear(hidden, out.weight, out.bias)
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused
-from .blocks import ALIGNMENT, Block, Cost, Latent, Padding, SiteKind
+from .blocks import ALIGNMENT, Block, Cost, Latent, Padding, SiteKind, SoftGate
 from .channels import Channels
 from .groupnorm import group_norm_silu
 
@@ -107,19 +107,6 @@ class ConvWeights:
     bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class SoftGate:
-    """A mask [C] of zeros and ones (differentiable in training) and constants [C]."""
-
-    mask: Tensor
-    constant: Tensor
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """m·h + (1 − m)·μ, per channel of [B, C, H, W]."""
-        mask = self.mask.to(h)[:, None, None]
-        return mask * h + (1 - mask) * self.constant.to(h)[:, None, None]
-
-
 def masked_forward(
     ops: ResBlockOps,
     x: Tensor,
@@ -159,16 +146,6 @@ class BlockGate:
     inner_constant: Tensor | None = None
     residual: Tensor | None = None
     residual_constant: Tensor | None = None
-
-    def soft(self) -> tuple[SoftGate | None, SoftGate | None]:
-        """The inner and the residual gate as masks for `masked_forward`."""
-        return _soft(self.inner, self.inner_constant), _soft(self.residual, self.residual_constant)
-
-
-def _soft(keep: Tensor | None, constant: Tensor | None) -> SoftGate | None:
-    if keep is None:
-        return None
-    return SoftGate(keep.float(), torch.zeros(keep.numel()) if constant is None else constant)
 
 
 class CompactResBlock:

@@ -104,7 +104,9 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     if config.run.tensorboard:
         summary_writer()  # a missing package shows before anything is computed
     checkpoints = Checkpoints.beside(output, config.run.keep_checkpoints)
-    resumed = checkpoints.load() if config.run.resume else checkpoints.refuse_overwriting()
+    if not config.run.resume:
+        checkpoints.refuse_overwriting()
+    resumed = checkpoints.load() if config.run.resume else None
     data, train, held_out = _opened(config)  # first: a wrong path shows before a model loads
     device = processes.device or _device(config.device)
     model = frozen_model(config.model, config.precision, device)

@@ -1,7 +1,7 @@
 """A block of ComfyUI's U-Net, seen as what `ldcp_core` prunes, whatever its kind.
 
 Each kind is a `HostBlock` in a file of its own, the only code that knows the host's modules of that
-kind; `nodes.sites` names the kinds there are.
+kind; `nodes.host.model` names the kinds there are.
 """
 
 from __future__ import annotations

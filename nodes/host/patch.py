@@ -1,7 +1,7 @@
 """Attaching gates to a ComfyUI model.
 
 One keyed APPLY_MODEL wrapper on a clone of the model. For an evaluation that the schedule prunes
-it puts a compact ``forward`` on the ResBlocks and takes it off again when the evaluation ends, so
+it puts a compact ``forward`` on the blocks and takes it off again when the evaluation ends, so
 no state is left on the model that all clones share, and an evaluation outside the schedule runs
 the host's code untouched. Weights are selected before the U-Net is entered, and dropped when the
 run ends or the host changes them.

@@ -33,7 +33,7 @@ from .changes import (
 from .weights import NotCaptured, captured, captured_norm
 
 #: what decides how a convolution treats the border
-PADDING = ("padding_mode", "padding", "dilation")
+BORDER = ("padding_mode", "padding", "dilation")
 
 
 class ComfyResBlock:
@@ -79,7 +79,7 @@ class ComfyResBlock:
             [*containers, *convs, norm, silu, dropout],
             [type(block)],
             ["group_norm", "silu", "conv2d"],
-            [(conv, name) for conv in convs for name in (CONVOLVE, *PADDING)],
+            [(conv, name) for conv in convs for name in (CONVOLVE, *BORDER)],
         )
         return Judgement(first_of(bypassed), first_of(folded), layers, watch.holds)
 

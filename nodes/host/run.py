@@ -51,7 +51,7 @@ HELD = (
 class Layer:
     """What one Apply node adds: the channels it keeps, the constants for the others, and when.
 
-    ``full_weights`` says where the full weights of pruned convolutions stay during a run:
+    ``full_weights`` says where the full weights of pruned layers stay during a run:
     "offload": off the compute device, "keep": on it, "auto": off it when every step prunes.
     Under dynamic VRAM that is up to the host, and "keep" is said of the compact copies in steps
     that this layer does not prune.

@@ -97,6 +97,12 @@ def rowwise_circular_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return rowwise_conv(x, weight, bias, mode="circular")
 
 
+def soft(keep: Tensor | None, constant: Tensor | None) -> SoftGate | None:
+    if keep is None:
+        return None
+    return SoftGate(keep.float(), torch.zeros(keep.numel()) if constant is None else constant)
+
+
 @dataclass(repr=False)
 class Block:
     """A ResBlock made of tensors; it is its own `ResBlockOps`."""
@@ -134,7 +140,7 @@ class Block:
         return self.skip(x) + self.conv2(self.norm2(h), self.second.weight, self.second.bias)
 
     def masked(self, x: Tensor, emb: Tensor, gate: BlockGate) -> Tensor:
-        gates = gate.soft()
+        gates = soft(gate.inner, gate.inner_constant), soft(gate.residual, gate.residual_constant)
         return masked_forward(self, x, emb, self.first, self.second, *gates, gate.padding)
 
     def compact(self, x: Tensor, emb: Tensor, gate: BlockGate) -> Tensor:

@@ -40,7 +40,7 @@ CHEAPEST_LOGIT, PRICE_LOGIT, LOGIT_PER_FOLD = 0.2, 1.0, 0.5
 #: logits stay within this, so that a channel can always come back
 LOGIT_BOUND = 5.0
 #: the original project's balanced setting: its λ, and its target (λ alone prunes less)
-SEED_WEIGHT, SEED_SPARSITY = 0.01, 0.3
+ORIGINAL_WEIGHT, ORIGINAL_SPARSITY = 0.01, 0.3
 #: the least logit of the channels that a floor keeps
 FLOOR_LOGIT = 0.01
 #: scale of the logistic noise on the logits: while exploring, and at the end
@@ -182,7 +182,7 @@ def price_of(effects: Mapping[str, Tensor], budget: Budget, sparsity: float | No
     To first order, each channel taken alone, λ · unit of such a price prunes that share. None: the
     share of the original project's balanced setting.
     """
-    sparsity = SEED_SPARSITY if sparsity is None else sparsity
+    sparsity = ORIGINAL_SPARSITY if sparsity is None else sparsity
     found = worths(effects, budget)
     full = {site: worth.numel() for site, worth in found.items()}
     weights = dict(zip(full, budget.weights(full), strict=True))
@@ -261,14 +261,10 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Scores whose keep-sets are aligned, and how many channels had to change sides for it.
-
-    ``learned`` is the sparsity before that.
-    """
+    """Scores whose keep-sets are aligned, and how many channels had to change sides for it."""
 
     scores: dict[str, Tensor]
     moved: int
-    learned: float
 
 
 def aligned_scores(
@@ -306,7 +302,7 @@ def aligned_scores(
         changed = keep != (score > THRESHOLD)
         moved += int(changed.sum())
         aligned[site] = _with_keep_set(score, keep)
-    return Alignment(aligned, moved, learned)
+    return Alignment(aligned, moved)
 
 
 def _with_keep_set(score: Tensor, keep: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from training.errors import UserError
 from training.learning.calibration import Calibration
 from training.learning.curves import History
 from training.learning.learner import (
-    SEED_WEIGHT,
+    ORIGINAL_WEIGHT,
     GateLearner,
     SparsityController,
     default_learning_rate,
@@ -117,7 +117,7 @@ class Learning:
         target = self._config.target_sparsity
         self._price = price_of(found.effects, self.learner.budget, target)
         # what the reconstruction is measured in: see `training.learning.learner`
-        self._unit = self._price / SEED_WEIGHT
+        self._unit = self._price / ORIGINAL_WEIGHT
 
     def advance(self) -> None:
         """One optimizer step.
