@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import model_families
 import torch
 
 FULL, PART, NONE = "full", "low VRAM (part)", "no VRAM"
@@ -163,9 +164,9 @@ def control_net(kit: Kit, graph: Graph) -> None:
     import comfy.controlnet
     from full_checkpoint import UNET, randomise_
 
-    narrow = {**UNET, "model_channels": 32, "context_dim": 64}
-    for unused in ("out_channels", "transformer_depth_output"):
-        narrow.pop(unused)
+    known = {*UNET, "num_classes"} - {"out_channels", "transformer_depth_output"}
+    config = {**UNET, **graph.model.model.model_config.unet_config}
+    narrow = {name: value for name, value in config.items() if name in known}
     network = comfy.cldm.cldm.ControlNet(hint_channels=3, **narrow).eval()
     randomise_(network, seed=8)
     control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
@@ -257,6 +258,10 @@ def tiled(kit: Kit, model: Any) -> Any:
     return model
 
 
+def family(name: str) -> Callable[[Kit], Any]:
+    return lambda kit: model_families.make(kit.comfy.root, name)
+
+
 def precision(weights: torch.dtype, cast: torch.dtype | None) -> Callable[[Kit], Any]:
     return lambda kit: kit.small_model(dtype=weights, manual_cast=cast)
 
@@ -332,6 +337,10 @@ FEATURES = (
     Feature("CFG 1", finish=settings(cfg=1.0)),
     Feature("Regional conditioning", finish=regional, evaluations=1),
     Feature("Batch of 3", finish=batch(3)),
+    Feature("SD2", model=family("SD2"), loading=EVERY),
+    Feature("SDXL", model=family("SDXL"), loading=EVERY),
+    Feature("LoRA on SDXL", lora, model=family("SDXL"), loading=EVERY),
+    Feature("ControlNet on SDXL", model=family("SDXL"), finish=control_net),
 )
 
 
@@ -372,7 +381,7 @@ OTHERS = (
         "test_a_run_in_which_the_model_is_never_asked_says_so",
     ),
     Other(
-        "SDXL, SD2, SVD, Flux and other families",
+        "SVD, SD3, Flux and other families",
         "not supported, refused with a message: their layers are others",
         "test_another_family_is_refused",
     ),
