@@ -128,15 +128,14 @@ def test_the_full_weights_of_pruned_layers_are_never_brought_in_nor_pinned(
 
 
 def test_one_block_is_selected_at_a_time(comfy, dynamic, aimdo, memory, layer, run):
-    model = dynamic()
-    patched = comfy.patch.attach(model, layer("0"))
-    run(model, steps=1, side=8)
+    patched = comfy.patch.attach(dynamic(), layer())
+    run(patched, steps=1, side=8)
     memory.reset_peak()
     before = memory.allocated()
     run(patched, steps=1, side=8)
-    # two full convolutions, one of them once more while it is cast, beside all compact copies
-    record = comfy.patch.attached(patched).record
-    assert memory.peak() - before <= 3 * FULL + record.resident_bytes
+    copies = comfy.patch.attached(patched).record.resident_bytes
+    # the two convolutions of one block, the kept rows of one of them, and maps
+    assert memory.peak() - before - copies <= 3 * FULL
 
 
 def test_a_pruned_model_gives_the_same_as_in_the_classic_way_and_as_the_masked_one(
@@ -317,6 +316,24 @@ def test_the_copies_give_way_when_the_model_is_unloaded_in_the_middle(
 
     assert torch.equal(run(patched, unload_after_the_second), usual)
     assert copies[0] >= comfy.patch.attached(patched).record.resident_bytes
+    assert brought_in(model, aimdo) == []
+
+
+def test_with_weights_scheduled_by_hooks_comfyui_loads_the_model_in_the_classic_way(
+    comfy, dynamic, classic, aimdo, layer, run, conditioning
+):
+    hooks = comfy.root.hooks.create_hook_lora(None, 1.0, 0.0)
+    (hook,) = hooks.hooks
+    hook.need_weight_init = False
+    key = f"diffusion_model.{GATED[3]}.weight"
+    hook.weights = {key: ("diff", (torch.full((WIDTH, WIDTH, 3, 3), 0.05),))}
+    positive = [[conditioning()[0][0], {"hooks": hooks}]]
+    model = dynamic()
+    model.cached_patcher_init = lambda disable_dynamic: classic, ()
+    patched = comfy.patch.attach(model, layer())
+    hooked = run(patched, positive=positive)
+    assert torch.equal(hooked, run(comfy.patch.attach(classic, layer()), positive=positive))
+    assert not torch.equal(hooked, run(patched))
     assert brought_in(model, aimdo) == []
 
 
