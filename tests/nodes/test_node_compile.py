@@ -64,6 +64,22 @@ def test_a_compiled_model_is_pruned_as_an_uncompiled_one(comfy, kit, make_gates,
     assert error <= max(2e-6, 2 * rounding) and rounding <= 1e-5 and effect >= 2e-4
 
 
+@whole
+def test_of_a_whole_model_too_a_second_run_and_another_schedule_compile_nothing_anew(
+    comfy, kit, make_gates
+):
+    base, gates = compiled(kit, kit.small_model()), make_gates(constants=20.0)
+
+    def graphs_after_run(schedule=comfy.core.ALWAYS):
+        layer = comfy.patch.Layer(gates, gates.keep_sets(), schedule)
+        kit.sample(kit.graph(comfy.patch.attach(base, layer)))
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    first = graphs_after_run()
+    assert first > 0
+    assert graphs_after_run() == graphs_after_run(comfy.core.Schedule.steps("0-1")) == first
+
+
 CONVOLUTIONS = tuple(f"mid_block.resnets.0.conv{number}" for number in (1, 2))
 FEED_FORWARD = "mid_block.attentions.0.transformer_blocks.0.ff"
 
