@@ -25,7 +25,8 @@ def make_exchange(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from ldcp_core import load_gates
-    from training import fit, gating
+    from training import fit
+    from training.model import gating
     from training.model.load import _clip_tokenizer, load_model
 
     model, images = folder / "model", folder / "images"
