@@ -240,6 +240,7 @@ def _importances(
     if name == "diff-pruning":
         found, stopped = criteria.diff_pruning(whole, sites, config.loss_threshold)
         return found, {"stopped_at": whole.timesteps[-1] if stopped is None else stopped}
+    assert name == "diversity", f"no branch for criterion {name}"
     settings = Diversity(config.diversity_form, config.directions, config.alpha, config.seed)
     found = criteria.diversity(whole, sites, constants, padding, settings)
     return found, {"diversity_form": config.diversity_form}
