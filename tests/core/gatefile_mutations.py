@@ -44,14 +44,16 @@ DESCRIPTION, DEPTH, HEADER = 2**20, 64, 2 * 2**20 + 256_000
 
 
 def originals() -> list[bytes]:
-    """The golden file, and one with every part: four sites, constants, notes."""
+    """The golden file, and one with every part: four sites, constants, importances, notes."""
     g = torch.Generator().manual_seed(0)
     scores = {site: torch.rand(width, generator=g) for site, width in SITES.items()}
     constants = {site: torch.randn(width, generator=g) for site, width in SITES.items()}
     info = {"criterion": "learned", "loss": [0.5, 0.25], "seed": 3, "note": "größer als ½"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gates.safetensors"
-        save_gates(Gates(scores, constants, "extend", TINY, info), path)
+        importances = {site: 100 * score for site, score in scores.items()}
+        gates = Gates(scores, constants, "extend", TINY, info, importances)
+        save_gates(gates, path)
         return [GOLDEN.read_bytes(), path.read_bytes()]
 
 
@@ -444,6 +446,7 @@ def contents(gates: Gates) -> Contents:
     """Padding, floor, topology, notes and the bytes of every tensor."""
     tensors = {f"{site}.score": t.numpy().tobytes() for site, t in gates.scores.items()}
     tensors |= {f"{site}.constant": t.numpy().tobytes() for site, t in gates.constants.items()}
+    tensors |= {f"{site}.importance": t.numpy().tobytes() for site, t in gates.importances.items()}
     topology = as_text(gates.topology.to_json())
     return gates.padding, float(gates.floor), topology, as_text(gates.info), tensors
 
@@ -496,13 +499,13 @@ def _read(data: bytes) -> Contents | None:
         site, _, part = name.rpartition(".")
         if topology is None or not has_16_channels(site, topology):
             return None
-        if part not in ("score", "constant") or len(tensors[name]) != 16:
+        if part not in ("score", "constant", "importance") or len(tensors[name]) != 16:
             return None
         if not np.isfinite(tensors[name]).all():
             return None
         if part == "score" and not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
             return None
-        if part == "constant" and f"{site}.score" not in header:
+        if part != "score" and f"{site}.score" not in header:
             return None
     if not tensors or sorted(used) != [(64 * n, 64 * n + 64) for n in range(len(used))]:
         return None
