@@ -62,7 +62,7 @@ MAX_DESCRIPTION, MAX_DEPTH = 2**20, 64
 MAX_TENSORS = 1000
 #: the description is JSON inside JSON, which at most doubles it; a tensor's entry is far shorter
 MAX_HEADER = 2 * MAX_DESCRIPTION + 256 * MAX_TENSORS
-#: weights sampled per convolution for the fingerprint
+#: weights sampled per layer for the fingerprint
 FINGERPRINT_SAMPLES = 4096
 #: strict JSON for what Python writes as constants of its own
 CONSTANTS = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}

@@ -1,6 +1,6 @@
 """What pruning a channel of a ResBlock means: the masked reference and its exact compact form.
 
-A ResBlock of SD1.5 computes ``y = skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + emb)))``.
+A Stable Diffusion ResBlock has ``y = skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + emb)))``.
 
 - *inner* gate: a pruned output channel of conv1 is replaced by its constant μ before the embedding
   is added. The channel becomes spatially constant, so conv2 can evaluate it in closed form.
@@ -117,7 +117,7 @@ def masked_forward(
     residual: SoftGate | None,
     padding: Padding,
 ) -> Tensor:
-    """The reference: everything is computed, then pruned channels are replaced.
+    """The reference of a ResBlock: everything is computed, then pruned channels are replaced.
 
     ``x`` [B, I, H, W], ``emb`` [B, C] (the projected time embedding), result [B, O, H, W].
     """

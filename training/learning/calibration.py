@@ -24,6 +24,8 @@ from training.step.denoising import Denoising
 class Calibration:
     """What stands in for pruned channels, the effect of closing all gates, and of closing each.
 
+    `ldcp_core.Calibration` is another thing: moments of what the channels were seen to do.
+
     ``constants`` (site name -> float32 [C]) are the channels' means over the data, or zero;
     ``effect`` is the deviation from dense with every gate closed; ``effects`` (site name ->
     float32 [C]), a mean squared error too, is what each channel does alone: where learning starts.
