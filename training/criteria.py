@@ -12,7 +12,7 @@ effect of replacing the channel by its constant, the same for every kind of site
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -45,7 +45,7 @@ DiversityForm = Literal["mean", "spread", "variance"]
 class Ladder:
     """The same images at ascending timesteps, each time with the same noise.
 
-    ``latents`` and ``noise`` [B, 4, h, w], ``context`` [B, T, D].
+    ``latents`` and ``noise`` [B, 4, h, w], ``context`` [B, T, D]; ``added`` as in `Problem`.
     """
 
     denoising: Denoising
@@ -53,6 +53,7 @@ class Ladder:
     context: Tensor
     noise: Tensor
     timesteps: Sequence[int]
+    added: dict[str, Tensor] = field(default_factory=dict)
 
     def problem(self, timestep: int, noise: Tensor | None = None) -> Problem:
         """All images at one timestep."""
@@ -60,7 +61,7 @@ class Ladder:
         alpha = float(self.denoising.model.alphas_cumprod[timestep])
         noisy = alpha**0.5 * self.latents + (1 - alpha) ** 0.5 * noise
         steps = torch.full((len(self.latents),), timestep, device=self.latents.device)
-        return Problem(noisy, steps, self.context, noise)
+        return Problem(noisy, steps, self.context, noise, self.added)
 
     def __iter__(self) -> Iterator[Problem]:
         return map(self.problem, self.timesteps)
@@ -182,9 +183,7 @@ def diff_pruning(
     try:
         problems = progress(ladder, "diff-pruning", unit="timestep")
         for timestep, problem in zip(ladder.timesteps, problems, strict=True):
-            output = unet(
-                problem.noisy, problem.timesteps, encoder_hidden_states=problem.context
-            ).sample
+            output = ladder.denoising.predict(problem)
             loss = noise_loss(problem)(output)
             largest = max(largest, loss.item())
             if loss.item() < threshold * largest:
@@ -337,6 +336,7 @@ def _pair(
         torch.cat([context, other_text]),
         torch.cat([noise, other_noise]),
         [timestep],
+        {name: values[one].repeat(2, 1) for name, values in ladder.added.items()},
     )
     return single.problem(timestep)
 

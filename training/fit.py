@@ -1,11 +1,11 @@
-"""Learn which channels of a Stable Diffusion 1.5 U-Net to keep, and write a gate file.
+"""Learn which channels of the U-Net of SD1.5 or SDXL to keep, and write a gate file.
 
     python -m training.fit --demo
     python -m training.fit --model v1-5-pruned-emaonly.safetensors --data ffhq/ \\
         --output gates.safetensors --target-sparsity 0.3
     accelerate launch --multi_gpu -m training.fit ...
 
-U-Net, VAE and text encoder are frozen; one score per channel is learned from two competing losses,
+U-Net, VAE and text encoders are frozen; one score per channel is learned from two competing losses,
 the MSE against the dense model's output and the L1 of the scores (see `training.learning.learner`).
 """
 

@@ -18,9 +18,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -57,6 +63,7 @@ PROMPTS = (
     "a dog's face",
 )
 DENSE = "dense"
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 @dataclass(frozen=True)
@@ -93,18 +100,21 @@ class SampleOptions(Options):
     device: str = option("cpu, cuda, mps", "cpu")
 
 
-def pipeline_of(model: DiffusionModel) -> StableDiffusionPipeline:
+def pipeline_of(model: DiffusionModel) -> Pipeline:
     """diffusers' own pipeline around the model's parts, with DDIM."""
-    pipe = StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        unet=model.unet,
-        scheduler=DDIMScheduler.from_config(model.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {
+        "vae": model.vae,
+        "text_encoder": model.text_encoder,
+        "tokenizer": model.tokenizer,
+        "unet": model.unet,
+        "scheduler": DDIMScheduler.from_config(model.scheduler.config),
+    }
+    if model.text_encoder_2 is None:
+        unchecked = {"safety_checker": None, "requires_safety_checker": False}
+        pipe: Pipeline = StableDiffusionPipeline(**parts, **unchecked, feature_extractor=None)
+    else:
+        second = {"text_encoder_2": model.text_encoder_2, "tokenizer_2": model.tokenizer_2}
+        pipe = StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -150,9 +160,7 @@ def check_fits(model: DiffusionModel, gates: Gates | None) -> None:
         )
 
 
-def draw(
-    pipe: StableDiffusionPipeline, shots: Sequence[Shot], settings: Settings
-) -> Iterator[Image.Image]:
+def draw(pipe: Pipeline, shots: Sequence[Shot], settings: Settings) -> Iterator[Image.Image]:
     """One image per shot, each from its own seed, so that batches do not matter."""
     for start in range(0, len(shots), settings.batch_size):
         part = shots[start : start + settings.batch_size]

@@ -1,4 +1,4 @@
-"""Rank the channels of a Stable Diffusion 1.5 U-Net by a criterion, and write a gate file.
+"""Rank the channels of the U-Net of SD1.5 or SDXL by a criterion, and write a gate file.
 
     python -m training.score --criterion taylor --demo --target-sparsity 0.3
     python -m training.score --criterion flap --scope all+ff --budget parameters \\
@@ -206,9 +206,9 @@ def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list
     stream = images.batches(train, config.batch_size, seed=config.seed, epochs=None)
     ladders = []
     for batch in progress(islice(stream, count), "encoding images", count, unit="batch"):
-        latents, context = denoising.inputs(batch)
+        latents, context, added = denoising.inputs(batch)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        ladders.append(Ladder(denoising, latents, context, noise, steps))
+        ladders.append(Ladder(denoising, latents, context, noise, steps, added))
     return ladders
 
 
@@ -255,6 +255,7 @@ def _joined(ladders: Sequence[Ladder]) -> Ladder:
         torch.cat([ladder.context for ladder in ladders]),
         torch.cat([ladder.noise for ladder in ladders]),
         first.timesteps,
+        {name: torch.cat([ladder.added[name] for ladder in ladders]) for name in first.added},
     )
 
 

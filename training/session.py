@@ -12,15 +12,8 @@ from training.model.load import DTYPES, DiffusionModel, check_resolution, load_m
 
 
 def frozen_model(source: str, precision: str, device: str | torch.device) -> DiffusionModel:
-    """`load_model` with the U-Net in ``precision``.
-
-    VAE and text encoder stay in float32: half precision would cost quality in the one pass they
-    make.
-    """
-    model = load_model(source, dtype=DTYPES[precision], device=device)
-    model.vae.float()
-    model.text_encoder.float()
-    return model
+    """`load_model` with the U-Net in ``precision``."""
+    return load_model(source, dtype=DTYPES[precision], device=device)
 
 
 def fit_to(model: DiffusionModel, data: ImageData | StreamedImages, resolution: int | None) -> int:

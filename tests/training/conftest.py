@@ -1,7 +1,8 @@
-"""A random SD1.5-shaped pipeline and a few images, small enough to learn on in seconds."""
+"""Random pipelines of SD1.5's and SDXL's shape and a few images, small enough to learn on."""
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from training import fit
 from training.learning import result as outcome
@@ -93,8 +94,46 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pipeline_xl(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with SDXL's topology: two text encoders, which give 48 and 16 pooled channels."""
+    root = tmp_path_factory.mktemp("pipeline-xl")
+    for part in ("tokenizer", "scheduler"):
+        shutil.copytree(pipeline / part, root / part)
+    _clip_tokenizer(pad_token="!").save_pretrained(root / "tokenizer_2")
+    torch.manual_seed(1)
+    UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 3),
+        use_linear_projection=True,
+        norm_num_groups=8,
+        cross_attention_dim=48,
+        attention_head_dim=(2, 4, 6),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    ).save_pretrained(root / "unet")
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=8, sample_size=16, scaling_factor=0.13025
+    )
+    vae.save_pretrained(root / "vae")
+    texts = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPTextModel(CLIPTextConfig(hidden_size=16, **texts)).save_pretrained(root / "text_encoder")
+    second = CLIPTextConfig(hidden_size=32, projection_dim=16, hidden_act="gelu", **texts)
+    CLIPTextModelWithProjection(second).save_pretrained(root / "text_encoder_2")
+    return root
+
+
+@pytest.fixture(scope="session")
 def model(pipeline: Path) -> DiffusionModel:
     return load_model(str(pipeline))
+
+
+@pytest.fixture(scope="session")
+def model_xl(pipeline_xl: Path) -> DiffusionModel:
+    return load_model(str(pipeline_xl))
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def test_a_worker_that_dies_is_named_and_nothing_is_lost(
     assert len(list(tmp_path.glob("c/latents-*/*"))) == 1
     read: list[int] = []
     again = CachedImages(data, model, tmp_path / "c")
-    monkeypatch.setattr(again, "_decoded", lambda i: read.append(i) or data.pixels(i))
+    monkeypatch.setattr(again, "_decoded", lambda i: read.append(i) or data.square(i))
     again.build(model, workers=workers)
     assert sorted(read) == list(range(8, 20))
 

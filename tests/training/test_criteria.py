@@ -115,7 +115,9 @@ def data(images: object) -> ImageData:
 @pytest.fixture(scope="module")
 def ladder(model: DiffusionModel, data: ImageData) -> Ladder:
     denoising = Denoising(model, 0)
-    latents, context = denoising.inputs(next(FreshImages(data, model).batches(range(len(data)), 2)))
+    latents, context, _ = denoising.inputs(
+        next(FreshImages(data, model).batches(range(len(data)), 2))
+    )
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     return Ladder(denoising, latents, context, noise, [100, 500, 900])
 

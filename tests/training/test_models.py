@@ -1,4 +1,4 @@
-"""Loading SD1.5 from a single file in the original layout, a diffusers folder or a hub id, offline.
+"""Loading a single file in the original layout, a diffusers folder or a hub id, offline.
 
 The original layout is written out here by hand, so that the name mapping is checked against
 something other than itself. Full-size weights are loaded once; everything else uses tiny ones.
@@ -23,16 +23,24 @@ from diffusers import (
 )
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from training.errors import UserError
+from training.model import configs
 from training.model import load as models
-from training.model.configs import SD15, single_file
+from training.model.configs import CONFIGS, config_of, single_file
 from training.model.load import embed_prompts, encode_images, load_model
 
 Shapes = dict[str, tuple[int, ...]]
 WIDTHS = (320, 640, 1280, 1280)
 VAE_WIDTHS = (128, 256, 512, 512)
+TEXT_ENCODER = "cond_stage_model.transformer."
+TEXT_ENCODERS_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +71,17 @@ def _unet_res(name: str, cin: int, cout: int, emb: int) -> Shapes:
     return shapes | (_conv(f"{name}.skip_connection", cin, cout, 1) if cin != cout else {})
 
 
-def _unet_attention(name: str, c: int, context: int) -> Shapes:
+def _unet_attention(name: str, c: int, context: int, depth: int, linear: bool) -> Shapes:
     shapes = _norm(f"{name}.norm", c)
-    shapes |= _conv(f"{name}.proj_in", c, c, 1) | _conv(f"{name}.proj_out", c, c, 1)
-    block = f"{name}.transformer_blocks.0"
+    for projection in (f"{name}.proj_in", f"{name}.proj_out"):
+        shapes |= _linear(projection, c, c) if linear else _conv(projection, c, c, 1)
+    for i in range(depth):
+        shapes |= _unet_transformer(f"{name}.transformer_blocks.{i}", c, context)
+    return shapes
+
+
+def _unet_transformer(block: str, c: int, context: int) -> Shapes:
+    shapes: Shapes = {}
     for attention, width in (("attn1", c), ("attn2", context)):
         shapes |= _linear(f"{block}.{attention}.to_q", c, c, bias=False)
         shapes |= _linear(f"{block}.{attention}.to_k", width, c, bias=False)
@@ -78,33 +93,44 @@ def _unet_attention(name: str, c: int, context: int) -> Shapes:
     return shapes
 
 
-def _unet(widths: tuple[int, ...], context: int) -> Shapes:
-    emb = 4 * widths[0]
+def _unet(
+    widths: tuple[int, ...],
+    context: int,
+    depths: tuple[int, ...] = (1, 1, 1, 0),
+    mid_depth: int = 1,
+    pooled: int = 0,
+) -> Shapes:
+    """``depths``: transformers behind each ResBlock of a level; ``pooled``: 2816 in SDXL."""
+    emb, deepest, linear = 4 * widths[0], len(widths) - 1, pooled > 0
     shapes = _linear("time_embed.0", widths[0], emb) | _linear("time_embed.2", emb, emb)
+    if pooled:
+        shapes |= _linear("label_emb.0.0", pooled, emb) | _linear("label_emb.0.2", emb, emb)
     shapes |= _conv("input_blocks.0.0", 4, widths[0])
     skips, c, n = [widths[0]], widths[0], 0
     for level, width in enumerate(widths):
         for _ in range(2):
             n += 1
             shapes |= _unet_res(f"input_blocks.{n}.0", c, width, emb)
-            if level < 3:
-                shapes |= _unet_attention(f"input_blocks.{n}.1", width, context)
+            if depths[level]:
+                name = f"input_blocks.{n}.1"
+                shapes |= _unet_attention(name, width, context, depths[level], linear)
             c = width
             skips.append(c)
-        if level < 3:
+        if level < deepest:
             n += 1
             shapes |= _conv(f"input_blocks.{n}.0.op", c, c)
             skips.append(c)
     shapes |= _unet_res("middle_block.0", c, c, emb) | _unet_res("middle_block.2", c, c, emb)
-    shapes |= _unet_attention("middle_block.1", c, context)
-    for n in range(12):
-        level, j = 3 - n // 3, n % 3
+    shapes |= _unet_attention("middle_block.1", c, context, mid_depth, linear)
+    for n in range(3 * len(widths)):
+        level, j = deepest - n // 3, n % 3
         shapes |= _unet_res(f"output_blocks.{n}.0", c + skips.pop(), widths[level], emb)
         c = widths[level]
-        if level < 3:
-            shapes |= _unet_attention(f"output_blocks.{n}.1", c, context)
+        if depths[level]:
+            name = f"output_blocks.{n}.1"
+            shapes |= _unet_attention(name, c, context, depths[level], linear)
         if j == 2 and level > 0:
-            shapes |= _conv(f"output_blocks.{n}.{1 if level == 3 else 2}.conv", c, c)
+            shapes |= _conv(f"output_blocks.{n}.{2 if depths[level] else 1}.conv", c, c)
     return shapes | _norm("out.0", c) | _conv("out.2", c, 4)
 
 
@@ -165,9 +191,46 @@ def original_layout(
     parts = (
         (single_file.UNET, _unet(widths, text[1])),
         (single_file.VAE, _vae(vae_widths)),
-        (single_file.TEXT_ENCODER, _clip(*text)),
+        (TEXT_ENCODER, _clip(*text)),
     )
     return {prefix + key: shape for prefix, shapes in parts for key, shape in shapes.items()}
+
+
+def _open_clip(layers: int, c: int, vocabulary: int) -> Shapes:
+    shapes: Shapes = {
+        "positional_embedding": (77, c),
+        "text_projection": (c, c),
+        "logit_scale": (),
+        "token_embedding.weight": (vocabulary, c),
+    }
+    for i in range(layers):
+        layer = f"transformer.resblocks.{i}"
+        shapes |= {f"{layer}.attn.in_proj_weight": (3 * c, c)}
+        shapes |= {f"{layer}.attn.in_proj_bias": (3 * c,)}
+        shapes |= _linear(f"{layer}.attn.out_proj", c, c)
+        shapes |= _norm(f"{layer}.ln_1", c) | _norm(f"{layer}.ln_2", c)
+        shapes |= _linear(f"{layer}.mlp.c_fc", c, 4 * c) | _linear(f"{layer}.mlp.c_proj", 4 * c, c)
+    return shapes | _norm("ln_final", c)
+
+
+def sdxl_layout(
+    widths: tuple[int, ...] = (320, 640, 1280),
+    depths: tuple[int, ...] = (0, 2, 10),
+    vae_widths: tuple[int, ...] = VAE_WIDTHS,
+    layers: tuple[int, int] = (12, 32),
+    vocabulary: int = 49408,
+) -> Shapes:
+    first, second = TEXT_ENCODERS_XL
+    parts = (
+        (single_file.UNET, _unet(widths, 2048, depths, depths[-1], 2816)),
+        (single_file.VAE, _vae(vae_widths)),
+        (first, _clip(layers[0], 768, vocabulary)),
+        (second, _open_clip(layers[1], 1280, vocabulary)),
+    )
+    return {prefix + key: shape for prefix, shapes in parts for key, shape in shapes.items()}
+
+
+FULL, FULL_XL = original_layout(), sdxl_layout()
 
 
 def random_weights(shapes: Shapes) -> dict[str, torch.Tensor]:
@@ -252,7 +315,7 @@ PAIRS = [
 
 
 VAE_QUERY = "first_stage_model.decoder.mid.attn_1.q.weight"
-TEXT_PREFIX = single_file.TEXT_ENCODER + "text_model."
+TEXT_PREFIX = TEXT_ENCODER + "text_model."
 TEXT = [
     TEXT_PREFIX + "embeddings.token_embedding.weight",
     TEXT_PREFIX + "encoder.layers.0.mlp.fc2.weight",
@@ -275,7 +338,7 @@ def assert_weights_landed(model: models.DiffusionModel, state: dict[str, torch.T
 
 
 def assert_frozen(model: models.DiffusionModel) -> None:
-    for module in (model.unet, model.vae, model.text_encoder):
+    for module in (model.unet, model.vae, *model.text_encoders):
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
         assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
@@ -299,11 +362,11 @@ def test_a_full_size_single_file_loads_offline_into_the_right_modules(tmp_path: 
     assert model.alphas_cumprod.shape == (1000,)
     # beta_0 = 0.00085, so the first cumulative product is 1 - 0.00085.
     assert model.alphas_cumprod[0].item() == pytest.approx(1 - 0.00085, abs=1e-6)
-    text = embed_prompts(model, ["a photo of a cat", ""])
-    assert text.shape == (2, 77, 768)
+    text, pooled = embed_prompts(model, ["a photo of a cat", ""])
+    assert text.shape == (2, 77, 768) and pooled.shape == (2, 0)
     assert not torch.equal(text[0], text[1])
     with torch.no_grad():
-        noise = model.unet(torch.randn(1, 4, 8, 8).bfloat16(), 500, text[:1]).sample
+        noise = model.unet(torch.randn(1, 4, 8, 8).bfloat16(), 500, text[:1].bfloat16()).sample
     assert noise.shape == (1, 4, 8, 8)
     assert noise.isfinite().all()
 
@@ -322,6 +385,7 @@ def test_the_shipped_tokenizer_is_clips() -> None:
 
 
 TINY = ((32, 32, 64, 64), (32, 32, 32, 32), (1, 768, 512))
+TINY_XL = ((32, 32, 64), (0, 1, 2), (32, 32, 32, 32), (1, 1), 512)
 
 
 @pytest.fixture(scope="module")
@@ -333,15 +397,23 @@ def tiny_state() -> dict[str, torch.Tensor]:
 def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped configs with small widths, so that a checkpoint of the layout stays small."""
     root = tmp_path / "configs"
-    shutil.copytree(SD15, root)
+    shutil.copytree(CONFIGS, root)
+    short = {"num_hidden_layers": 1, "vocab_size": 512}
     changes = {
-        "unet": {"block_out_channels": TINY[0]},
-        "vae": {"block_out_channels": TINY[1]},
-        "text_encoder": {"num_hidden_layers": 1, "vocab_size": 512},
+        "sd15/unet": {"block_out_channels": TINY[0]},
+        "sd15/vae": {"block_out_channels": TINY[1]},
+        "sd15/text_encoder": short,
+        "sdxl/unet": {
+            "block_out_channels": TINY_XL[0],
+            "transformer_layers_per_block": [1, *TINY_XL[1][1:]],
+            "attention_head_dim": 8,
+        },
+        "sdxl/vae": {"block_out_channels": TINY_XL[2]},
+        "sdxl/text_encoder_2": short,
     }
     for part, change in changes.items():
         edit_json(root / part / "config.json", **change)
-    monkeypatch.setattr(models, "SD15", root)
+    monkeypatch.setattr(configs, "CONFIGS", root)
 
 
 def edit_json(path: Path, **change: object) -> None:
@@ -402,7 +474,8 @@ def test_variants_of_a_single_file_load(
     model = load_model(str(path), dtype=torch.bfloat16)
     assert_frozen(model)
     assert_weights_landed(model, tiny_state)
-    assert model.unet.dtype == model.vae.dtype == model.text_encoder.dtype == torch.bfloat16
+    assert model.unet.dtype == torch.bfloat16
+    assert model.vae.dtype == model.text_encoder.dtype == torch.float32
 
 
 @pytest.mark.usefixtures("tiny_configs")
@@ -416,7 +489,7 @@ def test_reading_a_single_file_shows_how_far_it_is(
     save_file(tiny_state, tmp_path / "model.safetensors")
     load_model(str(tmp_path / "model.safetensors"))
     said = capsys.readouterr().err
-    for prefix in (single_file.UNET, single_file.VAE, single_file.TEXT_ENCODER):
+    for prefix in (single_file.UNET, single_file.VAE, TEXT_ENCODER):
         count = sum(key.startswith(prefix) for key in tiny_state)
         assert f"reading {prefix.rstrip('.')}: {count}/{count}" in said
 
@@ -453,22 +526,135 @@ def test_a_tensor_of_another_shape_is_named(
         load_model(str(path))
 
 
+# --- SDXL as a single file ------------------------------------------------------------------------
+
+
+def test_every_weight_of_a_full_size_sdxl_file_has_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 2515 is the tensor count of sd_xl_base_1.0: 1680 + 248 + 197 + 390.
+    assert len(FULL_XL) == 2515
+
+    def without_memory(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        found = {key: shape for key, shape in FULL_XL.items() if key.startswith(prefix)}
+        return {key: torch.empty(shape, device="meta") for key, shape in found.items()}
+
+    monkeypatch.setattr(models, "_read_tensors", without_memory)
+    for part, parameters in (("unet", 2_567_463_684), ("vae", 83_653_863)):
+        module = models._convert(
+            Path("xl"), "sdxl", part, torch.float16
+        )  # raises for a missing one
+        assert sum(p.numel() for p in module.parameters()) == parameters
+    for cls, part, renamed in (
+        (CLIPTextModel, "text_encoder", models._named_as_clip),
+        (CLIPTextModelWithProjection, "text_encoder_2", models._named_as_open_clip),
+    ):
+        config = CLIPTextConfig.from_pretrained(config_of("sdxl", part))
+        with torch.device("meta"):
+            expected = {_flat(k): v.shape for k, v in cls(config).state_dict().items()}
+        prefix = single_file.TEXT_ENCODERS["sdxl"][part]
+        found = renamed(without_memory(Path("xl"), prefix, torch.float32), prefix, config)
+        assert {_flat(key): tensor.shape for key, tensor in found.items()} == expected
+
+
+def _flat(key: str) -> str:
+    """Newer releases of transformers lack the level "text_model." in one of the two classes."""
+    return key.removeprefix("text_model.")
+
+
+@pytest.fixture(scope="module")
+def tiny_xl() -> dict[str, torch.Tensor]:
+    return random_weights(sdxl_layout(*TINY_XL))
+
+
+PAIRS_XL = [
+    ("unet", "add_embedding.linear_1.weight", "model.diffusion_model.label_emb.0.0.weight"),
+    ("unet", "add_embedding.linear_2.bias", "model.diffusion_model.label_emb.0.2.bias"),
+    (
+        "unet",
+        "down_blocks.2.attentions.1.transformer_blocks.1.ff.net.0.proj.weight",
+        "model.diffusion_model.input_blocks.8.1.transformer_blocks.1.ff.net.0.proj.weight",
+    ),
+    (
+        "unet",
+        "up_blocks.0.upsamplers.0.conv.weight",
+        "model.diffusion_model.output_blocks.2.2.conv.weight",
+    ),
+    (
+        "unet",
+        "up_blocks.2.resnets.0.conv2.weight",
+        "model.diffusion_model.output_blocks.6.0.out_layers.3.weight",
+    ),
+    ("vae", "encoder.conv_in.weight", "first_stage_model.encoder.conv_in.weight"),
+]
+
+
+@pytest.mark.usefixtures("tiny_configs")
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_an_sdxl_file_loads_into_the_right_modules(
+    suffix: str, tiny_xl: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    save_file(tiny_xl, path) if suffix == ".safetensors" else torch.save(tiny_xl, path)
+    model = load_model(str(path), dtype=torch.bfloat16)
+    assert_frozen(model)
+    for part, ours, theirs in PAIRS_XL:
+        loaded = getattr(model, part).state_dict()[ours]
+        assert torch.equal(loaded, tiny_xl[theirs].to(loaded.dtype)), ours
+    assert model.unet.dtype == torch.bfloat16
+    assert model.vae.dtype == model.text_encoder_2.dtype == torch.float32
+    assert (model.resolution, model.vae_scale_factor) == (1024, 8)
+    assert model.vae.config.scaling_factor == 0.13025
+    second = {_flat(k): v for k, v in model.text_encoder_2.state_dict().items()}
+    ours, theirs = "encoder.layers.0.self_attn.{}_proj.weight", TEXT_ENCODERS_XL[1]
+    joined = torch.cat([second[ours.format(name)] for name in "qkv"])
+    packed = f"{theirs}transformer.resblocks.0.attn.in_proj_weight"
+    assert torch.equal(joined, tiny_xl[packed].float())
+    projection = tiny_xl[f"{theirs}text_projection"].float()  # OpenCLIP multiplies from the right
+    assert torch.equal(second["text_projection.weight"], projection.T)
+    first, other = (t("a", padding="max_length").input_ids[-1] for t in model.tokenizers)
+    assert (first, other) == (49407, 0)  # the end of the text, and "!"
+
+
+@pytest.mark.usefixtures("tiny_configs")
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("model.diffusion_model.label_emb.0.2.bias", "unet"),
+        (TEXT_ENCODERS_XL[1] + "text_projection", "text encoder 2"),
+        (TEXT_ENCODERS_XL[1] + "transformer.resblocks.0.mlp.c_fc.bias", "text encoder 2"),
+        (TEXT_ENCODERS_XL[0] + "text_model.final_layer_norm.bias", "text encoder"),
+    ],
+)
+def test_a_missing_tensor_of_an_sdxl_file_is_named(
+    key: str, part: str, tiny_xl: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({k: v for k, v in tiny_xl.items() if k != key}, path)
+    message = rf"no complete SDXL checkpoint: \d+ tensor\(s\) of the {part} are missing"
+    with pytest.raises(UserError, match=message):
+        load_model(str(path))
+
+
 # --- files that are something else ----------------------------------------------------------------
 
 
-FULL = original_layout()
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 ONLY_UNET = {k: v for k, v in FULL.items() if k.startswith(single_file.UNET)}
 ONLY_VAE = {k: v for k, v in FULL.items() if k.startswith(single_file.VAE)}
-ONLY_TEXT = {k: v for k, v in FULL.items() if k.startswith(single_file.TEXT_ENCODER)}
+ONLY_TEXT = {k: v for k, v in FULL.items() if k.startswith(TEXT_ENCODER)}
 FOREIGN: dict[str, tuple[Shapes, str]] = {
-    "sdxl": (
-        ONLY_UNET
-        | {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": (768,)}
-        | {"model.diffusion_model.label_emb.0.0.weight": (1280, 2816)},
-        "an SDXL checkpoint",
+    "sdxl refiner": (
+        ONLY_UNET | {TO_K: (384, 1280), "conditioner.embedders.0.model.ln_final.bias": (1280,)},
+        "an SDXL refiner checkpoint",
     ),
+    "sdxl u-net and vae": (
+        {k: v for k, v in FULL_XL.items() if not k.startswith("conditioner.")},
+        "an SDXL U-Net without the text encoder and the text encoder 2",
+    ),
+    "sdxl inpainting": (FULL_XL | {CONV_IN: (320, 9, 3, 3)}, "an inpainting checkpoint"),
+    "sdxl v-prediction": (FULL_XL | {"v_pred": ()}, "a v-prediction model"),
     "sd2": (
         ONLY_UNET
         | ONLY_VAE
@@ -492,7 +678,7 @@ FOREIGN: dict[str, tuple[Shapes, str]] = {
     "vae": ({k.removeprefix(single_file.VAE): v for k, v in ONLY_VAE.items()}, "a VAE alone"),
     "prefixed vae": (ONLY_VAE, "a VAE alone"),
     "text encoder": (
-        {k.removeprefix(single_file.TEXT_ENCODER): v for k, v in ONLY_TEXT.items()},
+        {k.removeprefix(TEXT_ENCODER): v for k, v in ONLY_TEXT.items()},
         "a text encoder alone",
     ),
     "controlnet": ({"control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet"),
@@ -520,9 +706,10 @@ def test_another_model_is_refused_by_name(name: str, tmp_path: Path) -> None:
     assert raised.value.next_step
 
 
-def test_the_true_header_passes_the_check(tmp_path: Path) -> None:
-    path = write_sparse(tmp_path / "model.safetensors", FULL)
-    single_file.check_single_file(path, single_file.read_header(path))
+@pytest.mark.parametrize(("layout", "family"), [(FULL, "sd15"), (FULL_XL, "sdxl")])
+def test_the_true_header_is_recognised(layout: Shapes, family: str, tmp_path: Path) -> None:
+    path = write_sparse(tmp_path / "model.safetensors", layout)
+    assert single_file.check_single_file(path, single_file.read_header(path)) == family
 
 
 def test_a_gate_file_is_refused(tmp_path: Path) -> None:
@@ -725,7 +912,7 @@ def test_a_small_folder_of_the_same_topology_loads(tiny_folder: Path) -> None:
     loaded = model.unet.state_dict()
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
-    text = embed_prompts(model, ["cat", "a cat" * 40, ""])
+    text, _ = embed_prompts(model, ["cat", "a cat" * 40, ""])
     assert text.shape == (3, 16, 24)
     with torch.no_grad():
         out = model.unet(torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3]), text).sample
@@ -758,11 +945,16 @@ FOLDER_CHANGES = {
     "down_block_types": ("unet/config.json", {"down_block_types": ["DownBlock2D"] * 4}),
     "layers_per_block = 1": ("unet/config.json", {"layers_per_block": 1}),
     "mid_block_type": ("unet/config.json", {"mid_block_type": None}),
-    "addition_embed_type": ("unet/config.json", {"addition_embed_type": "text_time"}),
+    "text_encoder_2/config.json, tokenizer_2/": (
+        "unet/config.json",
+        {"addition_embed_type": "text_time", "block_out_channels": [16, 32, 96]},
+    ),
+    "the SDXL refiner": ("unet/config.json", {"addition_embed_type": "text_time"}),
+    "addition_embed_type": ("unet/config.json", {"addition_embed_type": "image"}),
+    "latents_mean": ("vae/config.json", {"latents_mean": [0.0] * 4}),
     "latent channels": ("vae/config.json", {"latent_channels": 16}),
     "does not fit together": ("unet/config.json", {"cross_attention_dim": 32}),
     "a t5 model": ("text_encoder/config.json", {"model_type": "t5"}),
-    "an SDXL folder": ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}),
 }
 
 

@@ -26,7 +26,7 @@ SCOPES = ["mid", "up", "down", "all", "ff", "up_blocks.3.*", "up_blocks.1.resnet
 def problem(model: DiffusionModel) -> Problem:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 4, 16, 16, generator=generator)
-    context = embed_prompts(model, [""] * 3)
+    context, _ = embed_prompts(model, [""] * 3)
     return Denoising(model, 0).problem(Batch(latents, context, ["a", "b", "c"], 3, slice(3)))
 
 
@@ -145,7 +145,7 @@ def test_no_graph_before_the_first_gate(model: DiffusionModel, problem: Problem)
         for name in names:
             watch(name)
         with masked(model.unet, gates, "zero"):
-            Denoising(model, 0)._predict(problem)
+            Denoising(model, 0).predict(problem)
     finally:
         for handle in hooks:
             handle.remove()
@@ -166,7 +166,7 @@ def saved_bytes(model: DiffusionModel, problem: Problem, context: object) -> int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with context, masked(model.unet, gates, "zero"):  # type: ignore[attr-defined]
-            output = Denoising(model, 0)._predict(problem)
+            output = Denoising(model, 0).predict(problem)
     assert output.requires_grad
     return sum(kept.values())
 

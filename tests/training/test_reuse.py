@@ -25,7 +25,7 @@ class Drawn:
 
     def __init__(self, model: DiffusionModel, times: int = TIMES) -> None:
         self.denoising, self.position = Denoising(model, 0), Position()
-        self.answers, self._context = 0, embed_prompts(model, [""])
+        self.answers, self._context = 0, embed_prompts(model, [""])[0]
         self.sites = [site.name for site in topology_of(model.unet).sites("mid")]
         self.problems = Problems(
             self.denoising, self._stream(), self.position, self.sites, WINDOW, times

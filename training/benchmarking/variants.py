@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ldcp_core.diffusers import CompactBlock, compact_blocks, gated_layers
 from training.benchmarking.timing import DENSE, Variant
 from training.model.configs import SD15
 from training.model.gating import running
+from training.model.load import added_conditions, pooled_width
 
 TEXT_TOKENS = 77
 TIMESTEP = 500
@@ -68,11 +69,15 @@ def fill_(unet: UNet2DConditionModel, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Latents [B, 4, H, W], one timestep for all (a scalar), and text states [B, 77, D]."""
+    """Latents [B, 4, H, W], one timestep for all (a scalar), and text states [B, 77, D].
+
+    ``added`` is what `added_conditions` gives.
+    """
 
     latents: Tensor
     timestep: Tensor
     context: Tensor
+    added: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def random(cls, unet: UNet2DConditionModel, batch: int, latent_side: int, seed: int) -> Inputs:
@@ -85,12 +90,20 @@ class Inputs:
         context = torch.randn(batch, TEXT_TOKENS, config.cross_attention_dim, generator=generator)
         to = dict(device=unet.device, dtype=unet.dtype)
         timestep = torch.tensor(TIMESTEP, device=unet.device)
-        return cls(latents.to(**to), timestep, context.to(**to))
+        pooled = torch.randn(batch, pooled_width(config), generator=generator).to(unet.device)
+        sizes = torch.zeros(batch, 6, device=unet.device)
+        added = added_conditions(pooled, sizes)
+        return cls(latents.to(**to), timestep, context.to(**to), added)
 
     @torch.no_grad()
     def run(self, unet: UNet2DConditionModel) -> Tensor:
         """The U-Net's prediction, of the latents' shape."""
-        return unet(self.latents, self.timestep, encoder_hidden_states=self.context).sample
+        return unet(
+            self.latents,
+            self.timestep,
+            encoder_hidden_states=self.context,
+            added_cond_kwargs=self.added,
+        ).sample
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Images as the U-Net sees them: latents and prompt embeddings, each computed once.
+"""Images as the U-Net sees them: latents, sizes and prompt embeddings, each computed once.
 
 `CachedImages` keeps them on disk: with it in hand neither VAE nor text encoder is needed any more.
 `FreshImages` computes those that are met, and keeps them in memory. Both give the same batches.
@@ -9,11 +9,12 @@ and a latent must not depend on what it was computed together with.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,12 +23,22 @@ from torch import Tensor
 from training.data.cache import TensorCache, digest, weights_digest
 from training.data.images import BrokenImage, ImageData, Position
 from training.errors import UserError
-from training.model.load import DiffusionModel, embed_prompts, encode_images
+from training.model.load import (
+    DiffusionModel,
+    added_conditions,
+    context_shape,
+    embed_prompts,
+    encode_images,
+    latent_shape,
+)
 
 #: how an image becomes a square (`to_pixels`) and a latent (`encode_images`): change it with them
 CROP = "centre square, lanczos, mode of the posterior"
 #: threads that read and decode images ahead (Pillow decodes outside Python's lock)
 WORKERS = min(8, os.cpu_count() or 1)
+#: what the cache keeps of an image and of a prompt, each a row of numbers
+IMAGE, PROMPT = "latent, then sizes", "text states, then pooled text"
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Batch:
     """Images together: ``latents`` [B, 4, h, w] and ``context`` [B, T, D], float32 on the CPU.
 
     Where several processes share a batch of ``total`` images, these are its ``rows`` alone; the
-    same holds where some of them can't be read.
+    same holds where some of them can't be read. ``added`` is what `added_conditions` gives.
     """
 
     latents: Tensor
@@ -43,6 +54,25 @@ class Batch:
     ids: list[str]
     total: int
     rows: slice | list[int]
+    added: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        images: Iterable[Pair],
+        prompts: Iterable[Pair],
+        ids: list[str],
+        total: int,
+        rows: slice | list[int],
+    ) -> Batch:
+        """A batch of (latent, sizes) and (context, pooled), of which as many count as ``ids``."""
+        latents, sizes = _stacked(images, len(ids))
+        context, pooled = _stacked(prompts, len(ids))
+        return cls(latents, context, ids, total, rows, added_conditions(pooled, sizes))
+
+
+def _stacked(pairs: Iterable[Pair], count: int) -> list[Tensor]:
+    return [torch.stack(each)[:count] for each in zip(*pairs, strict=True)]
 
 
 class Images:
@@ -71,9 +101,9 @@ class Images:
             rows = share(len(chosen))
             mine = chosen[rows]
             read = mine or chosen[:1]  # nothing of this batch is ours: shapes without rows
-            yield Batch(
-                torch.stack([self._latent(index) for index in read])[: len(mine)],
-                torch.stack([self._context(index) for index in read])[: len(mine)],
+            yield Batch.of(
+                map(self._image, read),
+                map(self._prompt, read),
                 [self.data.records[index].id for index in mine],
                 len(chosen),
                 rows,
@@ -82,10 +112,12 @@ class Images:
     def _readable(self, index: int) -> bool:
         raise NotImplementedError
 
-    def _latent(self, index: int) -> Tensor:
+    def _image(self, index: int) -> Pair:
+        """Latent and sizes."""
         raise NotImplementedError
 
-    def _context(self, index: int) -> Tensor:
+    def _prompt(self, index: int) -> Pair:
+        """Text states and pooled text."""
         raise NotImplementedError
 
 
@@ -96,30 +128,30 @@ class FreshImages(Images):
         super().__init__(data)
         self._model = model
         self._captions: dict[int, str] = {}
-        self._latents: dict[int, Tensor] = {}
-        self._contexts: dict[str, Tensor] = {}
+        self._images: dict[int, Pair] = {}
+        self._prompts: dict[str, Pair] = {}
 
     def _readable(self, index: int) -> bool:
-        if index in self._latents:
+        if index in self._images:
             return True
         try:
-            pixels = self.data.pixels(index)
+            square = self.data.square(index)
         except BrokenImage:
             return False
         self._captions |= self.data.captions([index])
         if index not in self._captions:
             return False
-        self._latents[index] = encode_images(self._model, pixels[None])[0].cpu()
+        self._images[index] = encoded_image(self._model, square)
         return True
 
-    def _latent(self, index: int) -> Tensor:
-        return self._latents[index]
+    def _image(self, index: int) -> Pair:
+        return self._images[index]
 
-    def _context(self, index: int) -> Tensor:
+    def _prompt(self, index: int) -> Pair:
         caption = self._captions[index]
-        if caption not in self._contexts:
-            self._contexts[caption] = embed_prompts(self._model, [caption])[0].cpu()
-        return self._contexts[caption]
+        if caption not in self._prompts:
+            self._prompts[caption] = embedded_prompt(self._model, caption)
+        return self._prompts[caption]
 
 
 class CachedImages(Images):
@@ -130,13 +162,19 @@ class CachedImages(Images):
         captions = data.captions()
         self._prompts = list(dict.fromkeys(captions.values()))
         number = {prompt: i for i, prompt in enumerate(self._prompts)}
-        self._prompt = {index: number[caption] for index, caption in captions.items()}
-        vae, text = model.vae, model.text_encoder
-        latents = digest(
-            [weights_digest(vae), str(vae.config.scaling_factor), CROP, str(data.resolution)]
-        )
+        self._prompt_of = {index: number[caption] for index, caption in captions.items()}
+        assert data.resolution is not None
+        self._latent_shape = latent_shape(model, data.resolution)
+        self._context_shape = context_shape(model)
+        vae = model.vae
+        scaling = str(vae.config.scaling_factor)
+        latents = digest([IMAGE, weights_digest(vae), scaling, CROP, str(data.resolution)])
         embeddings = digest(
-            [weights_digest(text), str(sorted(model.tokenizer.get_vocab().items()))]
+            [
+                PROMPT,
+                *map(weights_digest, model.text_encoders),
+                *(str(sorted(t.get_vocab().items())) + str(t.pad_token) for t in model.tokenizers),
+            ]
         )
         self.latents = TensorCache(folder / f"latents-{latents}", data.stamps(folder))
         self.embeddings = TensorCache(folder / f"prompts-{embeddings}", self._prompts)
@@ -152,31 +190,29 @@ class CachedImages(Images):
 
         def latents(indices: Sequence[int]) -> Iterator[Tensor | str]:
             for found in _ahead(self._decoded, indices, workers):
-                if isinstance(found, Tensor):
-                    found = encode_images(model, found[None])[0].cpu()
-                yield found
+                yield found if isinstance(found, str) else _packed(encoded_image(model, found))
 
         def embeddings(indices: Sequence[int]) -> Iterator[Tensor | str]:
             for index in indices:
-                yield embed_prompts(model, [self._prompts[index]])[0].cpu()
+                yield _packed(embedded_prompt(model, self._prompts[index]))
 
         self.latents.build(latents, "encoding images", rank, world)
         self.embeddings.build(embeddings, "encoding prompts", rank, world)
         self.data.note_broken(self.latents.broken)
 
     def _readable(self, index: int) -> bool:
-        return index in self._prompt and index not in self.latents.broken
+        return index in self._prompt_of and index not in self.latents.broken
 
-    def _latent(self, index: int) -> Tensor:
-        return self.latents[index]
+    def _image(self, index: int) -> Pair:
+        return _unpacked(self.latents[index], self._latent_shape)
 
-    def _context(self, index: int) -> Tensor:
-        return self.embeddings[self._prompt[index]]
+    def _prompt(self, index: int) -> Pair:
+        return _unpacked(self.embeddings[self._prompt_of[index]], self._context_shape)
 
-    def _decoded(self, index: int) -> Tensor | str:
+    def _decoded(self, index: int) -> Pair | str:
         id = self.data.records[index].id
         try:
-            return self.data.pixels(index)
+            return self.data.square(index)
         except BrokenImage:
             return self.data.broken[id]
         except BaseException as error:
@@ -187,12 +223,35 @@ class CachedImages(Images):
             ) from error
 
 
+def encoded_image(model: DiffusionModel, square: Pair) -> Pair:
+    """Latent [4, h, w] and sizes [6], on the CPU, of what `ImageData.square` gives."""
+    pixels, sizes = square
+    return encode_images(model, pixels[None])[0].cpu(), sizes
+
+
+def embedded_prompt(model: DiffusionModel, prompt: str) -> Pair:
+    """Text states [T, D] and pooled text [P] of one prompt, on the CPU."""
+    context, pooled = embed_prompts(model, [prompt])
+    return context[0].cpu(), pooled[0].cpu()
+
+
+def _packed(pair: Pair) -> Tensor:
+    """Both in one row of numbers: a cache keeps one tensor per item."""
+    return torch.cat([each.flatten() for each in pair])
+
+
+def _unpacked(row: Tensor, shape: Sequence[int]) -> Pair:
+    """Inverse of `_packed`, where the first of the two has this shape."""
+    count = math.prod(shape)
+    return row[:count].view(*shape), row[count:]
+
+
 def _ahead(
-    read: Callable[[int], Tensor | str], indices: Sequence[int], workers: int
-) -> Iterator[Tensor | str]:
+    read: Callable[[int], Pair | str], indices: Sequence[int], workers: int
+) -> Iterator[Pair | str]:
     """``read`` of each index in order, a few ahead of what is asked for."""
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Tensor | str]] = deque()
+        waiting: deque[Future[Pair | str]] = deque()
         try:
             for index in indices:
                 waiting.append(pool.submit(read, index))

@@ -74,7 +74,11 @@ class ImageData:
         return len(self.records)
 
     def pixels(self, index: int) -> Tensor:
-        """Decode one image, float32 [3, R, R] in [-1, 1].
+        """The pixels of `square` alone."""
+        return self.square(index)[0]
+
+    def square(self, index: int) -> tuple[Tensor, Tensor]:
+        """Decode one image: its pixels (see `to_pixels`) and its `sizes`.
 
         Raises BrokenImage, also noted in `broken`, where it can't be read.
         """
@@ -95,7 +99,7 @@ class ImageData:
                 *image.size,
                 self.resolution,
             )
-        return to_pixels(image, self.resolution)
+        return to_pixels(image, self.resolution), sizes(image, self.resolution)
 
     def _note_broken(self, id: str, error: Exception) -> BrokenImage:
         reason = reason_of(error)
@@ -300,9 +304,7 @@ def open_image(file: BinaryIO | Path) -> Image.Image:
 
 def to_pixels(image: Image.Image, resolution: int) -> Tensor:
     """Cut out the centre square, scale it, and return float32 [3, R, R] in [-1, 1]."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    left, top, side = _centre(image)
     square = image.resize(
         (resolution, resolution),
         Image.Resampling.LANCZOS,
@@ -311,3 +313,22 @@ def to_pixels(image: Image.Image, resolution: int) -> Tensor:
     values = torch.from_numpy(np.array(square, dtype=np.float32))
     values = values.expand(3, -1, -1) if values.ndim == 2 else values.permute(2, 0, 1)
     return (values / 127.5 - 1).clamp(-1, 1).contiguous()
+
+
+def sizes(image: Image.Image, resolution: int) -> Tensor:
+    """What SDXL is told of the image that `to_pixels` makes, float32 [6], in pixels.
+
+    Original height and width; top and left of the crop, in the image scaled to ``resolution``;
+    height and width of the result (Podell et al. 2023, arXiv:2307.01952, §2.2).
+    """
+    left, top, side = _centre(image)
+    width, height = image.size
+    crop = [round(top * resolution / side), round(left * resolution / side)]
+    return torch.tensor([height, width, *crop, resolution, resolution], dtype=torch.float32)
+
+
+def _centre(image: Image.Image) -> tuple[int, int, int]:
+    """Left, top and side of the centre square."""
+    width, height = image.size
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side

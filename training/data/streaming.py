@@ -16,13 +16,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from training.data.encoding import Batch
-from training.data.images import ImageData, Position, decode_image, reason_of, to_pixels
+from training.data.encoding import Batch, Pair, embedded_prompt, encoded_image
+from training.data.images import ImageData, Position, decode_image, reason_of, sizes, to_pixels
 from training.data.sources import Stream, open_stream
 from training.errors import UserError
-from training.model.load import DiffusionModel, embed_prompts, encode_images
+from training.model.load import DiffusionModel, latent_shape
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class StreamedImages:
         self._stream: Stream = open_stream(source)
         self._held_out = held_out
         self._model: DiffusionModel | None = None
-        self._embedded: dict[str, Tensor] = {}
+        self._embedded: dict[str, Pair] = {}
         self._read = False
 
     def split(self) -> tuple[range, range]:
@@ -144,38 +143,32 @@ class StreamedImages:
 
     def _encoded(self, chosen: Sequence[tuple[int, Mapping[str, Any]]], rows: slice) -> Batch:
         assert self._model is not None and self.resolution is not None
-        latents: dict[int, Tensor] = {}
-        context: dict[int, Tensor] = {}
+        images: dict[int, Pair] = {}
+        prompts: dict[int, Pair] = {}
         for place in range(len(chosen))[rows]:
             number, row = chosen[place]
             try:
-                pixels = to_pixels(decode_image(self._stream.read(row)), self.resolution)
+                image = decode_image(self._stream.read(row))
+                square = to_pixels(image, self.resolution), sizes(image, self.resolution)
                 caption = self._stream.caption(row)
             except Exception as error:  # damaged bytes make image decoders raise nearly anything
                 self._note_broken(f"row {number}", error)
                 continue
-            latents[place] = encode_images(self._model, pixels[None])[0].cpu()
-            context[place] = self._embedding(caption)
+            images[place] = encoded_image(self._model, square)
+            prompts[place] = self._embedding(caption)
             self._read = True
-        if not latents:
-            latents[0] = torch.zeros(self._latent_shape())
-            context[0] = self._embedding("")
-            return Batch(latents[0][None][:0], context[0][None][:0], [], len(chosen), [])
-        ids = [f"row {chosen[place][0]}" for place in latents]
-        stacked = [torch.stack(list(values.values())) for values in (latents, context)]
-        return Batch(stacked[0], stacked[1], ids, len(chosen), list(latents))
+        if not images:  # shapes without rows
+            nothing = torch.zeros(latent_shape(self._model, self.resolution)), torch.zeros(6)
+            return Batch.of([nothing], [self._embedding("")], [], len(chosen), [])
+        ids = [f"row {chosen[place][0]}" for place in images]
+        return Batch.of(images.values(), prompts.values(), ids, len(chosen), list(images))
 
-    def _latent_shape(self) -> tuple[int, int, int]:
-        assert self._model is not None and self.resolution is not None
-        side = self.resolution // self._model.vae_scale_factor
-        return self._model.vae.config.latent_channels, side, side
-
-    def _embedding(self, caption: str) -> Tensor:
+    def _embedding(self, caption: str) -> Pair:
         assert self._model is not None
         if caption not in self._embedded:
             if len(self._embedded) == PROMPTS:
                 del self._embedded[next(iter(self._embedded))]
-            self._embedded[caption] = embed_prompts(self._model, [caption])[0].cpu()
+            self._embedded[caption] = embedded_prompt(self._model, caption)
         return self._embedded[caption]
 
     def _note_broken(self, id: str, error: Exception) -> None:

@@ -1,9 +1,9 @@
-"""Load Stable Diffusion 1.5, frozen, from whatever form a user has it in.
+"""Load Stable Diffusion 1.5 or SDXL, frozen, from whatever form a user has it in.
 
 A hub id, a diffusers folder and the single file of a ComfyUI installation all become one
 `DiffusionModel`, so that nothing after this knows where the weights came from. A single file loads
 offline: its configs and tokenizer are part of this package. Every source is recognised from
-headers and configs before a weight is read, and what is not SD1.5 is refused by name.
+headers and configs before a weight is read, and what is neither is refused by name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -27,6 +28,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
 )
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -38,11 +40,16 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from training.console import progress
 from training.errors import UserError
-from training.model.configs import SD15, folder, single_file
+from training.model.configs import NAMES, config_of, folder, single_file
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +58,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: side of the largest images, in pixels: self-attention over them would take terabytes
 LARGEST = 8192
 EXPECTED = (
-    "a diffusers folder, a Stable Diffusion 1.5 checkpoint (.safetensors or .ckpt), or a hub id "
-    "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+    "a diffusers folder, a Stable Diffusion 1.5 or SDXL checkpoint (.safetensors or .ckpt), or a "
+    "hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
 )
 
 
 @dataclass(frozen=True)
 class DiffusionModel:
-    """The parts of one SD1.5-shaped pipeline: in eval mode, no parameter requires a gradient."""
+    """The parts of one pipeline of SD1.5's or SDXL's shape: in eval mode, without gradients.
+
+    SDXL has a second text encoder, with a tokenizer that pads otherwise.
+    """
 
     source: str
     unet: UNet2DConditionModel
@@ -66,19 +76,31 @@ class DiffusionModel:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """One for SD1.5, two for SDXL."""
+        return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
+
+    @property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        """One per text encoder."""
+        return [t for t in (self.tokenizer, self.tokenizer_2) if t is not None]
 
     def without_encoders(self) -> DiffusionModel:
-        """The same U-Net without VAE and text encoder, whose memory can then be freed."""
-        return replace(self, vae=None, text_encoder=None)
+        """The same U-Net without VAE and text encoders, whose memory can then be freed."""
+        return replace(self, vae=None, text_encoder=None, text_encoder_2=None)
 
     @property
     def vae_scale_factor(self) -> int:
-        """Image pixels per latent pixel, 8 for SD1.5."""
+        """Image pixels per latent pixel, 8 for SD1.5 and SDXL."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def resolution(self) -> int:
-        """The side of the images the model was made for, in pixels; 512 for SD1.5."""
+        """The side in pixels that the model was made for; 512 for SD1.5, 1024 for SDXL."""
         return self.unet.config.sample_size * self.vae_scale_factor
 
     @property
@@ -90,18 +112,19 @@ class DiffusionModel:
 def load_model(
     source: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> DiffusionModel:
-    """Load the frozen parts of an SD1.5-shaped model.
+    """Load the frozen parts of a model of SD1.5's or SDXL's shape.
 
     Args:
         source: a diffusers folder, a single-file checkpoint in the original layout (`.safetensors`
             or `.ckpt`), or a hub id. Only the last one uses the network. Of a checkpoint with EMA
             copies (`model_ema.*`) the plain weights are used, as ComfyUI does. Checkpoints are
             taken to predict noise; inpainting checkpoints (9 input channels) are refused.
-        dtype: the precision of all parts, whatever the files hold.
+        dtype: the precision of the U-Net. VAE and text encoders are in float32: half precision
+            would cost quality in the one pass they make, and SDXL's VAE overflows in float16.
         device: where to put them.
 
     Raises:
-        UserError: the source can't be found, reached or read, or is not SD1.5.
+        UserError: the source can't be found, reached or read, or is neither SD1.5 nor SDXL.
     """
     device = usable_device(device)
     path = Path(source).expanduser()
@@ -111,7 +134,7 @@ def load_model(
     with _no_progress_bars():
         load = _load_folder if path.is_dir() else _load_single_file
         model = load(path, source, dtype)
-    for module in (model.unet, model.vae, model.text_encoder):
+    for module in (model.unet, model.vae, *model.text_encoders):
         module.requires_grad_(False).eval().to(device)
     return model
 
@@ -146,19 +169,58 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 @torch.no_grad()
-def embed_prompts(model: DiffusionModel, prompts: Sequence[str]) -> Tensor:
-    """Return the text encoder's last hidden states, [B, T, D] (SD1.5: T = 77, D = 768).
+def embed_prompts(model: DiffusionModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return text states [B, T, D] and pooled text [B, P], as the model was trained.
 
-    Prompts are padded to T tokens and cut beyond, without a mask, as SD1.5 was trained.
+    SD1.5 takes the last states of its encoder (T = 77, D = 768) and no pooled text (P = 0). SDXL
+    takes the last but one of both, side by side (D = 2048), and the pooled text of the second
+    (P = 1280). Prompts are padded to T tokens and cut beyond, without a mask.
     """
-    tokens = model.tokenizer(
+    if model.text_encoder_2 is None:
+        context = _encoded(model, 0, prompts).last_hidden_state
+        return context, context.new_zeros(len(prompts), 0)
+    found = [_encoded(model, i, prompts, output_hidden_states=True) for i in range(2)]
+    return torch.cat([each.hidden_states[-2] for each in found], -1), found[1].text_embeds
+
+
+def _encoded(model: DiffusionModel, encoder: int, prompts: Sequence[str], **options: Any) -> Any:
+    """What a text encoder makes of the prompts."""
+    module = model.text_encoders[encoder]
+    tokens = model.tokenizers[encoder](
         list(prompts),
         padding="max_length",
-        max_length=model.text_encoder.config.max_position_embeddings,
+        max_length=module.config.max_position_embeddings,
         truncation=True,
         return_tensors="pt",
     ).input_ids
-    return model.text_encoder(tokens.to(model.text_encoder.device)).last_hidden_state
+    return module(tokens.to(module.device), **options)
+
+
+def context_shape(model: DiffusionModel) -> tuple[int, int]:
+    """[T, D] of a prompt's text states."""
+    tokens = model.text_encoder.config.max_position_embeddings
+    return tokens, model.unet.config.cross_attention_dim
+
+
+def latent_shape(model: DiffusionModel, resolution: int) -> tuple[int, int, int]:
+    """[4, h, w] of a square image of so many pixels."""
+    side = resolution // model.vae_scale_factor
+    return model.vae.config.latent_channels, side, side
+
+
+def pooled_width(config: Any) -> int:
+    """P of the pooled text that a U-Net of this config takes; 0 for SD1.5."""
+    joined = config.projection_class_embeddings_input_dim  # with six numbers in so many channels
+    return joined - 6 * config.addition_time_embed_dim if joined else 0
+
+
+def added_conditions(pooled: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    """What SDXL's U-Net is told beside the text states, by diffusers' names; nothing for SD1.5.
+
+    ``pooled`` [B, P] as `embed_prompts` gives it, ``sizes`` [B, 6] as `training.data.images`
+    gives them.
+    """
+    return {"text_embeds": pooled, "time_ids": sizes} if pooled.shape[1] else {}
 
 
 @torch.no_grad()
@@ -166,7 +228,7 @@ def encode_images(model: DiffusionModel, pixels: Tensor) -> Tensor:
     """Return scaled latents [B, 4, H/f, W/f] of `pixels` [B, 3, H, W] in [-1, 1].
 
     They are the mean of the VAE's posterior, which repeats exactly, times the VAE's
-    `scaling_factor` (0.18215 for SD1.5).
+    `scaling_factor` (0.18215 for SD1.5, 0.13025 for SDXL).
     """
     posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
     return posterior.mode() * model.vae.config.scaling_factor
@@ -176,10 +238,10 @@ def encode_images(model: DiffusionModel, pixels: Tensor) -> Tensor:
 
 
 def _load_folder(root: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
-    folder.check_folder_configs(root)
-    weights = folder.find_weights(root)
+    family = folder.check_folder_configs(root)
+    weights = folder.find_weights(root, family)
 
-    def load(part: str, cls: Any) -> Any:
+    def load(part: str, cls: Any, dtype: torch.dtype = torch.float32) -> Any:
         name = weights[part]
         return cls.from_pretrained(
             root / part,
@@ -189,14 +251,20 @@ def _load_folder(root: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
             low_cpu_mem_usage=True,
         ).to(dtype)
 
+    def tokenizer(name: str) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(root / name, local_files_only=True)
+
     try:
+        second = family == "sdxl"
         return DiffusionModel(
             source=source,
-            unet=load("unet", UNet2DConditionModel),
+            unet=load("unet", UNet2DConditionModel, dtype),
             vae=load("vae", AutoencoderKL),
             text_encoder=load("text_encoder", CLIPTextModel),
-            tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True),
+            tokenizer=tokenizer("tokenizer"),
             scheduler=DDPMScheduler.from_pretrained(root / "scheduler", local_files_only=True),
+            text_encoder_2=load("text_encoder_2", CLIPTextModelWithProjection) if second else None,
+            tokenizer_2=tokenizer("tokenizer_2") if second else None,
         )
     except Exception as error:  # odd files make the libraries raise nearly anything
         raise UserError(
@@ -210,29 +278,34 @@ def _load_folder(root: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
 
 
 def _load_single_file(path: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
-    single_file.check_single_file(path, single_file.read_header(path))
-    unet = _convert(path, UNet2DConditionModel, "unet", convert_ldm_unet_checkpoint, dtype)
-    vae = _convert(path, AutoencoderKL, "vae", convert_ldm_vae_checkpoint, dtype)
+    family = single_file.check_single_file(path, single_file.read_header(path))
+    second = family == "sdxl"
+    scheduler = config_of(family, "scheduler")
     return DiffusionModel(
         source=source,
-        unet=unet,
-        vae=vae,
-        text_encoder=_convert_text_encoder(path, dtype),
+        unet=_convert(path, family, "unet", dtype),
+        vae=_convert(path, family, "vae", torch.float32),
+        text_encoder=_convert_text_encoder(path, family, "text_encoder"),
         tokenizer=_clip_tokenizer(),
-        scheduler=DDPMScheduler.from_pretrained(SD15 / "scheduler", local_files_only=True),
+        scheduler=DDPMScheduler.from_pretrained(scheduler, local_files_only=True),
+        text_encoder_2=_convert_text_encoder(path, family, "text_encoder_2") if second else None,
+        tokenizer_2=_clip_tokenizer(pad_token="!") if second else None,
     )
 
 
-def _convert(path: Path, cls: Any, part: str, convert: Any, dtype: torch.dtype) -> Any:
-    """Build `cls` from its shipped config and fill all of it with the file's weights."""
-    config = cls.load_config(SD15 / part, local_files_only=True)
-    prefix = {"unet": single_file.UNET, "vae": single_file.VAE}[part]
+def _convert(path: Path, family: str, part: str, dtype: torch.dtype) -> Any:
+    """Build U-Net or VAE from its shipped config and fill all of it with the file's weights."""
+    cls, prefix, convert = {
+        "unet": (UNet2DConditionModel, single_file.UNET, convert_ldm_unet_checkpoint),
+        "vae": (AutoencoderKL, single_file.VAE, convert_ldm_vae_checkpoint),
+    }[part]
+    config = cls.load_config(config_of(family, part), local_files_only=True)
     with torch.device("meta"):
         module = cls.from_config(config)
     try:
         state = convert(_read_tensors(path, prefix, dtype), config=config)
     except (KeyError, AttributeError) as error:
-        raise _incomplete(path, part, [f"no {error}"]) from error
+        raise _incomplete(path, family, part, [f"no {error}"]) from error
     expected = module.state_dict()
     wrong = [f"no {key}" for key in expected if state.get(key) is None]
     wrong += [
@@ -241,39 +314,56 @@ def _convert(path: Path, cls: Any, part: str, convert: Any, dtype: torch.dtype) 
         if state.get(key) is not None and state[key].shape != tensor.shape
     ]
     if wrong:
-        raise _incomplete(path, part, wrong)
+        raise _incomplete(path, family, part, wrong)
     module.load_state_dict({key: state[key] for key in expected}, assign=True)
     return module
 
 
-def _convert_text_encoder(path: Path, dtype: torch.dtype) -> CLIPTextModel:
-    prefix = single_file.TEXT_ENCODER
-    unused = ("position_ids", "text_projection.weight", "logit_scale")
-    # Some old merges lack the level "text_model."; ComfyUI accepts them as well.
-    state = {
-        f"text_model.{key.removeprefix(prefix).removeprefix('text_model.')}": tensor
-        for key, tensor in _read_tensors(path, prefix, dtype).items()
-        if not key.endswith(unused)
-    }
+def _convert_text_encoder(path: Path, family: str, part: str) -> Any:
+    """A text encoder from its shipped config, filled with the file's weights, in float32."""
+    prefix = single_file.TEXT_ENCODERS[family][part]
+    cls, renamed = {
+        "text_encoder": (CLIPTextModel, _named_as_clip),
+        "text_encoder_2": (CLIPTextModelWithProjection, _named_as_open_clip),
+    }[part]
+    config = CLIPTextConfig.from_pretrained(config_of(family, part), local_files_only=True)
     try:
-        module, report = CLIPTextModel.from_pretrained(
+        module, report = cls.from_pretrained(
             None,
-            config=CLIPTextConfig.from_pretrained(SD15 / "text_encoder", local_files_only=True),
-            state_dict=state,
+            config=config,
+            state_dict=renamed(_read_tensors(path, prefix, torch.float32), prefix, config),
             output_loading_info=True,
         )
     except RuntimeError as error:
-        raise _incomplete(path, "text encoder", [str(error)]) from error
+        raise _incomplete(path, family, part, [str(error)]) from error
     missing = [f"no {key}" for key in report["missing_keys"] if not key.endswith("position_ids")]
     if missing:
-        raise _incomplete(path, "text encoder", missing)
-    return module.to(dtype)
+        raise _incomplete(path, family, part, missing)
+    return module.to(torch.float32)
 
 
-def _incomplete(path: Path, part: str, wrong: Sequence[str]) -> UserError:
+def _named_as_clip(state: dict[str, Tensor], prefix: str, config: Any) -> dict[str, Tensor]:
+    """OpenAI's CLIP, which checkpoints hold under the names of transformers."""
+    unused = ("position_ids", "text_projection.weight", "logit_scale")
+    # Some old merges lack the level "text_model."; ComfyUI accepts them as well.
+    return {
+        f"text_model.{key.removeprefix(prefix).removeprefix('text_model.')}": tensor
+        for key, tensor in state.items()
+        if not key.endswith(unused)
+    }
+
+
+def _named_as_open_clip(state: dict[str, Tensor], prefix: str, config: Any) -> dict[str, Tensor]:
+    """OpenCLIP, which checkpoints hold under its own names."""
+    model = SimpleNamespace(config=config)  # the converter asks for no more
+    found: dict[str, Tensor] = convert_open_clip_checkpoint(model, state, prefix=prefix)
+    return found
+
+
+def _incomplete(path: Path, family: str, part: str, wrong: Sequence[str]) -> UserError:
     return UserError(
-        f"{path} is no complete SD1.5 checkpoint: {len(wrong)} tensor(s) of the {part} are missing "
-        f"or differ: {'; '.join(sorted(wrong)[:3])}.",
+        f"{path} is no complete {NAMES[family]} checkpoint: {len(wrong)} tensor(s) of the "
+        f"{part.replace('_', ' ')} are missing or differ: {'; '.join(sorted(wrong)[:3])}.",
         single_file.EXPECTED,
         single_file.FETCH_AGAIN,
     )
@@ -297,13 +387,17 @@ def _read_tensors(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tens
         ) from error
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """Return CLIP's tokenizer; only its merges are shipped, since the vocabulary follows from them.
+
+    OpenCLIP's differs in its padding alone: the token of number 0, "!".
 
     Token order (OpenAI CLIP, `simple_tokenizer.py`): the 256 byte symbols, the same at the end of
     a word, one token per merge, start and end of text.
     """
-    merges = gzip.decompress((SD15 / "tokenizer" / "merges.txt.gz").read_bytes()).decode("utf-8")
+    merges = gzip.decompress(
+        (config_of("sd15", "tokenizer") / "merges.txt.gz").read_bytes()
+    ).decode("utf-8")
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
     tokens = symbols + [f"{symbol}</w>" for symbol in symbols]
@@ -314,7 +408,9 @@ def _clip_tokenizer() -> CLIPTokenizer:
         vocabulary = json.dumps({token: i for i, token in enumerate(tokens)})
         (files / "vocab.json").write_text(vocabulary, encoding="utf-8")
         (files / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
-        return CLIPTokenizer.from_pretrained(name, model_max_length=77, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(
+            name, model_max_length=77, pad_token=pad_token, local_files_only=True
+        )
 
 
 # --- the hub --------------------------------------------------------------------------------------
@@ -330,8 +426,8 @@ def _download(source: str) -> Path:
         )
     try:
         root = Path(snapshot_download(source, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
-        folder.check_folder_configs(root)
-        for part, names in folder.WEIGHTS.items():
+        family = folder.check_folder_configs(root)
+        for part, names in folder.weight_files(family).items():
             _download_first(source, part, names)
     except GatedRepoError as error:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,13 +25,15 @@ from training.step.replay import recording, replaying
 class Problem:
     """One batch: ``noisy`` and ``noise`` [B, 4, h, w], ``timesteps`` [B], ``context`` [B, T, D].
 
-    ``share`` is this process's part of the whole batch, 1 where there is only one.
+    ``added`` is what `added_conditions` gives. ``share`` is this process's part of the whole batch,
+    1 where there is only one.
     """
 
     noisy: Tensor
     timesteps: Tensor
     context: Tensor
     noise: Tensor
+    added: dict[str, Tensor] = field(default_factory=dict)
     share: float = 1.0
 
     def __len__(self) -> int:
@@ -63,11 +65,18 @@ class Denoising:
         self._alphas = model.alphas_cumprod.to(torch.float64)
         self._layers = list(model.unet.modules())
 
-    def inputs(self, batch: Batch, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Latents and context where the U-Net is, in its precision or in ``dtype``."""
+    def inputs(
+        self, batch: Batch, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Latents, context and `added_conditions` where the U-Net is.
+
+        In its precision or in ``dtype``, the sizes among them in float32: half precision would
+        round them.
+        """
         first = self.model.unet.conv_in.weight  # the U-Net's own `dtype` looks at every module
         to = {"device": first.device, "dtype": dtype or first.dtype}
-        return batch.latents.to(**to), batch.context.to(**to)
+        added = {name: values.to(first.device) for name, values in batch.added.items()}
+        return batch.latents.to(**to), batch.context.to(**to), added
 
     def problem(
         self,
@@ -83,7 +92,7 @@ class Denoising:
         (None: the U-Net's).
         """
         generator = generator or self.generator
-        latents, context = self.inputs(batch, dtype)
+        latents, context, added = self.inputs(batch, dtype)
         count, rows = batch.total, batch.rows
         steps = self._alphas.numel()
         strata = torch.randperm(count, generator=generator)
@@ -93,23 +102,23 @@ class Denoising:
         alphas = self._alphas[timesteps][:, None, None, None]
         noisy = alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
         part = len(latents) / count
-        return Problem(noisy, timesteps.to(latents.device), context, noise, part)
+        return Problem(noisy, timesteps.to(latents.device), context, noise, added, part)
 
     def dense(self, problem: Problem) -> Tensor:
         """The unpruned U-Net's prediction of the noise, without gradient."""
         with torch.no_grad():
-            return self._predict(problem)
+            return self.predict(problem)
 
     def gated(self, problem: Problem, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
         """The prediction under gates, differentiable in their masks."""
         with masked(self.model.unet, gates, padding):
-            return self._predict(problem)
+            return self.predict(problem)
 
     def answered(self, problem: Problem, sites: Iterable[str]) -> Answered:
         """The problem with its dense prediction and what gates at these sites do not change."""
         unet = self.model.unet
         with torch.no_grad(), recording(unet, blocks_of(sites)) as shared:
-            dense = self._predict(problem)
+            dense = self.predict(problem)
         return Answered(problem, dense, shared)
 
     @contextmanager
@@ -127,11 +136,15 @@ class Denoising:
             replaying(unet, answered.shared),
             masked(unet, gates, padding),
         ):
-            yield self._predict(answered.problem)
+            yield self.predict(answered.problem)
 
-    def _predict(self, problem: Problem) -> Tensor:
+    def predict(self, problem: Problem) -> Tensor:
+        """The prediction of the U-Net as it runs now."""
         result: Tensor = self.model.unet(
-            problem.noisy, problem.timesteps, encoder_hidden_states=problem.context
+            problem.noisy,
+            problem.timesteps,
+            encoder_hidden_states=problem.context,
+            added_cond_kwargs=problem.added,
         ).sample
         return result
 

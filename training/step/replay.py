@@ -27,9 +27,9 @@ def stages_before(unet: UNet2DConditionModel, blocks: Sequence[str]) -> list[str
 
 
 def _beside_gates(unet: UNet2DConditionModel, stages: Iterable[str]) -> list[str]:
-    """The parts after ``stages`` that see timestep or prompt alone, which no gate changes."""
+    """The parts after ``stages`` that see timestep, sizes or prompt alone: no gate changes them."""
     before = tuple(stage + "." for stage in stages)
-    ends = ("time_embedding", ".time_emb_proj", ".attn2.to_k", ".attn2.to_v")
+    ends = ("time_embedding", "add_embedding", ".time_emb_proj", ".attn2.to_k", ".attn2.to_v")
     return [
         name
         for name, _ in unet.named_modules()

@@ -1,10 +1,23 @@
-"""What Stable Diffusion 1.5 looks like: its small configs, and how to tell it from its relatives.
+"""What Stable Diffusion 1.5 and SDXL look like: their small configs, and how to tell others.
 
-`sd15/` holds the configs and the tokenizer data that a single-file checkpoint lacks, so that such
-a file loads without a download. `single_file` and `folder` recognise what a source really is from
-headers and configs alone, before any weight is read.
+`sd15/` and `sdxl/` hold the configs and the tokenizer data that a single-file checkpoint lacks, so
+that such a file loads without a download. `single_file` and `folder` recognise what a source really
+is from headers and configs alone, before any weight is read.
 """
 
 from pathlib import Path
 
-SD15 = Path(__file__).parent / "sd15"
+CONFIGS = Path(__file__).parent
+SD15 = CONFIGS / "sd15"
+#: families that training takes
+NAMES = {"sd15": "SD1.5", "sdxl": "SDXL"}
+
+
+def config_of(family: str, part: str) -> Path:
+    """The folder with the config of a part; what SDXL shares with SD1.5 lies in `sd15/` alone.
+
+    >>> config_of("sdxl", "text_encoder").relative_to(CONFIGS).as_posix()
+    'sd15/text_encoder'
+    """
+    own = CONFIGS / family / part
+    return own if own.is_dir() else CONFIGS / "sd15" / part

@@ -1,29 +1,28 @@
-"""Recognise a diffusers folder as SD1.5 by its topology, not by its widths.
+"""Recognise a diffusers folder as SD1.5 or SDXL by its topology, not by its widths or its name.
 
-What gates need is SD1.5's shape: four levels, two ResBlocks each, cross-attention in the upper
-three and in the middle, one text encoder, noise prediction. A small model of that shape is
-welcome; SDXL, SD2 or a video model in the same folder layout is not.
+SD1.5 has four levels, two ResBlocks each, cross-attention in the upper three and in the middle, and
+one text encoder. SDXL has three levels, pooled text and sizes beside the timestep, and two text
+encoders; how many transformers it has may differ. Both predict noise. A small model of such a shape
+is welcome; the refiner, SD2 or a video model in the same folder layout is not.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.model.configs.single_file import FETCH_AGAIN, TAKE_SD15, read_header
+from training.model.configs import NAMES
+from training.model.configs.single_file import FETCH_AGAIN, TAKE_ANOTHER, read_header
 
 EXPECTED = (
-    "a diffusers folder of Stable Diffusion 1.5's topology with unet/, vae/, text_encoder/, "
-    "tokenizer/ and scheduler/"
+    "a diffusers folder of Stable Diffusion 1.5's or SDXL's topology with unet/, vae/, "
+    "text_encoder/, tokenizer/ and scheduler/ (SDXL: and text_encoder_2/, tokenizer_2/)"
 )
-CONFIGS = {
-    "unet": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "scheduler": "scheduler_config.json",
-}
+#: families -> their text encoders, each with a tokenizer
+TEXT_ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
 # File names in order of preference; diffusers calls the infix fp16 a variant.
 _MODEL_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -31,16 +30,12 @@ _MODEL_FILES = (
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.bin",
 )
-WEIGHTS: dict[str, tuple[str, ...]] = {
-    "unet": _MODEL_FILES,
-    "vae": _MODEL_FILES,
-    "text_encoder": (
-        "model.safetensors",
-        "pytorch_model.bin",
-        "model.fp16.safetensors",
-        "pytorch_model.fp16.bin",
-    ),
-}
+_TEXT_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.fp16.safetensors",
+    "pytorch_model.fp16.bin",
+)
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 # What SD1.5's U-Net config says; a missing entry means the default given here.
@@ -63,37 +58,81 @@ _UNET: dict[str, Any] = {
     "time_cond_proj_dim": None,
     "use_linear_projection": False,
 }
+# The same of SDXL; derivatives have other numbers of ResBlocks and transformers.
+_UNET_XL: dict[str, Any] = {
+    **_UNET,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "addition_embed_type": "text_time",
+    "use_linear_projection": True,
+}
+for _free in ("mid_block_type", "layers_per_block", "transformer_layers_per_block"):
+    del _UNET_XL[_free]
+_UNETS = {"sd15": _UNET, "sdxl": _UNET_XL}
 
 
-def check_folder_configs(folder: Path) -> None:
-    """Raise `UserError` unless the configs in `folder` are those of an SD1.5-shaped pipeline."""
+def weight_files(family: str) -> dict[str, tuple[str, ...]]:
+    """The parts of a family that hold weights, and what their files are called."""
+    texts = dict.fromkeys(TEXT_ENCODERS[family], _TEXT_FILES)
+    return {"unet": _MODEL_FILES, "vae": _MODEL_FILES, **texts}
+
+
+def check_folder_configs(folder: Path) -> str:
+    """The family of the pipeline in `folder`: "sd15" or "sdxl".
+
+    Raises:
+        UserError: its configs are those of something else.
+    """
     index = _read_json(folder / "model_index.json") if _has(folder, "model_index.json") else {}
-    name = str(index.get("_class_name", ""))
-    family = _foreign_family(folder, name)
-    if family:
-        raise UserError(f"{folder} is {family}.", EXPECTED, TAKE_SD15)
+    found = _transformer_pipeline(folder, str(index.get("_class_name", "")))
+    if found:
+        raise UserError(f"{folder} is {found}.", EXPECTED, TAKE_ANOTHER)
     _refuse_other_folders(folder, index)
-    missing = [f"{part}/{file}" for part, file in CONFIGS.items() if not _has(folder, part, file)]
-    if not any(all(_has(folder, "tokenizer", f) for f in files) for files in TOKENIZER_FILES):
-        missing.append("tokenizer/ (tokenizer.json, or vocab.json and merges.txt)")
+    _refuse_missing(folder, ("unet/config.json",))
+    family = _family(folder)
+    wanted = [f"{part}/config.json" for part in weight_files(family)]
+    _refuse_missing(folder, (*wanted, "scheduler/scheduler_config.json"), TEXT_ENCODERS[family])
+    _check_unet(folder, family)
+    _check_others(folder, family)
+    return family
+
+
+def _family(folder: Path) -> str:
+    """Which family the U-Net is of; raises UserError for the refiner."""
+    config = _unet_config(folder)
+    if config.get("addition_embed_type") != "text_time":
+        return "sd15"
+    if len(config.get("block_out_channels", ())) == 4:
+        raise UserError(
+            f"{folder} is the SDXL refiner (its U-Net has four levels and pooled text).",
+            EXPECTED,
+            "pass SDXL's base model",
+        )
+    return "sdxl"
+
+
+def _refuse_missing(folder: Path, files: Sequence[str], encoders: Sequence[str] = ()) -> None:
+    missing = [file for file in files if not _has(folder, file)]
+    for encoder in encoders:
+        part = encoder.replace("text_encoder", "tokenizer")
+        if not any(all(_has(folder, part, f) for f in files) for files in TOKENIZER_FILES):
+            missing.append(f"{part}/ (tokenizer.json, or vocab.json and merges.txt)")
     if missing:
         raise UserError(
             f"{folder} is incomplete: {', '.join(missing)} not found.",
             EXPECTED,
             "download the folder again, or save the pipeline again with save_pretrained()",
         )
-    _check_unet(folder)
-    _check_others(folder)
 
 
-def find_weights(folder: Path) -> dict[str, str]:
+def find_weights(folder: Path, family: str) -> dict[str, str]:
     """Return the weight file to use for each part, having checked that it is whole.
 
     Raises:
         UserError: a part has no weights, or its file is damaged.
     """
     chosen: dict[str, str] = {}
-    for part, names in WEIGHTS.items():
+    for part, names in weight_files(family).items():
         present = [name for name in names if _has(folder, part, name)]
         if not present:
             raise UserError(
@@ -123,17 +162,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _foreign_family(folder: Path, class_name: str) -> str:
-    if "StableDiffusionXL" in class_name or (folder / "text_encoder_2" / "config.json").is_file():
-        has_transformer = (folder / "transformer").is_dir()
-        return f"a {class_name or 'two-encoder'} folder" if has_transformer else "an SDXL folder"
-    if (folder / "transformer").is_dir():
-        known = {"StableDiffusion3": "a Stable Diffusion 3 folder", "Flux": "a Flux folder"}
-        for prefix, what in known.items():
-            if class_name.startswith(prefix):
-                return what
-        return f"a transformer pipeline ({class_name or 'no model_index.json'})"
-    return ""
+def _unet_config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "unet" / "config.json")
+
+
+def _transformer_pipeline(folder: Path, class_name: str) -> str:
+    """What a folder without a U-Net is called; "" for one with."""
+    if not (folder / "transformer").is_dir():
+        return ""
+    known = {"StableDiffusion3": "a Stable Diffusion 3 folder", "Flux": "a Flux folder"}
+    found = [what for prefix, what in known.items() if class_name.startswith(prefix)]
+    return next(iter(found), f"a transformer pipeline ({class_name or 'no model_index.json'})")
 
 
 def _refuse_other_folders(folder: Path, index: dict[str, Any]) -> None:
@@ -153,12 +192,11 @@ def _refuse_other_folders(folder: Path, index: dict[str, Any]) -> None:
     raise UserError(f"{folder} is not a diffusers folder.", EXPECTED, next_step)
 
 
-def _check_unet(folder: Path) -> None:
-    path = folder / "unet" / CONFIGS["unet"]
-    config = _read_json(path)
-    if config.get("use_linear_projection"):
+def _check_unet(folder: Path, family: str) -> None:
+    path, config, wanted = folder / "unet" / "config.json", _unet_config(folder), _UNETS[family]
+    if config.get("use_linear_projection") and not wanted["use_linear_projection"]:
         raise UserError(
-            f"{folder} is a Stable Diffusion 2 folder (linear projections).", EXPECTED, TAKE_SD15
+            f"{folder} is a Stable Diffusion 2 folder (linear projections).", EXPECTED, TAKE_ANOTHER
         )
     if config.get("in_channels", 4) in (8, 9):
         raise UserError(
@@ -167,35 +205,36 @@ def _check_unet(folder: Path) -> None:
             EXPECTED,
             "train on the text-to-image model it was made from",
         )
-    for key, wanted in _UNET.items():
-        found = config.get(key, wanted)
-        if isinstance(wanted, (int, bool)) and isinstance(found, list):
+    for key, value in wanted.items():
+        found = config.get(key, value)
+        if isinstance(value, (int, bool)) and isinstance(found, list):
             found = found[0] if len(set(found)) == 1 else found
-        if found != wanted:
+        if found != value:
             raise UserError(
-                f"{path} says {key} = {found!r}.", f"{wanted!r}, as in SD1.5", TAKE_SD15
+                f"{path} says {key} = {found!r}.",
+                f"{value!r}, as in {NAMES[family]}",
+                TAKE_ANOTHER,
             )
-    widths = config.get("block_out_channels", [])
-    if len(widths) != 4 or not isinstance(config.get("sample_size"), int):
+    widths, levels = config.get("block_out_channels", []), len(wanted["down_block_types"])
+    if len(widths) != levels or not isinstance(config.get("sample_size"), int):
         raise UserError(
             f"{path} says block_out_channels = {widths!r}, sample_size = "
             f"{config.get('sample_size')!r}.",
-            "four widths and one whole number",
-            TAKE_SD15,
+            f"{levels} widths and one whole number",
+            TAKE_ANOTHER,
         )
 
 
-def _check_others(folder: Path) -> None:
-    prediction = _read_json(folder / "scheduler" / CONFIGS["scheduler"]).get(
-        "prediction_type", "epsilon"
-    )
+def _check_others(folder: Path, family: str) -> None:
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise UserError(
             f"{folder} is a {prediction} model (Stable Diffusion 2 and some fine-tunes are).",
             "a model that predicts noise (epsilon)",
-            TAKE_SD15,
+            TAKE_ANOTHER,
         )
-    vae = _read_json(folder / "vae" / CONFIGS["vae"])
+    vae = _read_json(folder / "vae" / "config.json")
     if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != 4:
         raise UserError(
             f"{folder / 'vae'} is a {vae.get('_class_name')} with "
@@ -203,18 +242,43 @@ def _check_others(folder: Path) -> None:
             "an AutoencoderKL with 4",
             "put the pipeline's own VAE back",
         )
-    width = _read_json(folder / "unet" / CONFIGS["unet"]).get("cross_attention_dim")
-    text = _read_json(folder / "text_encoder" / CONFIGS["text_encoder"])
-    if not str(text.get("model_type", "")).startswith("clip_text"):
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise UserError(
-            f"{folder / 'text_encoder'} is a {text.get('model_type')} model.",
-            "a CLIP text model",
-            TAKE_SD15,
+            f"{folder / 'vae'} scales its latents by channel (latents_mean, latents_std).",
+            "one scaling_factor, as in SD1.5 and SDXL",
+            TAKE_ANOTHER,
         )
-    if text.get("hidden_size") != width:
-        raise UserError(
-            f"{folder} does not fit together: its text encoder gives vectors of "
-            f"{text.get('hidden_size')}, its U-Net takes {width}.",
-            "parts of one pipeline",
-            "download the folder again",
-        )
+    _check_text(folder, family)
+
+
+def _check_text(folder: Path, family: str) -> None:
+    """The text encoders give what the U-Net takes."""
+    unet = _unet_config(folder)
+    encoders = {part: _read_json(folder / part / "config.json") for part in TEXT_ENCODERS[family]}
+    for part, config in encoders.items():
+        if not str(config.get("model_type", "")).startswith("clip_text"):
+            raise UserError(
+                f"{folder / part} is a {config.get('model_type')} model.",
+                "a CLIP text model",
+                TAKE_ANOTHER,
+            )
+    given = {"vectors": sum(_number(config, "hidden_size") for config in encoders.values())}
+    taken = {"vectors": _number(unet, "cross_attention_dim")}
+    if family == "sdxl":  # pooled text, and six numbers in so many channels each
+        given["pooled vectors"] = _number(encoders["text_encoder_2"], "projection_dim")
+        joined = _number(unet, "projection_class_embeddings_input_dim")
+        taken["pooled vectors"] = joined - 6 * _number(unet, "addition_time_embed_dim")
+    for what, width in given.items():
+        if width != taken[what]:
+            raise UserError(
+                f"{folder} does not fit together: its text encoders give {what} of {width}, its "
+                f"U-Net takes {taken[what]}.",
+                "parts of one pipeline",
+                "download the folder again",
+            )
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    """A whole number of a config; 0 where there is none."""
+    found = config.get(key)
+    return found if isinstance(found, int) else 0

@@ -1,6 +1,6 @@
 """Recognise a single checkpoint file from its first bytes and its list of tensors.
 
-Users hand over whatever their model folder holds: SDXL, LoRAs, half a download, a saved web page.
+Users hand over whatever their model folder holds: Flux, LoRAs, half a download, a saved web page.
 Loading one of those fails late and obscurely, so the file is identified here first. Of a
 safetensors file only the header is read; a `.ckpt` is mapped into memory without touching its
 weights and never runs pickled code.
@@ -23,15 +23,30 @@ import torch
 from training.errors import UserError
 
 EXPECTED = (
-    "a full Stable Diffusion 1.5 checkpoint (U-Net, VAE and text encoder in one .safetensors or "
-    ".ckpt file), such as v1-5-pruned-emaonly.safetensors"
+    "a full Stable Diffusion 1.5 or SDXL checkpoint (U-Net, VAE and text encoders in one "
+    ".safetensors or .ckpt file), such as v1-5-pruned-emaonly.safetensors"
 )
 FETCH_AGAIN = "download the file again and compare its size with the one on the download page"
-TAKE_SD15 = "pass an SD1.5 checkpoint; other architectures are not supported"
+TAKE_ANOTHER = "pass an SD1.5 or SDXL checkpoint; other architectures are not supported"
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
-TEXT_ENCODER = "cond_stage_model.transformer."
+#: family -> part -> what the keys of a text encoder begin with
+TEXT_ENCODERS: dict[str, dict[str, str]] = {
+    "sd15": {"text_encoder": "cond_stage_model.transformer."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
+#: what a U-Net is called whose text embeddings have this width
+_WIDTHS = {
+    768: "an SD1.5",
+    1024: "a Stable Diffusion 2",
+    1280: "an SDXL refiner",
+    2048: "an SDXL",
+}
+_FAMILIES = {768: "sd15", 2048: "sdxl"}
 
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 
@@ -48,14 +63,9 @@ _RELATIVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "pass the checkpoint it steers",
         ("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
     ),
-    ("a Flux model", TAKE_SD15, ("double_blocks.0.img_attn.",)),
-    ("a Stable Diffusion 3 model", TAKE_SD15, ("joint_blocks.0.",)),
-    (
-        "an SDXL checkpoint",
-        TAKE_SD15,
-        ("conditioner.embedders.", "diffusion_model.label_emb.", "add_embedding.linear_1."),
-    ),
-    ("a Stable Diffusion 2 checkpoint", TAKE_SD15, ("cond_stage_model.model.",)),
+    ("a Flux model", TAKE_ANOTHER, ("double_blocks.0.img_attn.",)),
+    ("a Stable Diffusion 3 model", TAKE_ANOTHER, ("joint_blocks.0.",)),
+    ("a Stable Diffusion 2 checkpoint", TAKE_ANOTHER, ("cond_stage_model.model.",)),
     (
         "a textual inversion embedding",
         "pass the checkpoint it was made for",
@@ -179,7 +189,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
             state = state["state_dict"]
     if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds a {type(state).__name__}, no model.", EXPECTED, TAKE_SD15)
+        raise UserError(f"{path} holds a {type(state).__name__}, no model.", EXPECTED, TAKE_ANOTHER)
     size = path.stat().st_size
     return {
         key: value
@@ -213,50 +223,68 @@ def first_line(error: Exception) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
 
 
-def check_single_file(path: Path, header: Header) -> None:
-    """Raise `UserError` unless `header` is that of a complete SD1.5 text-to-image checkpoint."""
-    found, next_step = _recognise(header)
+def check_single_file(path: Path, header: Header) -> str:
+    """The family of a complete text-to-image checkpoint: "sd15" or "sdxl".
+
+    Raises:
+        UserError: `header` is that of something else.
+    """
+    family, found, next_step = _recognise(header)
     if found:
         raise UserError(f"{path} is {found}.", EXPECTED, next_step)
+    return family
 
 
-def _recognise(header: Header) -> tuple[str, str]:
-    """Return what the file is and what to do about it; ("", "") for SD1.5 itself."""
+def _recognise(header: Header) -> tuple[str, str, str]:
+    """Return the family; or else "", what the file is, and what to do about it."""
     keys = header.shapes.keys()
     if header.metadata.get("format", "").startswith("ldcp"):
-        return "an LDCP gate file", "pass the checkpoint the gates are for; gates are the output"
+        next_step = "pass the checkpoint the gates are for; gates are the output"
+        return "", "an LDCP gate file", next_step
     for name, next_step, fragments in _RELATIVES:
         if any(fragment in key for key in keys for fragment in fragments):
-            return name, next_step
+            return "", name, next_step
 
-    parts = {
-        "the U-Net": f"{UNET}input_blocks.0.0.weight" in keys,
-        "the VAE": f"{VAE}encoder.conv_in.weight" in keys,
-        "the text encoder": any(key.startswith(TEXT_ENCODER) for key in keys),
-    }
-    if not parts["the U-Net"]:
-        return _recognise_part(header, parts)
+    if f"{UNET}input_blocks.0.0.weight" not in keys:
+        return "", *_recognise_part(header)
     channels = _inputs(header, f"{UNET}input_blocks.0.0.weight")
     if channels != 4:
         kind = {9: "an inpainting checkpoint", 8: "an InstructPix2Pix checkpoint"}
-        name = kind.get(channels, "a checkpoint")
         return (
-            f"{name} (its U-Net takes {channels} input channels instead of 4)",
+            "",
+            f"{kind.get(channels, 'a checkpoint')} (its U-Net takes {channels} input channels "
+            "instead of 4)",
             "train on the text-to-image checkpoint it was made from",
         )
-    context = _inputs(header, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    if context != 768:
-        names = {1024: "a Stable Diffusion 2 checkpoint", 2048: "an SDXL checkpoint"}
-        return names.get(context, f"no SD1.5 model (text width {context}, not 768)"), TAKE_SD15
+    width = _text_width(header)
+    family = _FAMILIES.get(width, "")
+    if not family:
+        found = f"{_WIDTHS[width]} checkpoint" if width in _WIDTHS else "no model that is known"
+        return "", f"{found} (text width {width})", TAKE_ANOTHER
     if "v_pred" in keys:
-        return "a v-prediction model", "pass a checkpoint that predicts noise (epsilon)"
-    missing = [name for name, there in parts.items() if not there]
+        return "", "a v-prediction model", "pass a checkpoint that predicts noise (epsilon)"
+    parts = {"VAE": f"{VAE}encoder.conv_in.weight"} | {
+        part.replace("_", " "): prefix for part, prefix in TEXT_ENCODERS[family].items()
+    }
+    missing = [
+        f"the {part}"
+        for part, start in parts.items()
+        if not any(key.startswith(start) for key in keys)
+    ]
     if missing:
         return (
-            f"an SD1.5 U-Net without {' and '.join(missing)}",
+            "",
+            f"{_WIDTHS[width]} U-Net without {' and '.join(missing)}",
             "pass the full checkpoint, or a diffusers folder that has all parts",
         )
-    return "", ""
+    return family, "", ""
+
+
+def _text_width(header: Header) -> int:
+    """Width of the text embeddings that the U-Net's first transformer takes; 0 where none is."""
+    ends = ".1.transformer_blocks.0.attn2.to_k.weight"
+    places = (f"{UNET}input_blocks.{n}{ends}" for n in range(1, 12))
+    return next((width for key in places if (width := _inputs(header, key))), 0)
 
 
 def _inputs(header: Header, key: str) -> int:
@@ -265,16 +293,19 @@ def _inputs(header: Header, key: str) -> int:
     return shape[1] if len(shape) > 1 else 0
 
 
-def _recognise_part(header: Header, parts: Mapping[str, bool]) -> tuple[str, str]:
+def _recognise_part(header: Header) -> tuple[str, str]:
     keys = header.shapes.keys()
-    if parts["the VAE"] or {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= keys:
+    if (
+        f"{VAE}encoder.conv_in.weight" in keys
+        or {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= keys
+    ):
         return "a VAE alone", "pass the full checkpoint; it brings its own VAE"
     if {"conv_in.weight", "mid_block.resnets.0.conv1.weight"} <= keys:
         return (
             "the U-Net of a diffusers folder",
-            "pass the folder that holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/",
+            "pass the folder that holds model_index.json, unet/ and all other parts",
         )
     if any("text_model.encoder.layers." in key for key in keys):
         return "a text encoder alone", "pass the full checkpoint"
     shown = ", ".join(sorted(keys)[:3]) or "none"
-    return f"no model that is known here ({len(keys)} tensor(s), such as {shown})", TAKE_SD15
+    return f"no model that is known here ({len(keys)} tensor(s), such as {shown})", TAKE_ANOTHER
