@@ -58,10 +58,9 @@ class Ladder:
     def problem(self, timestep: int, noise: Tensor | None = None) -> Problem:
         """All images at one timestep."""
         noise = self.noise if noise is None else noise
-        alpha = float(self.denoising.model.alphas_cumprod[timestep])
-        noisy = alpha**0.5 * self.latents + (1 - alpha) ** 0.5 * noise
         steps = torch.full((len(self.latents),), timestep, device=self.latents.device)
-        return Problem(noisy, steps, self.context, noise, self.added)
+        noisy, target = self.denoising.noised(self.latents, noise, steps)
+        return Problem(noisy, steps, self.context, noise, target, self.added)
 
     def __iter__(self) -> Iterator[Problem]:
         return map(self.problem, self.timesteps)
@@ -146,8 +145,8 @@ def gate_gradients(
 
 
 def noise_loss(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """The denoising loss L_t = MSE(ε_θ(x_t, t), ε)."""
-    return lambda output: (output - problem.noise).float().square().mean()
+    """The denoising loss L_t = MSE(ε_θ(x_t, t), ε), or the same of v."""
+    return lambda output: (output - problem.target).float().square().mean()
 
 
 def taylor(
@@ -344,11 +343,10 @@ def _pair(
 def _change_of_prediction(
     problem: Problem, denoising: Denoising, timestep: int
 ) -> Callable[[Tensor], Tensor]:
-    """mean |x̂0 of the second − x̂0 of the first|, x̂0 = (x_t − √(1−ᾱ)·ε) / √ᾱ."""
-    alpha = float(denoising.model.alphas_cumprod[timestep])
+    """mean |x̂0 of the second − x̂0 of the first|."""
 
     def loss(output: Tensor) -> Tensor:
-        clean = (problem.noisy - (1 - alpha) ** 0.5 * output) / alpha**0.5
+        clean = denoising.clean(problem.noisy, output, timestep)
         return (clean[1] - clean[0]).float().abs().mean()
 
     return loss

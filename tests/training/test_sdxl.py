@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from test_replay import plain, saving
 from test_resume import assert_same, fail_at
@@ -16,12 +18,13 @@ from test_resume import assert_same, fail_at
 from ldcp_core import PrunedSite, load_gates
 from ldcp_core.diffusers import topology_of
 from training import evaluate, fit, score
+from training.criteria import noise_loss
 from training.data.encoding import Batch, CachedImages, FreshImages
 from training.data.images import open_dataset
 from training.learning.samples import Samples
 from training.model.load import DiffusionModel, embed_prompts
 from training.sample import pipeline_of
-from training.step.denoising import Denoising, Problem
+from training.step.denoising import Denoising, HeldOut, Problem
 
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
 
@@ -220,3 +223,43 @@ def test_gates_of_another_family_are_refused_with_both_named(
     assert evaluate.main(given) == 1
     said = capsys.readouterr().err
     assert "made for SDXL" in said and "gates for Stable Diffusion 1.5" in said
+
+
+# --- models that predict v ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def predicting(request: pytest.FixtureRequest, model_xl: DiffusionModel) -> Denoising:
+    config = model_xl.scheduler.config
+    scheduler = DDPMScheduler.from_config(config, prediction_type=request.param)
+    return Denoising(replace(model_xl, scheduler=scheduler), 0)
+
+
+def test_the_target_is_what_the_model_was_trained_to_answer(
+    predicting: Denoising, batch: Batch
+) -> None:
+    problem, scheduler = predicting.problem(batch), predicting.model.scheduler
+    expected = problem.noise
+    if scheduler.config.prediction_type == "v_prediction":
+        expected = scheduler.get_velocity(batch.latents, problem.noise, problem.timesteps)
+        assert not torch.allclose(expected, problem.noise, rtol=1e-2)
+    assert torch.allclose(problem.target, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_right_answer_gives_the_clean_image(predicting: Denoising, batch: Batch) -> None:
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    noisy, target = predicting.noised(batch.latents, noise, torch.tensor([500] * 3))
+    clean = predicting.clean(noisy, target, 500)
+    assert torch.allclose(clean, batch.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_losses_are_those_against_the_target(
+    predicting: Denoising, photos: Path, model_xl: DiffusionModel
+) -> None:
+    images = FreshImages(open_dataset(str(photos), resolution=16), model_xl)
+    held_out = HeldOut(predicting, images, range(3), 3, 3, seed=0)
+    (problem,) = held_out._problems
+    expected = (predicting.dense(problem) - problem.target).square().mean((1, 2, 3))
+    assert torch.allclose(held_out.dense_losses, expected)
+    assert torch.allclose(held_out.as_it_is("dense")[1], expected)
+    assert float(noise_loss(problem)(problem.target)) == 0.0

@@ -172,7 +172,7 @@ class Learning:
             return 0.0
         problem = answered.problem
         with self._denoising.pruned(answered, gates, config.padding) as output:
-            target = problem.noise if config.reconstruction == "noise" else answered.dense
+            target = problem.target if config.reconstruction == "noise" else answered.dense
             mse = deviation(output, target) / self._unit
             mse = mse * problem.share / config.gradient_accumulation
             self._scaler.scale(mse).backward()

@@ -117,8 +117,9 @@ def load_model(
     Args:
         source: a diffusers folder, a single-file checkpoint in the original layout (`.safetensors`
             or `.ckpt`), or a hub id. Only the last one uses the network. Of a checkpoint with EMA
-            copies (`model_ema.*`) the plain weights are used, as ComfyUI does. Checkpoints are
-            taken to predict noise; inpainting checkpoints (9 input channels) are refused.
+            copies (`model_ema.*`) the plain weights are used, as ComfyUI does. Inpainting
+            checkpoints (9 input channels) are refused. A folder's scheduler says whether the model
+            predicts noise or v; a file that has no key `v_pred` is taken to predict noise.
         dtype: the precision of the U-Net. VAE and text encoders are in float32: half precision
             would cost quality in the one pass they make, and SDXL's VAE overflows in float16.
         device: where to put them.
@@ -278,16 +279,19 @@ def _load_folder(root: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
 
 
 def _load_single_file(path: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
-    family = single_file.check_single_file(path, single_file.read_header(path))
+    header = single_file.read_header(path)
+    family = single_file.check_single_file(path, header)
     second = family == "sdxl"
-    scheduler = config_of(family, "scheduler")
+    settings = single_file.scheduler_settings(header)
     return DiffusionModel(
         source=source,
         unet=_convert(path, family, "unet", dtype),
         vae=_convert(path, family, "vae", torch.float32),
         text_encoder=_convert_text_encoder(path, family, "text_encoder"),
         tokenizer=_clip_tokenizer(),
-        scheduler=DDPMScheduler.from_pretrained(scheduler, local_files_only=True),
+        scheduler=DDPMScheduler.from_pretrained(
+            config_of(family, "scheduler"), local_files_only=True, **settings
+        ),
         text_encoder_2=_convert_text_encoder(path, family, "text_encoder_2") if second else None,
         tokenizer_2=_clip_tokenizer(pad_token="!") if second else None,
     )

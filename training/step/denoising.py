@@ -25,6 +25,7 @@ from training.step.replay import recording, replaying
 class Problem:
     """One batch: ``noisy`` and ``noise`` [B, 4, h, w], ``timesteps`` [B], ``context`` [B, T, D].
 
+    ``target`` is what the U-Net was trained to answer: the noise, or v (see `Denoising.noised`).
     ``added`` is what `added_conditions` gives. ``share`` is this process's part of the whole batch,
     1 where there is only one.
     """
@@ -33,6 +34,7 @@ class Problem:
     timesteps: Tensor
     context: Tensor
     noise: Tensor
+    target: Tensor
     added: dict[str, Tensor] = field(default_factory=dict)
     share: float = 1.0
 
@@ -63,6 +65,7 @@ class Denoising:
         self.model = model
         self.generator = torch.Generator().manual_seed(seed)
         self._alphas = model.alphas_cumprod.to(torch.float64)
+        self._predicts_v = model.scheduler.config.prediction_type == "v_prediction"
         self._layers = list(model.unet.modules())
 
     def inputs(
@@ -99,13 +102,31 @@ class Denoising:
         share = (strata + torch.rand(count, generator=generator)) / count
         timesteps = (share * steps).long().clamp(max=steps - 1)[rows]
         noise = torch.randn((count, *latents.shape[1:]), generator=generator)[rows].to(latents)
-        alphas = self._alphas[timesteps][:, None, None, None]
-        noisy = alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
+        noisy, target = self.noised(latents, noise, timesteps)
         part = len(latents) / count
-        return Problem(noisy, timesteps.to(latents.device), context, noise, added, part)
+        on_device = timesteps.to(latents.device)
+        return Problem(noisy, on_device, context, noise, target, added, part)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents noised at ``timesteps`` [B], and what the U-Net should answer.
+
+        That is the noise ε, or v = √ᾱ·ε − √(1−ᾱ)·x (Salimans & Ho 2022, arXiv:2202.00512, §4).
+        """
+        alphas = self._alphas[timesteps.cpu()][:, None, None, None]
+        signal, sigma = alphas.sqrt().to(latents), (1 - alphas).sqrt().to(latents)
+        noisy = signal * latents + sigma * noise
+        return noisy, signal * noise - sigma * latents if self._predicts_v else noise
+
+    def clean(self, noisy: Tensor, output: Tensor, timestep: int) -> Tensor:
+        """The latents x̂ that ``output`` predicts: (x_t − √(1−ᾱ)·ε) / √ᾱ, or √ᾱ·x_t − √(1−ᾱ)·v."""
+        alpha = float(self._alphas[timestep])
+        signal, sigma = alpha**0.5, (1 - alpha) ** 0.5
+        if self._predicts_v:
+            return signal * noisy - sigma * output
+        return (noisy - sigma * output) / signal
 
     def dense(self, problem: Problem) -> Tensor:
-        """The unpruned U-Net's prediction of the noise, without gradient."""
+        """The unpruned U-Net's prediction, without gradient."""
         with torch.no_grad():
             return self.predict(problem)
 
@@ -189,21 +210,21 @@ class HeldOut:
         """Deviations from dense and denoising losses of the U-Net as it runs now, float32 [N] each.
 
         Within a context that prunes or quantizes it, that is. A deviation is the mean squared
-        distance from the dense output, a loss (the usual one) that from the true noise; ``label``
+        distance from the dense output, a loss (the usual one) that from the true answer; ``label``
         says in the progress what it is.
         """
         deviations, losses = [], []
         for index, problem in enumerate(progress(self._problems, label, unit="batch")):
             output = self._answer(problem)
             deviations.append(_distance(output, self._dense[index]))
-            losses.append(_distance(output, problem.noise))
+            losses.append(_distance(output, problem.target))
         return torch.cat(deviations).cpu(), torch.cat(losses).cpu()
 
     @property
     def dense_losses(self) -> Tensor:
         """The denoising losses of the dense answers, float32 [N]."""
         pairs = zip(self._dense, self._problems, strict=True)
-        return torch.cat([_distance(dense, problem.noise) for dense, problem in pairs]).cpu()
+        return torch.cat([_distance(dense, problem.target) for dense, problem in pairs]).cpu()
 
     @property
     def timesteps(self) -> Tensor:

@@ -2,8 +2,8 @@
 
 SD1.5 has four levels, two ResBlocks each, cross-attention in the upper three and in the middle, and
 one text encoder. SDXL has three levels, pooled text and sizes beside the timestep, and two text
-encoders; how many transformers it has may differ. Both predict noise. A small model of such a shape
-is welcome; the refiner, SD2 or a video model in the same folder layout is not.
+encoders; how many transformers it has may differ. Both predict noise or v. A small model of such a
+shape is welcome; the refiner, SD2 or a video model in the same folder layout is not.
 """
 
 from __future__ import annotations
@@ -228,10 +228,10 @@ def _check_unet(folder: Path, family: str) -> None:
 def _check_others(folder: Path, family: str) -> None:
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
+    if prediction not in ("epsilon", "v_prediction"):
         raise UserError(
-            f"{folder} is a {prediction} model (Stable Diffusion 2 and some fine-tunes are).",
-            "a model that predicts noise (epsilon)",
+            f"{folder} is a model whose prediction_type is {prediction!r}.",
+            "a model that predicts the noise (epsilon) or v (v_prediction)",
             TAKE_ANOTHER,
         )
     vae = _read_json(folder / "vae" / "config.json")

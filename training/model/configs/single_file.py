@@ -261,8 +261,6 @@ def _recognise(header: Header) -> tuple[str, str, str]:
     if not family:
         found = f"{_WIDTHS[width]} checkpoint" if width in _WIDTHS else "no model that is known"
         return "", f"{found} (text width {width})", TAKE_ANOTHER
-    if "v_pred" in keys:
-        return "", "a v-prediction model", "pass a checkpoint that predicts noise (epsilon)"
     parts = {"VAE": f"{VAE}encoder.conv_in.weight"} | {
         part.replace("_", " "): prefix for part, prefix in TEXT_ENCODERS[family].items()
     }
@@ -278,6 +276,19 @@ def _recognise(header: Header) -> tuple[str, str, str]:
             "pass the full checkpoint, or a diffusers folder that has all parts",
         )
     return family, "", ""
+
+
+def scheduler_settings(header: Header) -> dict[str, Any]:
+    """What the file says of its schedule, by the two keys that fine-tunes use; noise without them.
+
+    A checkpoint that predicts v and does not say so can't be told from one that predicts noise.
+    """
+    found: dict[str, Any] = {}
+    if "v_pred" in header.shapes:
+        found["prediction_type"] = "v_prediction"
+    if "ztsnr" in header.shapes:
+        found["rescale_betas_zero_snr"] = True
+    return found
 
 
 def _text_width(header: Header) -> int:
