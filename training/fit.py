@@ -1,4 +1,4 @@
-"""Learn which channels of the U-Net of SD1.5 or SDXL to keep, and write a gate file.
+"""Learn which channels of a Stable Diffusion U-Net to keep, and write a gate file.
 
     python -m training.fit --demo
     python -m training.fit --model v1-5-pruned-emaonly.safetensors --data ffhq/ \\

@@ -227,7 +227,7 @@ class RunOptions(Options):
 class FitConfig(Options):
     """What to learn, from what, and how long. The same record travels inside the gate file."""
 
-    model: str = option("hub id, diffusers folder, or single-file checkpoint of SD1.5 or SDXL")
+    model: str = option("hub id, diffusers folder, or single-file checkpoint of SD1.5, SD2 or SDXL")
     data: str = option("folder of images (FFHQ in any layout), or a hub data set")
     output: str = option("the gate file to write (.safetensors)")
     scope: str = option(

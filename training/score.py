@@ -1,4 +1,4 @@
-"""Rank the channels of the U-Net of SD1.5 or SDXL by a criterion, and write a gate file.
+"""Rank the channels of a Stable Diffusion U-Net by a criterion, and write a gate file.
 
     python -m training.score --criterion taylor --demo --target-sparsity 0.3
     python -m training.score --criterion flap --scope all+ff --budget parameters \\

@@ -31,6 +31,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from ldcp_core.diffusers import topology_of
 from training.errors import UserError
 from training.model import configs
 from training.model import load as models
@@ -41,6 +42,7 @@ Shapes = dict[str, tuple[int, ...]]
 WIDTHS = (320, 640, 1280, 1280)
 VAE_WIDTHS = (128, 256, 512, 512)
 TEXT_ENCODER = "cond_stage_model.transformer."
+TEXT_ENCODER_2 = "cond_stage_model.model."
 TEXT_ENCODERS_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
@@ -100,9 +102,10 @@ def _unet(
     depths: tuple[int, ...] = (1, 1, 1, 0),
     mid_depth: int = 1,
     pooled: int = 0,
+    linear: bool = False,
 ) -> Shapes:
     """``depths``: transformers behind each ResBlock of a level; ``pooled``: 2816 in SDXL."""
-    emb, deepest, linear = 4 * widths[0], len(widths) - 1, pooled > 0
+    emb, deepest = 4 * widths[0], len(widths) - 1
     shapes = _linear("time_embed.0", widths[0], emb) | _linear("time_embed.2", emb, emb)
     if pooled:
         shapes |= _linear("label_emb.0.0", pooled, emb) | _linear("label_emb.0.2", emb, emb)
@@ -223,7 +226,7 @@ def sdxl_layout(
 ) -> Shapes:
     first, second = TEXT_ENCODERS_XL
     parts = (
-        (single_file.UNET, _unet(widths, 2048, depths, depths[-1], 2816)),
+        (single_file.UNET, _unet(widths, 2048, depths, depths[-1], 2816, linear=True)),
         (single_file.VAE, _vae(vae_widths)),
         (first, _clip(layers[0], 768, vocabulary)),
         (second, _open_clip(layers[1], 1280, vocabulary)),
@@ -231,7 +234,21 @@ def sdxl_layout(
     return {prefix + key: shape for prefix, shapes in parts for key, shape in shapes.items()}
 
 
-FULL, FULL_XL = original_layout(), sdxl_layout()
+def sd2_layout(
+    widths: tuple[int, ...] = WIDTHS,
+    vae_widths: tuple[int, ...] = VAE_WIDTHS,
+    layers: int = 24,
+    vocabulary: int = 49408,
+) -> Shapes:
+    parts = (
+        (single_file.UNET, _unet(widths, 1024, linear=True)),
+        (single_file.VAE, _vae(vae_widths)),
+        (TEXT_ENCODER_2, _open_clip(layers, 1024, vocabulary)),
+    )
+    return {prefix + key: shape for prefix, shapes in parts for key, shape in shapes.items()}
+
+
+FULL, FULL_2, FULL_XL = original_layout(), sd2_layout(), sdxl_layout()
 
 
 def random_weights(shapes: Shapes) -> dict[str, torch.Tensor]:
@@ -386,6 +403,7 @@ def test_the_shipped_tokenizer_is_clips() -> None:
 
 
 TINY = ((32, 32, 64, 64), (32, 32, 32, 32), (1, 768, 512))
+TINY_2 = ((32, 32, 64, 64), (32, 32, 32, 32), 1, 512)
 TINY_XL = ((32, 32, 64), (0, 1, 2), (32, 32, 32, 32), (1, 1), 512)
 
 
@@ -404,6 +422,8 @@ def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "sd15/unet": {"block_out_channels": TINY[0]},
         "sd15/vae": {"block_out_channels": TINY[1]},
         "sd15/text_encoder": short,
+        "sd2/unet": {"block_out_channels": TINY_2[0], "attention_head_dim": 8},
+        "sd2/text_encoder": short,
         "sdxl/unet": {
             "block_out_channels": TINY_XL[0],
             "transformer_layers_per_block": [1, *TINY_XL[1][1:]],
@@ -527,40 +547,73 @@ def test_a_tensor_of_another_shape_is_named(
         load_model(str(path))
 
 
-# --- SDXL as a single file ------------------------------------------------------------------------
+# --- SD2 and SDXL as single files -----------------------------------------------------------------
 
 
-def test_every_weight_of_a_full_size_sdxl_file_has_its_place(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("family", "layout", "parameters"),
+    [("sd2", FULL_2, 865_910_724), ("sdxl", FULL_XL, 2_567_463_684)],
+)
+def test_every_weight_of_a_full_size_file_has_its_place(
+    family: str, layout: Shapes, parameters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 2515 is the tensor count of sd_xl_base_1.0: 1680 + 248 + 197 + 390.
     assert len(FULL_XL) == 2515
 
     def without_memory(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        found = {key: shape for key, shape in FULL_XL.items() if key.startswith(prefix)}
+        found = {key: shape for key, shape in layout.items() if key.startswith(prefix)}
         return {key: torch.empty(shape, device="meta") for key, shape in found.items()}
 
     monkeypatch.setattr(models, "_read_tensors", without_memory)
-    for part, parameters in (("unet", 2_567_463_684), ("vae", 83_653_863)):
-        module = models._convert(
-            Path("xl"), "sdxl", part, torch.float16
-        )  # raises for a missing one
-        assert sum(p.numel() for p in module.parameters()) == parameters
-    for cls, part, renamed in (
-        (CLIPTextModel, "text_encoder", models._named_as_clip),
-        (CLIPTextModelWithProjection, "text_encoder_2", models._named_as_open_clip),
-    ):
-        config = CLIPTextConfig.from_pretrained(config_of("sdxl", part))
+    for part, count in (("unet", parameters), ("vae", 83_653_863)):
+        module = models._convert(Path("x"), family, part, torch.float16)  # raises if one is missing
+        assert sum(p.numel() for p in module.parameters()) == count
+    for part, prefix in single_file.TEXT_ENCODERS[family].items():
+        open_clip = prefix.endswith("model.")
+        renamed = models._named_as_open_clip if open_clip else models._named_as_clip
+        cls = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+        config = CLIPTextConfig.from_pretrained(config_of(family, part))
         with torch.device("meta"):
             expected = {_flat(k): v.shape for k, v in cls(config).state_dict().items()}
-        prefix = single_file.TEXT_ENCODERS["sdxl"][part]
-        found = renamed(without_memory(Path("xl"), prefix, torch.float32), prefix, config)
+        found = renamed(without_memory(Path("x"), prefix, torch.float32), prefix, config)
         assert {_flat(key): tensor.shape for key, tensor in found.items()} == expected
 
 
 def _flat(key: str) -> str:
     """Newer releases of transformers lack the level "text_model." in one of the two classes."""
     return key.removeprefix("text_model.")
+
+
+@pytest.fixture(scope="module")
+def tiny_2() -> dict[str, torch.Tensor]:
+    return random_weights(sd2_layout(*TINY_2))
+
+
+@pytest.mark.usefixtures("tiny_configs")
+@pytest.mark.parametrize(
+    ("spread", "prediction", "resolution"),
+    [(0.0, "epsilon", 512), (0.3, "v_prediction", 768)],
+)
+def test_an_sd2_file_loads_and_is_told_by_a_bias_to_predict_v(
+    spread: float,
+    prediction: str,
+    resolution: int,
+    tiny_2: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    name = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    state = tiny_2 | {name: torch.linspace(-spread, spread, 32)}
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    model = load_model(str(path))
+    assert_frozen(model)
+    assert model.scheduler.config.prediction_type == prediction
+    assert (model.resolution, model.vae.config.scaling_factor) == (resolution, 0.18215)
+    assert topology_of(model.unet).family == "Stable Diffusion 2"
+    text = {_flat(k): v for k, v in model.text_encoder.state_dict().items()}
+    first = TEXT_ENCODER_2 + "transformer.resblocks.0.mlp.c_fc.weight"
+    assert torch.equal(text["encoder.layers.0.mlp.fc1.weight"], state[first].float())
+    assert model.tokenizer("a", padding="max_length").input_ids[-1] == 0  # "!"
 
 
 @pytest.fixture(scope="module")
@@ -672,16 +725,15 @@ FOREIGN: dict[str, tuple[Shapes, str]] = {
         "an SDXL U-Net without the text encoder and the text encoder 2",
     ),
     "sdxl inpainting": (FULL_XL | {CONV_IN: (320, 9, 3, 3)}, "an inpainting checkpoint"),
-    "sd2": (
-        ONLY_UNET
-        | ONLY_VAE
-        | {TO_K: (320, 1024), "cond_stage_model.model.token_embedding.weight": (49408, 1024)},
-        "a Stable Diffusion 2 checkpoint",
-    ),
     "sd2 without its text encoder": (
-        ONLY_UNET | {TO_K: (320, 1024)},
-        "a Stable Diffusion 2 checkpoint",
+        {k: v for k, v in FULL_2.items() if not k.startswith(TEXT_ENCODER_2)},
+        "a Stable Diffusion 2 U-Net without the text encoder",
     ),
+    "sd2 unclip": (
+        FULL_2 | {"model.diffusion_model.label_emb.0.0.weight": (1280, 2048)},
+        "a Stable Diffusion 2 unCLIP checkpoint",
+    ),
+    "another width": (FULL | {TO_K: (320, 1000)}, "no model that is known (text width 1000)"),
     "sd3": (
         {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)},
         "a Stable Diffusion 3 model",
@@ -723,7 +775,7 @@ def test_another_model_is_refused_by_name(name: str, tmp_path: Path) -> None:
     assert raised.value.next_step
 
 
-@pytest.mark.parametrize(("layout", "family"), [(FULL, "sd15"), (FULL_XL, "sdxl")])
+@pytest.mark.parametrize(("layout", "family"), [(FULL, "sd15"), (FULL_2, "sd2"), (FULL_XL, "sdxl")])
 def test_the_true_header_is_recognised(layout: Shapes, family: str, tmp_path: Path) -> None:
     path = write_sparse(tmp_path / "model.safetensors", layout)
     assert single_file.check_single_file(path, single_file.read_header(path)) == family
@@ -955,6 +1007,15 @@ def test_a_folder_with_only_half_precision_files_loads(folder_copy: Path) -> Non
     assert load_model(str(folder_copy)).unet.dtype == torch.float32
 
 
+def test_a_folder_with_linear_projections_is_sd2(folder_copy: Path) -> None:
+    config = folder_copy / "unet" / "config.json"
+    edit_json(config, use_linear_projection=True)
+    UNet2DConditionModel.from_config(json.loads(config.read_text())).save_pretrained(config.parent)
+    model = load_model(str(folder_copy))
+    assert topology_of(model.unet).family == "Stable Diffusion 2"
+    assert embed_prompts(model, ["cat"])[0].shape == (1, 16, 24)
+
+
 def test_a_folder_says_by_its_scheduler_that_it_predicts_v(folder_copy: Path) -> None:
     scheduler = folder_copy / "scheduler" / "scheduler_config.json"
     edit_json(scheduler, prediction_type="v_prediction")
@@ -966,7 +1027,6 @@ FOLDER_CHANGES = {
         "scheduler/scheduler_config.json",
         {"prediction_type": "sample"},
     ),
-    "Stable Diffusion 2": ("unet/config.json", {"use_linear_projection": True}),
     "input channels": ("unet/config.json", {"in_channels": 9}),
     "down_block_types": ("unet/config.json", {"down_block_types": ["DownBlock2D"] * 4}),
     "layers_per_block = 1": ("unet/config.json", {"layers_per_block": 1}),

@@ -1,9 +1,9 @@
-"""Load Stable Diffusion 1.5 or SDXL, frozen, from whatever form a user has it in.
+"""Load Stable Diffusion 1.5, 2 or XL, frozen, from whatever form a user has it in.
 
 A hub id, a diffusers folder and the single file of a ComfyUI installation all become one
 `DiffusionModel`, so that nothing after this knows where the weights came from. A single file loads
 offline: its configs and tokenizer are part of this package. Every source is recognised from
-headers and configs before a weight is read, and what is neither is refused by name.
+headers and configs before a weight is read, and what is none of them is refused by name.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: side of the largest images, in pixels: self-attention over them would take terabytes
 LARGEST = 8192
 EXPECTED = (
-    "a diffusers folder, a Stable Diffusion 1.5 or SDXL checkpoint (.safetensors or .ckpt), or a "
+    "a diffusers folder, a checkpoint of SD1.5, SD2 or SDXL (.safetensors or .ckpt), or a "
     "hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
 )
 
 
 @dataclass(frozen=True)
 class DiffusionModel:
-    """The parts of one pipeline of SD1.5's or SDXL's shape: in eval mode, without gradients.
+    """The parts of one pipeline of SD1.5's, SD2's or SDXL's shape: in eval mode, no gradients.
 
     SDXL has a second text encoder, with a tokenizer that pads otherwise.
     """
@@ -81,7 +81,7 @@ class DiffusionModel:
 
     @property
     def text_encoders(self) -> list[Any]:
-        """One for SD1.5, two for SDXL."""
+        """One for SD1.5 and SD2, two for SDXL."""
         return [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
 
     @property
@@ -95,7 +95,7 @@ class DiffusionModel:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Image pixels per latent pixel, 8 for SD1.5 and SDXL."""
+        """Image pixels per latent pixel, 8 for Stable Diffusion."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -112,20 +112,20 @@ class DiffusionModel:
 def load_model(
     source: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> DiffusionModel:
-    """Load the frozen parts of a model of SD1.5's or SDXL's shape.
+    """Load the frozen parts of a model of SD1.5's, SD2's or SDXL's shape.
 
     Args:
         source: a diffusers folder, a single-file checkpoint in the original layout (`.safetensors`
             or `.ckpt`), or a hub id. Only the last one uses the network. Of a checkpoint with EMA
             copies (`model_ema.*`) the plain weights are used, as ComfyUI does. Inpainting
             checkpoints (9 input channels) are refused. A folder's scheduler says whether the model
-            predicts noise or v; a file that has no key `v_pred` is taken to predict noise.
+            predicts noise or v; how a single file says it, see `_looks_like_v`.
         dtype: the precision of the U-Net. VAE and text encoders are in float32: half precision
             would cost quality in the one pass they make, and SDXL's VAE overflows in float16.
         device: where to put them.
 
     Raises:
-        UserError: the source can't be found, reached or read, or is neither SD1.5 nor SDXL.
+        UserError: the source can't be found, reached or read, or is of none of these families.
     """
     device = usable_device(device)
     path = Path(source).expanduser()
@@ -173,7 +173,8 @@ def usable_device(name: str | torch.device) -> torch.device:
 def embed_prompts(model: DiffusionModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return text states [B, T, D] and pooled text [B, P], as the model was trained.
 
-    SD1.5 takes the last states of its encoder (T = 77, D = 768) and no pooled text (P = 0). SDXL
+    SD1.5 and SD2 take the last states of their encoder (T = 77, D = 768 and 1024) and no pooled
+    text (P = 0); SD2's files hold one layer more, which the loading leaves out. SDXL
     takes the last but one of both, side by side (D = 2048), and the pooled text of the second
     (P = 1280). Prompts are padded to T tokens and cut beyond, without a mask.
     """
@@ -210,13 +211,13 @@ def latent_shape(model: DiffusionModel, resolution: int) -> tuple[int, int, int]
 
 
 def pooled_width(config: Any) -> int:
-    """P of the pooled text that a U-Net of this config takes; 0 for SD1.5."""
+    """P of the pooled text that a U-Net of this config takes; 0 without."""
     joined = config.projection_class_embeddings_input_dim  # with six numbers in so many channels
     return joined - 6 * config.addition_time_embed_dim if joined else 0
 
 
 def added_conditions(pooled: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-    """What SDXL's U-Net is told beside the text states, by diffusers' names; nothing for SD1.5.
+    """What SDXL's U-Net is told beside the text states, by diffusers' names; else nothing.
 
     ``pooled`` [B, P] as `embed_prompts` gives it, ``sizes`` [B, 6] as `training.data.images`
     gives them.
@@ -283,18 +284,32 @@ def _load_single_file(path: Path, source: str, dtype: torch.dtype) -> DiffusionM
     family = single_file.check_single_file(path, header)
     second = family == "sdxl"
     settings = single_file.scheduler_settings(header)
+    unet = _convert(path, family, "unet", dtype)
+    if family == "sd2" and _looks_like_v(unet):
+        settings["prediction_type"] = "v_prediction"
+        unet.register_to_config(sample_size=96)
     return DiffusionModel(
         source=source,
-        unet=_convert(path, family, "unet", dtype),
+        unet=unet,
         vae=_convert(path, family, "vae", torch.float32),
         text_encoder=_convert_text_encoder(path, family, "text_encoder"),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=_clip_tokenizer("!" if family == "sd2" else "<|endoftext|>"),
         scheduler=DDPMScheduler.from_pretrained(
             config_of(family, "scheduler"), local_files_only=True, **settings
         ),
         text_encoder_2=_convert_text_encoder(path, family, "text_encoder_2") if second else None,
-        tokenizer_2=_clip_tokenizer(pad_token="!") if second else None,
+        tokenizer_2=_clip_tokenizer("!") if second else None,
     )
+
+
+def _looks_like_v(unet: UNet2DConditionModel) -> bool:
+    """Whether these weights are those of SD2 at 768 pixels, which predicts v, or of a fine-tune.
+
+    No file of SD2 says so. ComfyUI goes by the spread of one bias, which is larger there; so that
+    the same file means the same, so does this.
+    """
+    bias = unet.get_parameter("up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias")
+    return float(bias.detach().float().std(correction=0)) > 0.09
 
 
 def _convert(path: Path, family: str, part: str, dtype: torch.dtype) -> Any:
@@ -326,10 +341,8 @@ def _convert(path: Path, family: str, part: str, dtype: torch.dtype) -> Any:
 def _convert_text_encoder(path: Path, family: str, part: str) -> Any:
     """A text encoder from its shipped config, filled with the file's weights, in float32."""
     prefix = single_file.TEXT_ENCODERS[family][part]
-    cls, renamed = {
-        "text_encoder": (CLIPTextModel, _named_as_clip),
-        "text_encoder_2": (CLIPTextModelWithProjection, _named_as_open_clip),
-    }[part]
+    cls = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+    renamed = _named_as_clip if prefix.endswith(".transformer.") else _named_as_open_clip
     config = CLIPTextConfig.from_pretrained(config_of(family, part), local_files_only=True)
     try:
         module, report = cls.from_pretrained(
@@ -358,7 +371,7 @@ def _named_as_clip(state: dict[str, Tensor], prefix: str, config: Any) -> dict[s
 
 
 def _named_as_open_clip(state: dict[str, Tensor], prefix: str, config: Any) -> dict[str, Tensor]:
-    """OpenCLIP, which checkpoints hold under its own names."""
+    """OpenCLIP, which checkpoints hold under its own names; of SD2's all layers but the last."""
     model = SimpleNamespace(config=config)  # the converter asks for no more
     found: dict[str, Tensor] = convert_open_clip_checkpoint(model, state, prefix=prefix)
     return found
@@ -369,7 +382,7 @@ def _incomplete(path: Path, family: str, part: str, wrong: Sequence[str]) -> Use
         f"{path} is no complete {NAMES[family]} checkpoint: {len(wrong)} tensor(s) of the "
         f"{part.replace('_', ' ')} are missing or differ: {'; '.join(sorted(wrong)[:3])}.",
         single_file.EXPECTED,
-        single_file.FETCH_AGAIN,
+        f"{single_file.FETCH_AGAIN}; of a derivative with fewer blocks pass the diffusers folder",
     )
 
 

@@ -1,9 +1,10 @@
-"""Recognise a diffusers folder as SD1.5 or SDXL by its topology, not by its widths or its name.
+"""Recognise a diffusers folder by its topology, not by its widths or its name.
 
 SD1.5 has four levels, two ResBlocks each, cross-attention in the upper three and in the middle, and
-one text encoder. SDXL has three levels, pooled text and sizes beside the timestep, and two text
-encoders; how many transformers it has may differ. Both predict noise or v. A small model of such a
-shape is welcome; the refiner, SD2 or a video model in the same folder layout is not.
+one text encoder. SD2 is the same with linear projections. SDXL has three levels, pooled text and
+sizes beside the timestep, and two text encoders; how many transformers it has may differ. All
+predict noise or v. A small model of such a shape is welcome; the refiner or a video model in the
+same folder layout is not.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from training.model.configs import NAMES
 from training.model.configs.single_file import FETCH_AGAIN, TAKE_ANOTHER, read_header
 
 EXPECTED = (
-    "a diffusers folder of Stable Diffusion 1.5's or SDXL's topology with unet/, vae/, "
+    "a diffusers folder of the topology of SD1.5, SD2 or SDXL with unet/, vae/, "
     "text_encoder/, tokenizer/ and scheduler/ (SDXL: and text_encoder_2/, tokenizer_2/)"
 )
 #: families -> their text encoders, each with a tokenizer
-TEXT_ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+TEXT_ENCODERS = {
+    "sd15": ("text_encoder",),
+    "sd2": ("text_encoder",),
+    "sdxl": ("text_encoder", "text_encoder_2"),
+}
 # File names in order of preference; diffusers calls the infix fp16 a variant.
 _MODEL_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -68,7 +73,7 @@ _UNET_XL: dict[str, Any] = {
 }
 for _free in ("mid_block_type", "layers_per_block", "transformer_layers_per_block"):
     del _UNET_XL[_free]
-_UNETS = {"sd15": _UNET, "sdxl": _UNET_XL}
+_UNETS = {"sd15": _UNET, "sd2": {**_UNET, "use_linear_projection": True}, "sdxl": _UNET_XL}
 
 
 def weight_files(family: str) -> dict[str, tuple[str, ...]]:
@@ -78,7 +83,7 @@ def weight_files(family: str) -> dict[str, tuple[str, ...]]:
 
 
 def check_folder_configs(folder: Path) -> str:
-    """The family of the pipeline in `folder`: "sd15" or "sdxl".
+    """The family of the pipeline in `folder`: "sd15", "sd2" or "sdxl".
 
     Raises:
         UserError: its configs are those of something else.
@@ -101,7 +106,7 @@ def _family(folder: Path) -> str:
     """Which family the U-Net is of; raises UserError for the refiner."""
     config = _unet_config(folder)
     if config.get("addition_embed_type") != "text_time":
-        return "sd15"
+        return "sd2" if config.get("use_linear_projection") else "sd15"
     if len(config.get("block_out_channels", ())) == 4:
         raise UserError(
             f"{folder} is the SDXL refiner (its U-Net has four levels and pooled text).",
@@ -194,10 +199,6 @@ def _refuse_other_folders(folder: Path, index: dict[str, Any]) -> None:
 
 def _check_unet(folder: Path, family: str) -> None:
     path, config, wanted = folder / "unet" / "config.json", _unet_config(folder), _UNETS[family]
-    if config.get("use_linear_projection") and not wanted["use_linear_projection"]:
-        raise UserError(
-            f"{folder} is a Stable Diffusion 2 folder (linear projections).", EXPECTED, TAKE_ANOTHER
-        )
     if config.get("in_channels", 4) in (8, 9):
         raise UserError(
             f"{folder} is an inpainting or editing model: its U-Net takes "
@@ -245,7 +246,7 @@ def _check_others(folder: Path, family: str) -> None:
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise UserError(
             f"{folder / 'vae'} scales its latents by channel (latents_mean, latents_std).",
-            "one scaling_factor, as in SD1.5 and SDXL",
+            "one scaling_factor, as in SD1.5, SD2 and SDXL",
             TAKE_ANOTHER,
         )
     _check_text(folder, family)

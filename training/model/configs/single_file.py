@@ -23,17 +23,18 @@ import torch
 from training.errors import UserError
 
 EXPECTED = (
-    "a full Stable Diffusion 1.5 or SDXL checkpoint (U-Net, VAE and text encoders in one "
+    "a full checkpoint of Stable Diffusion 1.5, 2 or XL (U-Net, VAE and text encoders in one "
     ".safetensors or .ckpt file), such as v1-5-pruned-emaonly.safetensors"
 )
 FETCH_AGAIN = "download the file again and compare its size with the one on the download page"
-TAKE_ANOTHER = "pass an SD1.5 or SDXL checkpoint; other architectures are not supported"
+TAKE_ANOTHER = "pass a checkpoint of SD1.5, SD2 or SDXL; other architectures are not supported"
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 #: family -> part -> what the keys of a text encoder begin with
 TEXT_ENCODERS: dict[str, dict[str, str]] = {
     "sd15": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
     "sdxl": {
         "text_encoder": "conditioner.embedders.0.transformer.",
         "text_encoder_2": "conditioner.embedders.1.model.",
@@ -46,7 +47,7 @@ _WIDTHS = {
     1280: "an SDXL refiner",
     2048: "an SDXL",
 }
-_FAMILIES = {768: "sd15", 2048: "sdxl"}
+_FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 
@@ -65,7 +66,6 @@ _RELATIVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("a Flux model", TAKE_ANOTHER, ("double_blocks.0.img_attn.",)),
     ("a Stable Diffusion 3 model", TAKE_ANOTHER, ("joint_blocks.0.",)),
-    ("a Stable Diffusion 2 checkpoint", TAKE_ANOTHER, ("cond_stage_model.model.",)),
     (
         "a textual inversion embedding",
         "pass the checkpoint it was made for",
@@ -224,7 +224,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_single_file(path: Path, header: Header) -> str:
-    """The family of a complete text-to-image checkpoint: "sd15" or "sdxl".
+    """The family of a complete text-to-image checkpoint: "sd15", "sd2" or "sdxl".
 
     Raises:
         UserError: `header` is that of something else.
@@ -261,6 +261,8 @@ def _recognise(header: Header) -> tuple[str, str, str]:
     if not family:
         found = f"{_WIDTHS[width]} checkpoint" if width in _WIDTHS else "no model that is known"
         return "", f"{found} (text width {width})", TAKE_ANOTHER
+    if family != "sdxl" and f"{UNET}label_emb.0.0.weight" in keys:
+        return "", f"{_WIDTHS[width]} unCLIP checkpoint", TAKE_ANOTHER
     parts = {"VAE": f"{VAE}encoder.conv_in.weight"} | {
         part.replace("_", " "): prefix for part, prefix in TEXT_ENCODERS[family].items()
     }
@@ -279,10 +281,7 @@ def _recognise(header: Header) -> tuple[str, str, str]:
 
 
 def scheduler_settings(header: Header) -> dict[str, Any]:
-    """What the file says of its schedule, by the two keys that fine-tunes use; noise without them.
-
-    A checkpoint that predicts v and does not say so can't be told from one that predicts noise.
-    """
+    """What the file says of its schedule, by the two keys that fine-tunes use."""
     found: dict[str, Any] = {}
     if "v_pred" in header.shapes:
         found["prediction_type"] = "v_prediction"

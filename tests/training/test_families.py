@@ -1,16 +1,17 @@
-"""SDXL in training: what its U-Net is told, and the commands from their command lines."""
+"""SDXL and SD2 in training: what the U-Net is told, and the commands from their command lines."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from test_replay import plain, saving
 from test_resume import assert_same, fail_at
@@ -223,6 +224,22 @@ def test_gates_of_another_family_are_refused_with_both_named(
     assert evaluate.main(given) == 1
     said = capsys.readouterr().err
     assert "made for SDXL" in said and "gates for Stable Diffusion 1.5" in said
+
+
+def test_sd2_that_predicts_v_is_measured_and_evaluated(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "sd2", tmp_path / "gates.safetensors"
+    shutil.copytree(pipeline, folder)
+    config = UNet2DConditionModel.load_config(folder / "unet") | {"use_linear_projection": True}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", prediction_type="v_prediction")
+    scheduler.save_pretrained(folder / "scheduler")
+    source = ["--model", str(folder), "--data", str(images)]
+    options = ["--criterion", "taylor", "--scope", "all+ff", "--output", str(output)]
+    assert score.main([*source, *QUICK, *options]) == 0
+    assert load_gates(output).topology.family == "Stable Diffusion 2"
+    assert evaluate.main([str(output), *source, "--samples", "2"]) == 0
 
 
 # --- models that predict v ------------------------------------------------------------------------
