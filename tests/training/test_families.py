@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from families import diffusers_unet
 from PIL import Image
 from test_replay import plain, saving
 from test_resume import assert_same, fail_at
 
-from ldcp_core import PrunedSite, load_gates
+from ldcp_core import PrunedSite, Topology, load_gates
 from ldcp_core.diffusers import topology_of
 from training import evaluate, fit, score
 from training.criteria import noise_loss
@@ -224,6 +225,31 @@ def test_gates_of_another_family_are_refused_with_both_named(
     assert evaluate.main(given) == 1
     said = capsys.readouterr().err
     assert "made for SDXL" in said and "gates for Stable Diffusion 1.5" in said
+
+
+@pytest.mark.parametrize("mid", [(0,), ()])
+def test_derivatives_with_fewer_blocks_are_learned_on(
+    pipeline_xl: Path, images: Path, tmp_path: Path, mid: tuple[int, ...],
+    short_fits: None, no_pictures: None,
+) -> None:  # fmt: skip
+    topology = Topology(
+        widths=(32, 64, 96),
+        down=((0, 0), (1, 1), (2, 2)),
+        mid=mid,
+        up=((2, 2, 3), (2, 1, 1), (0, 0, 0)),
+        context_width=48,
+        pooled_width=64,
+        linear_projections=True,
+    )
+    folder, output = tmp_path / "derivative", tmp_path / "gates.safetensors"
+    shutil.copytree(pipeline_xl, folder)
+    unet = diffusers_unet(topology, "cpu")
+    unet.register_to_config(sample_size=16)
+    unet.save_pretrained(folder / "unet")
+    given = ["--model", str(folder), "--data", str(images), "--output", str(output)]
+    steps = ["--batch-size", "2", "--gradient-accumulation", "1", "--max-steps", "2"]
+    assert fit.main([*given, *steps, "--scope", "up"]) == 0
+    assert load_gates(output).topology == topology
 
 
 def test_sd2_that_predicts_v_is_measured_and_evaluated(

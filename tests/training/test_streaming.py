@@ -74,9 +74,11 @@ def test_images_come_in_order_and_the_first_are_held_out(
     assert rows_of(list(islice(endless, 4))) == rows_of(list(data.batches(train, 7))) * 2
 
 
-def test_latents_and_embeddings_are_those_of_a_table_on_disk(
-    faces: Path, model: DiffusionModel
+@pytest.mark.parametrize("family", ["model", "model_xl"])
+def test_what_is_encoded_is_that_of_a_table_on_disk(
+    faces: Path, family: str, request: pytest.FixtureRequest
 ) -> None:
+    model: DiffusionModel = request.getfixturevalue(family)
     plain = open_dataset(str(faces), resolution=16)
     data = streamed(faces, model)
     expected = FreshImages(plain, model).batches(range(ROWS), 5)
@@ -84,6 +86,9 @@ def test_latents_and_embeddings_are_those_of_a_table_on_disk(
     for fresh, batch in zip(expected, found, strict=True):
         assert torch.equal(batch.latents, fresh.latents)
         assert torch.equal(batch.context, fresh.context)
+        assert batch.added.keys() == fresh.added.keys()
+        assert all(torch.equal(batch.added[name], fresh.added[name]) for name in fresh.added)
+    assert bool(fresh.added) == (family == "model_xl")
     assert data.captions([0, 1]) == {0: "face 0", 1: "face 1"}
 
 

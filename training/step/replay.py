@@ -20,7 +20,8 @@ def stages_before(unet: UNet2DConditionModel, blocks: Sequence[str]) -> list[str
     """The top-level parts of the U-Net that run before the first of the named blocks, in order."""
     down = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
     up = [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
-    stages = ["conv_in", *down, "mid_block", *up]
+    mid = [] if unet.mid_block is None else ["mid_block"]
+    stages = ["conv_in", *down, *mid, *up]
     gated = {stage for stage in stages for block in blocks if block.startswith(stage + ".")}
     first = min((stages.index(stage) for stage in gated), default=len(stages))
     return stages[:first]
