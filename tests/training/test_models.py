@@ -724,6 +724,7 @@ FOREIGN: dict[str, tuple[Shapes, str]] = {
         {k: v for k, v in FULL_XL.items() if not k.startswith("conditioner.")},
         "an SDXL U-Net without the text encoder and the text encoder 2",
     ),
+    "edm": (FULL_XL | {"edm_vpred.sigma_max": (1,)}, "a model of an EDM schedule"),
     "sdxl inpainting": (FULL_XL | {CONV_IN: (320, 9, 3, 3)}, "an inpainting checkpoint"),
     "sd2 without its text encoder": (
         {k: v for k, v in FULL_2.items() if not k.startswith(TEXT_ENCODER_2)},
@@ -1037,6 +1038,7 @@ FOLDER_CHANGES = {
     ),
     "the SDXL refiner": ("unet/config.json", {"addition_embed_type": "text_time"}),
     "addition_embed_type": ("unet/config.json", {"addition_embed_type": "image"}),
+    "an EDM schedule": ("scheduler/scheduler_config.json", {"sigma_data": 1.0}),
     "latents_mean": ("vae/config.json", {"latents_mean": [0.0] * 4}),
     "latent channels": ("vae/config.json", {"latent_channels": 16}),
     "does not fit together": ("unet/config.json", {"cross_attention_dim": 32}),
@@ -1157,15 +1159,18 @@ def test_what_the_hub_answers_is_told_apart(
         load_model("owner/name")
 
 
+@pytest.mark.parametrize("folder", ["tiny_folder", "pipeline_xl"])
 def test_a_hub_id_downloads_one_weight_file_per_part(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    root: Path = request.getfixturevalue(folder)
     fetched = []
-    monkeypatch.setattr(models, "snapshot_download", lambda *_, **__: str(tiny_folder))
+    monkeypatch.setattr(models, "snapshot_download", lambda *_, **__: str(root))
     monkeypatch.setattr(models, "hf_hub_download", lambda _, name: fetched.append(name))
     assert load_model("owner/name").source == "owner/name"
     assert fetched == [
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
+        *(["text_encoder_2/model.safetensors"] if folder == "pipeline_xl" else []),
     ]

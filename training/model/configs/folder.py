@@ -235,6 +235,12 @@ def _check_others(folder: Path, family: str) -> None:
             "a model that predicts the noise (epsilon) or v (v_prediction)",
             TAKE_ANOTHER,
         )
+    if "sigma_data" in scheduler:
+        raise UserError(
+            f"{folder} is a model of an EDM schedule (sigma_data), as CosXL is.",
+            "a schedule of betas",
+            TAKE_ANOTHER,
+        )
     vae = _read_json(folder / "vae" / "config.json")
     if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != 4:
         raise UserError(

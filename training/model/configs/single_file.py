@@ -67,6 +67,11 @@ _RELATIVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("a Flux model", TAKE_ANOTHER, ("double_blocks.0.img_attn.",)),
     ("a Stable Diffusion 3 model", TAKE_ANOTHER, ("joint_blocks.0.",)),
     (
+        "a model of an EDM schedule (CosXL, Playground 2.5)",
+        TAKE_ANOTHER,
+        ("edm_mean", "edm_std", "edm_vpred."),
+    ),
+    (
         "a textual inversion embedding",
         "pass the checkpoint it was made for",
         ("emb_params", "string_to_param"),
