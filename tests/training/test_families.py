@@ -24,7 +24,8 @@ from training.criteria import noise_loss
 from training.data.encoding import Batch, CachedImages, FreshImages
 from training.data.images import open_dataset
 from training.learning.samples import Samples
-from training.model.load import DiffusionModel, embed_prompts
+from training.model.encode import embed_prompts
+from training.model.load import DiffusionModel
 from training.sample import pipeline_of
 from training.step.denoising import Denoising, HeldOut, Problem
 

@@ -36,7 +36,8 @@ from training.errors import UserError
 from training.model import configs
 from training.model import load as models
 from training.model.configs import CONFIGS, config_of, single_file
-from training.model.load import embed_prompts, encode_images, load_model
+from training.model.encode import embed_prompts, encode_images
+from training.model.load import load_model
 
 Shapes = dict[str, tuple[int, ...]]
 WIDTHS = (320, 640, 1280, 1280)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ldcp_core import PADDINGS, SoftGate, blocks_of
 from ldcp_core.diffusers import topology_of
 from training.data.encoding import Batch
+from training.model.encode import embed_prompts
 from training.model.gating import deviation, masked
-from training.model.load import DiffusionModel, embed_prompts
+from training.model.load import DiffusionModel
 from training.step.denoising import Denoising, Problem
 from training.step.frozen import frozen_layers
 from training.step.replay import stages_before

@@ -13,7 +13,8 @@ from ldcp_core import SoftGate
 from ldcp_core.diffusers import topology_of
 from training.data.encoding import Batch
 from training.data.images import Position
-from training.model.load import DiffusionModel, embed_prompts
+from training.model.encode import embed_prompts
+from training.model.load import DiffusionModel
 from training.step.denoising import Answered, Denoising
 from training.step.reuse import Problems
 

@@ -24,8 +24,8 @@ from ldcp_core import ALIGNMENT, Padding, PrunedSite, Site, aligned_counts, bloc
 from ldcp_core.diffusers import CompactBlock, compact_blocks, gated_layers
 from training.benchmarking.timing import DENSE, Variant
 from training.model.configs import SD15
+from training.model.encode import added_conditions, pooled_width
 from training.model.gating import running
-from training.model.load import added_conditions, pooled_width
 
 TEXT_TOKENS = 77
 TIMESTEP = 500

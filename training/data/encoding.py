@@ -23,14 +23,14 @@ from torch import Tensor
 from training.data.cache import TensorCache, digest, weights_digest
 from training.data.images import BrokenImage, ImageData, Position
 from training.errors import UserError
-from training.model.load import (
-    DiffusionModel,
+from training.model.encode import (
     added_conditions,
     context_shape,
     embed_prompts,
     encode_images,
     latent_shape,
 )
+from training.model.load import DiffusionModel
 
 #: how an image becomes a square (`to_pixels`) and a latent (`encode_images`): change it with them
 CROP = "centre square, lanczos, mode of the posterior"

@@ -21,7 +21,8 @@ from training.data.encoding import Batch, Pair, embedded_prompt, encoded_image
 from training.data.images import ImageData, Position, decode_image, reason_of, sizes, to_pixels
 from training.data.sources import Stream, open_stream
 from training.errors import UserError
-from training.model.load import DiffusionModel, latent_shape
+from training.model.encode import latent_shape
+from training.model.load import DiffusionModel
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ldcp_core import Pruned
 from training.console import progress
+from training.model.encode import added_conditions, embed_prompts
 from training.model.gating import compacted
-from training.model.load import DiffusionModel, added_conditions, embed_prompts
+from training.model.load import DiffusionModel
 
 STEPS = 20
 GUIDANCE = 4.0
