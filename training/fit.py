@@ -30,6 +30,7 @@ from ldcp_core import (
     least_kept,
 )
 from ldcp_core.diffusers import topology_of
+from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.data.cache import CacheNotWritable, default_cache
 from training.data.encoding import WORKERS, CachedImages, FreshImages, Images
@@ -54,7 +55,13 @@ from training.learning.watching import (
     summary_writer,
 )
 from training.model.load import DiffusionModel, usable_device
-from training.options import DEMO_SETTINGS, FitConfig, add_demo, built, parser_of, with_demo
+from training.options import (
+    DEMO_SETTINGS,
+    add_demo,
+    built,
+    parser_of,
+    with_demo,
+)
 from training.output import GATES, HISTORY, PAGE, PICTURE, claimed, output_file, output_folder
 from training.session import fit_to, frozen_model, sites_in
 from training.step.denoising import Denoising

@@ -24,6 +24,7 @@ from typing import Any
 
 from ldcp_core import DEFAULT_SCOPE, GateFileError, Ranking, load_gates
 from training import evaluate, fit, score
+from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA
 from training.errors import UserError
@@ -32,7 +33,6 @@ from training.learning.budget import BudgetKind
 from training.options import (
     DEMO_SETTINGS,
     SEED,
-    FitConfig,
     Options,
     add_demo,
     built,

@@ -105,6 +105,7 @@ except GateFileError as error:
 """
 
 
+# ru_maxrss is in kilobytes on Linux alone; what is read is the same code elsewhere
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tells memory as Linux does")
 @pytest.mark.parametrize("where", ["info", "widths", "header"])
 def test_megabytes_of_nested_lists_in_a_file_of_good_size_are_refused_at_little_cost(

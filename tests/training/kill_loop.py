@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from training import fit
+from training.config import FitConfig, RunOptions
 from training.learning import result as outcome
 from training.model.load import DiffusionModel, load_model
-from training.options import FitConfig, RunOptions
 
 STEPS = 16
 

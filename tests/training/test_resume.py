@@ -21,13 +21,13 @@ from safetensors import safe_open
 
 from ldcp_core import load_gates
 from training import fit
+from training.config import RunOptions
 from training.errors import UserError
 from training.fit import main
 from training.learning import checkpoint, loop
 from training.learning import result as outcome
 from training.learning.checkpoint import Checkpoints
 from training.learning.loop import Learning
-from training.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
 STEPS = 9

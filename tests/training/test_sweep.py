@@ -12,8 +12,8 @@ from PIL import Image
 
 from ldcp_core import load_gates
 from training import score, sweep
+from training.config import FitConfig
 from training.evaluation.plots import Cell, heat_map
-from training.options import FitConfig
 from training.score import ScoreConfig
 
 Config = FitConfig | ScoreConfig

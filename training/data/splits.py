@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from training.config import FitConfig
 from training.data.images import ImageData
 from training.errors import UserError
-from training.options import FitConfig
 from training.provenance import is_number, is_whole, read
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ldcp_core import Site, SoftGate
+from training.config import FitConfig
 from training.console import progress
 from training.criteria import own_effect
 from training.data.encoding import Batch
 from training.errors import UserError
 from training.learning.processes import Processes
 from training.model.gating import ChannelMeans, deviation
-from training.options import FitConfig
 from training.step.denoising import Denoising
 
 

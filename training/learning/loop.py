@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ldcp_core import PrunedSite, SoftGate
+from training.config import FitConfig
 from training.console import progress
 from training.data.encoding import Batch
 from training.data.images import Position
@@ -34,7 +35,6 @@ from training.learning.learner import (
 from training.learning.processes import Processes
 from training.learning.stopping import Stopped, StopRequest
 from training.model.gating import deviation
-from training.options import FitConfig
 from training.step.denoising import Denoising
 from training.step.reuse import WINDOW, Problems
 

@@ -18,6 +18,7 @@ from ldcp_core import (
     save_gates,
 )
 from ldcp_core.diffusers import compact_blocks, topology_of
+from training.config import FitConfig
 from training.console import name_of
 from training.data.encoding import Images
 from training.data.splits import Split
@@ -30,7 +31,6 @@ from training.learning.loop import Learning
 from training.learning.page import html_report
 from training.learning.samples import Samples
 from training.model.precision import in_precision
-from training.options import FitConfig
 from training.output import write
 from training.provenance import provenance
 from training.step.denoising import Denoising, HeldOut
