@@ -285,3 +285,29 @@ def run(comfy, conditioning):
         )
 
     return sample
+
+
+def rms(x):
+    return float(x.float().square().mean().sqrt())
+
+
+@pytest.fixture
+def check_exact(comfy, sample, unpatched, masked):
+    """Prune step 1 of 3; every evaluation is the dense one, or the masked reference."""
+
+    def run(model, gates, tolerance=2e-6):
+        layer = comfy.patch.Layer(gates, gates.keep_sets(), comfy.core.Schedule.steps("1"))
+        evaluated = []
+        sample(comfy.patch.attach(model, layer), 3, (32, 40), evaluated=evaluated)
+        assert [step for *_, step in evaluated] == [0, 1, 2]
+        for *call, output, step in evaluated:
+            whole = unpatched(model, *call)
+            if step != 1:
+                assert torch.equal(output, whole)
+                continue
+            with masked(model, gates):
+                reference = unpatched(model, *call)
+            assert rms(output - reference) <= tolerance * rms(reference)
+            assert rms(whole - reference) >= 100 * tolerance * rms(reference)
+
+    return run

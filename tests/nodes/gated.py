@@ -25,3 +25,8 @@ def weights_left_out(layer):
         folded = taps * (WIDTH - inner) * residual  # its pruned columns, for the constants
         saved += full - rows - columns - folded
     return 4 * saved
+
+
+def unload(comfy, device):
+    """Make ComfyUI unload everything from the device, as when another model needs the room."""
+    comfy.root.model_management.free_memory(2**60, device)

@@ -14,7 +14,7 @@ import full_checkpoint
 import pretend_aimdo
 import pytest
 import torch
-from gated import GATED, WIDTH, convs, weights_left_out
+from gated import GATED, WIDTH, convs, unload, weights_left_out
 
 pytestmark = pytest.mark.comfyui
 PAGE = 8192
@@ -85,10 +85,6 @@ def as_if_run(comfy, monkeypatch):
 def set_page(comfy, aimdo, monkeypatch, size):
     aimdo.page = size
     monkeypatch.setattr(comfy.dynamic_vram, "PAGE", size)
-
-
-def unload(comfy, device):
-    comfy.root.model_management.free_memory(2**60, device)
 
 
 def space(model):

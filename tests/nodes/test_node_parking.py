@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from gated import GATED, WIDTH, convs, weights_left_out
+from gated import GATED, WIDTH, convs, unload, weights_left_out
 
 pytestmark = pytest.mark.comfyui
 
@@ -18,11 +18,6 @@ def model(comfy, small_model, device):
     model.load_device = device
     yield model
     unload(comfy, device)
-
-
-def unload(comfy, device):
-    """Make ComfyUI unload everything from the device, as when another model needs the room."""
-    comfy.root.model_management.free_memory(2**60, device)
 
 
 def loaded_bytes(model, device):
