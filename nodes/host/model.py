@@ -97,7 +97,7 @@ def model_topology(base_model: Any) -> Topology:
         problem = _not_supported(config) or ""
         if not problem:
             return _topology(config)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         problem = one_line(error)
     raise ModelError(
         f"LDCP: this model is {kind} ({problem}), but pruning gates are made for {FAMILIES} and "
