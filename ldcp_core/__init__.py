@@ -4,8 +4,20 @@ Depends on torch, numpy and safetensors alone; ComfyUI's nodes and the training 
 on this one definition, so that what is trained is what runs.
 """
 
-from .blocks import ALIGNMENT, PADDINGS, Block, Cost, Latent, Padding, Site, SiteKind, SoftGate
+from .blocks import (
+    ALIGNMENT,
+    PADDINGS,
+    Block,
+    Cost,
+    Latent,
+    Padding,
+    PrunedSite,
+    Site,
+    SiteKind,
+    SoftGate,
+)
 from .calibration import Calibration, Moments
+from .correction import MAX_RANK, RANK, Correction, Regression
 from .cost import Savings, SiteSaving, savings, unet_cost
 from .criteria import (
     MAGNITUDES,
@@ -42,7 +54,7 @@ from .gates import (
     moving_cost,
     top_channels,
 )
-from .pruning import Pruned, PrunedSite, block_gates
+from .pruning import Pruned, block_gates
 from .report import Report, ReportLayer, RunFacts, build_report, gates_report
 from .report_image import report_image
 from .resblock import (
@@ -74,8 +86,10 @@ __all__ = [
     "DEFAULT_SCOPE",
     "HIDDEN",
     "MAGNITUDES",
+    "MAX_RANK",
     "NEVER",
     "PADDINGS",
+    "RANK",
     "RANKINGS",
     "SCOPES",
     "SD15",
@@ -87,6 +101,7 @@ __all__ = [
     "CompactFeedForward",
     "CompactResBlock",
     "ConvWeights",
+    "Correction",
     "Cost",
     "FeedForward",
     "FeedForwardGate",
@@ -100,6 +115,7 @@ __all__ = [
     "Pruned",
     "PrunedSite",
     "Ranking",
+    "Regression",
     "Report",
     "ReportLayer",
     "ResBlock",

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .correction import Correction
+
 Padding = Literal["zero", "extend"]
 PADDINGS: tuple[Padding, ...] = ("zero", "extend")
 #: kept counts are multiples of this, so that the convolution backends take their fast paths
@@ -51,15 +53,31 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class PrunedSite:
+    """The channels that are kept, bool [C], and what stands in for the others, float [C].
+
+    Without a constant that is zero; a ``correction`` is what the layer that reads the channels
+    makes up for beyond it. ``padding`` is the rule of the gates that this comes from.
+    """
+
+    keep: Tensor
+    constant: Tensor | None = None
+    padding: Padding = "zero"
+    correction: Correction | None = None
+
+
+@dataclass(frozen=True)
 class SoftGate:
     """What pruning does to a site's channels, by a mask [C] of zeros and ones and constants [C].
 
     The mask is differentiable in training. Every masked reference says by this what is pruned, and
-    every compact form is tested against one.
+    every compact form is tested against one. ``correction`` is that of the layer that reads the
+    channels.
     """
 
     mask: Tensor
     constant: Tensor
+    correction: Correction | None = None
 
     def __call__(self, h: Tensor, axis: int = 1) -> Tensor:
         """m·h + (1 − m)·μ, with the channels in dimension ``axis`` of ``h``."""
@@ -68,6 +86,12 @@ class SoftGate:
         mask = self.mask.to(h).view(shape)
         return mask * h + (1 - mask) * self.constant.to(h).view(shape)
 
+    def reader(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight [O, C, ...] and bias [O] of the layer that reads the channels."""
+        if self.correction is None:
+            return weight, bias
+        return self.correction.added(weight, bias, self.mask > 0)
+
 
 @dataclass(frozen=True)
 class SiteKind:
@@ -75,8 +99,9 @@ class SiteKind:
 
     ``layer`` is the one whose output channels are gated, ``owner`` the one with their weights, of
     which each channel has ``rows`` rows of ``taps`` weights per input. ``reader`` is the layer
-    that reads the channels with a column of weights each; None where a sum reads them. ``axis`` is
-    the dimension that counts them between the two. ``type_name`` is what tables call the layer.
+    that reads the channels, ``reader_taps`` weights per output; None where a sum reads them.
+    ``axis`` is the dimension that counts them between the two. ``type_name`` is what tables call
+    the layer.
     """
 
     name: str
@@ -87,6 +112,7 @@ class SiteKind:
     type_name: str
     rows: int = 1
     taps: int = 1
+    reader_taps: int = 1
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """What each channel has of the owner's weight [rows·C, ...]: [C, ...]."""
@@ -149,6 +175,10 @@ class Block(ABC):
         """How many channels the layer of a site reads and how many it has."""
 
     @abstractmethod
+    def outputs(self) -> int:
+        """How many outputs the layers have that read its sites."""
+
+    @abstractmethod
     def cost(self, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:
         """The gated layers with so many channels kept at the sites, in their order.
 
@@ -157,5 +187,5 @@ class Block(ABC):
 
     @staticmethod
     @abstractmethod
-    def gate(found: Sequence[tuple[Tensor | None, Tensor | None]], padding: Padding) -> Any:
-        """The gate of keep-sets and constants, bool and float [C], a pair for each site or None."""
+    def gate(found: Sequence[PrunedSite | None], padding: Padding) -> Any:
+        """The gate of a block from how each of its sites is pruned, None for one that is not."""

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import Block, Cost, Latent, Padding, SiteKind, SoftGate
+from .blocks import Block, Cost, Latent, Padding, PrunedSite, SiteKind, SoftGate
+from .correction import Correction
 
 HIDDEN = SiteKind("hidden", "net.0", "net.0.proj", "net.2", axis=-1, type_name="GEGLU", rows=2)
 
@@ -34,6 +35,9 @@ class FeedForward(Block):
     def widths(self, kind: SiteKind) -> tuple[int, int]:
         return self.channels, self.hidden
 
+    def outputs(self) -> int:
+        return self.channels
+
     def cost(self, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:
         """Two rows and one column for each kept hidden channel.
 
@@ -46,10 +50,11 @@ class FeedForward(Block):
         )
 
     @staticmethod
-    def gate(
-        found: Sequence[tuple[Tensor | None, Tensor | None]], padding: Padding
-    ) -> FeedForwardGate:
-        return FeedForwardGate(*found[0])
+    def gate(found: Sequence[PrunedSite | None], padding: Padding) -> FeedForwardGate:
+        (hidden,) = found
+        if hidden is None:
+            return FeedForwardGate()
+        return FeedForwardGate(hidden.keep, hidden.constant, hidden.correction)
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,14 @@ class LinearWeights:
 
 @dataclass(frozen=True)
 class FeedForwardGate:
-    """What is kept of one feed-forward: bool keep-set [H] (None: not gated) and constants [H]."""
+    """What is kept of one feed-forward: bool keep-set [H] (None: not gated) and constants [H].
+
+    ``correction`` is that of the layer that reads the hidden channels.
+    """
 
     hidden: Tensor | None = None
     hidden_constant: Tensor | None = None
+    correction: Correction | None = None
 
 
 def geglu(x: Tensor, proj: LinearWeights) -> Tensor:
@@ -81,6 +90,7 @@ def masked_feed_forward(
     hidden = geglu(x, proj)
     if gate is not None:
         hidden = gate(hidden, axis=HIDDEN.axis)
+        out = LinearWeights(*gate.reader(out.weight, out.bias))
     return F.linear(hidden, out.weight, out.bias)
 
 
@@ -93,6 +103,8 @@ class CompactFeedForward:
 
     def __init__(self, gate: FeedForwardGate, proj: LinearWeights, out: LinearWeights) -> None:
         assert gate.hidden is not None
+        if gate.correction is not None:
+            out = LinearWeights(*gate.correction.added(out.weight, out.bias, gate.hidden))
         device, dtype = out.weight.device, out.weight.dtype
         keep = gate.hidden.cpu()
         kept, pruned = keep.nonzero()[:, 0].to(device), (~keep).nonzero()[:, 0].to(device)

@@ -26,9 +26,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from .blocks import PADDINGS
+from .blocks import PADDINGS, Site
+from .correction import MAX_RANK, Correction
 from .files import write_atomically
-from .gates import Gates
+from .gates import THRESHOLD, Gates
 from .sites import Topology
 from .text import PATH, QUOTED, one_line
 
@@ -38,24 +39,36 @@ VERSION, VERSIONS = 2, ("1", "2")
 
 @dataclass(frozen=True)
 class Part:
-    """What a gate file may hold for a site, float32 [C] of finite values in a range.
+    """What a gate file may hold for a site: finite values in a range.
 
-    ``field`` is that of `Gates`.
+    ``field`` is that of `Gates`, or of `Correction` where ``corrects``. The sizes in ``shape`` are
+    C, the site's channels; O, the outputs of the layer that reads them; K, its weights per output
+    that read kept channels; and R, the correction's rank.
     """
 
     field: str
     least: float = -math.inf
     most: float = math.inf
+    shape: str = "C"
+    dtype: torch.dtype = torch.float32
+    corrects: bool = False
 
 
-#: ending of a tensor's name -> what it is; a site without the first has none of the others
+#: ending of a tensor's name -> what it is; a site without the first has none of the others, and of
+#: a correction all parts or none
 PARTS: Mapping[str, Part] = {
     "score": Part("scores", 0.0, 1.0),
     "constant": Part("constants"),
     "importance": Part("importances"),
+    "correction_left": Part("left", shape="OR", dtype=torch.float16, corrects=True),
+    "correction_right": Part("right", shape="RK", dtype=torch.float16, corrects=True),
+    "correction_bias": Part("bias", shape="O", corrects=True),
 }
-#: more than ten times the file of a U-Net with every channel gated
-MAX_BYTES = 16 * 2**20
+SCORE = "score"
+#: safetensors' name of a dtype -> numpy's, and the dtype
+DTYPES = {"F32": ("<f4", torch.float32), "F16": ("<f2", torch.float16)}
+#: twice the file of an SDXL U-Net with every channel gated and corrections of rank 16
+MAX_BYTES = 48 * 2**20
 #: of the description: its length as JSON, and how deep its lists and objects may be nested
 MAX_DESCRIPTION, MAX_DEPTH = 2**20, 64
 #: three times as many as an SDXL U-Net has sites and parts
@@ -82,7 +95,7 @@ def save_gates(gates: Gates, path: str | Path, overwrite: bool = True) -> None:
     tensors = {
         f"{site}.{ending}": values.detach().cpu().contiguous()
         for ending, part in PARTS.items()
-        for site, values in getattr(gates, part.field).items()
+        for site, values in _values(gates, part).items()
     }
     description = {
         "topology": gates.topology.to_json(),
@@ -95,6 +108,14 @@ def save_gates(gates: Gates, path: str | Path, overwrite: bool = True) -> None:
     data = _serialized(tensors, metadata)
     _gates(data, path)
     write_atomically(path, data, overwrite)
+
+
+def _values(gates: Gates, part: Part) -> Mapping[str, Tensor]:
+    """Site -> what the gates have of this part."""
+    if not part.corrects:
+        found: Mapping[str, Tensor] = getattr(gates, part.field)
+        return found
+    return {site: getattr(found, part.field) for site, found in gates.corrections.items()}
 
 
 def load_gates(path: str | Path) -> Gates:
@@ -279,45 +300,91 @@ def _validated(
     if not _is_floor(floor):
         raise _damaged(path, f"floor {one_line(repr(floor))}, expected a number from 0 up to 1")
 
-    widths = {site.name: site.channels for site in topology.all_sites()}
-    tensors: dict[str, Tensor] = {}
-    found: dict[str, dict[str, Tensor]] = {ending: {} for ending in PARTS}
-    for name, entry in entries.items():
-        site, _, ending = name.rpartition(".")
-        if ending not in PARTS or site not in widths:
+    sites = {site.name: site for site in topology.all_sites()}
+    named = {name: name.rpartition(".")[::2] for name in entries}
+    for name, (site, ending) in named.items():
+        if site not in sites or ending not in _parts_of(sites[site]):
             raise _refused(
                 path,
                 f"unknown tensor {one_line(repr(name))}; expected names such as "
                 "'mid_block.resnets.0.conv1.score'. The file may be made by a newer version: "
                 "update the node pack",
             )
-        tensor = _checked(entry, name, PARTS[ending], widths[site], path)
-        found[ending][site] = tensors[name] = tensor
-    scores = found["score"]
-    if not scores:
+    scored = {site for site, ending in named.values() if ending == SCORE}
+    if not scored:
         raise _damaged(path, "it holds no scores")
-    orphans = sorted({site for part in found.values() for site in part} - set(scores))
+    orphans = sorted({site for site, _ in named.values()} - scored)
     if orphans:
         raise _damaged(path, f"constants without scores for {one_line(', '.join(orphans))}")
-    parts = {
-        part.field: {site: found[ending][site] for site in widths if site in found[ending]}
+
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, dict[str, Tensor]] = {ending: {} for ending in PARTS}
+    order = list(PARTS)  # a score says how many channels are kept
+    for name, (site, ending) in sorted(named.items(), key=lambda item: order.index(item[1][1])):
+        sizes = _sizes(sites[site], {part: found[part].get(site) for part in PARTS})
+        tensors[name] = _checked(entries[name], name, PARTS[ending], sizes, path)
+        found[ending][site] = tensors[name]
+    corrects = [found[ending] for ending, part in PARTS.items() if part.corrects]
+    if any(part.keys() != corrects[0].keys() for part in corrects):
+        raise _damaged(path, "it holds a part of a correction without the others")
+    fields: dict[str, Any] = {
+        part.field: {site: found[ending][site] for site in sites if site in found[ending]}
         for ending, part in PARTS.items()
+        if not part.corrects
     }
-    return Gates(padding=padding, topology=topology, info=info, floor=floor, **parts), tensors
+    corrections = {
+        site: Correction(*(part[site] for part in corrects))
+        for site in sites
+        if site in corrects[0]
+    }
+    gates = Gates(
+        padding=padding,
+        topology=topology,
+        info=info,
+        floor=floor,
+        corrections=corrections,
+        **fields,
+    )
+    return gates, tensors
+
+
+def _parts_of(site: Site) -> list[str]:
+    """What a file may hold for a site: no correction of a layer where a sum reads the channels."""
+    return [ending for ending, part in PARTS.items() if site.reader or not part.corrects]
+
+
+def _sizes(site: Site, found: Mapping[str, Tensor | None]) -> dict[str, int]:
+    """The sizes in the shapes of a site's parts; R is 0 before the first part says it."""
+    score, left = found[SCORE], found["correction_left"]
+    kept = 0 if score is None else int((score > THRESHOLD).sum())
+    return {
+        "C": site.channels,
+        "O": site.block.outputs(),
+        "K": kept * site.kind.reader_taps,
+        "R": 0 if left is None else left.shape[1],
+    }
 
 
 def _is_floor(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < 1.0
 
 
-def _checked(entry: dict[str, Any], name: str, part: Part, width: int, path: Path) -> Tensor:
-    if (entry["dtype"], entry["shape"]) != ("F32", [width]):
+def _checked(
+    entry: dict[str, Any], name: str, part: Part, sizes: Mapping[str, int], path: Path
+) -> Tensor:
+    shape, expected = entry["shape"], [sizes[axis] for axis in part.shape]
+    if part.shape == "OR" and len(shape) == 2:
+        expected[1] = min(max(shape[1], 1), MAX_RANK)
+    wanted = next(key for key, (_, dtype) in DTYPES.items() if dtype == part.dtype)
+    if (entry["dtype"], shape) != (wanted, expected):
         raise _damaged(
             path,
-            f"tensor {name!r} is {entry['dtype']} {one_line(entry['shape'])}, expected F32 "
-            f"[{width}] as its own topology says",
+            f"tensor {name!r} is {entry['dtype']} {one_line(shape)}, expected {wanted} {expected} "
+            "as its own topology says",
         )
-    tensor = torch.from_numpy(np.frombuffer(entry["data"], "<f4").astype(np.float32))
+    numbers = DTYPES[wanted][0]
+    array = np.frombuffer(entry["data"], numbers).astype(numbers[1:])
+    tensor = torch.from_numpy(array).view(shape)
     if not bool(torch.isfinite(tensor).all()):
         raise _damaged(path, f"tensor {name!r} holds NaN or infinite values")
     if not bool(((tensor >= part.least) & (tensor <= part.most)).all()):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import ALIGNMENT, Padding
-from .pruning import PrunedSite
+from .blocks import ALIGNMENT, Padding, PrunedSite
+from .correction import Correction
 from .sites import SD15, Topology
 
 THRESHOLD = 0.5
@@ -67,6 +67,7 @@ class Gates:
     JSON-able provenance: criterion, λ, target sparsity, data, seed, versions. ``importances[site]``
     (optional, float32 [C]) is what a criterion measured before it became a score. ``floor`` is the
     share of every site's channels that stays whatever the ranking says, in [0, 1).
+    ``corrections[site]`` (optional) are for the channels that are kept as learned.
     """
 
     scores: Mapping[str, Tensor]
@@ -76,6 +77,7 @@ class Gates:
     info: Mapping[str, Any] = field(default_factory=dict)
     importances: Mapping[str, Tensor] = field(default_factory=dict)
     floor: float = 0.0
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
@@ -97,12 +99,18 @@ class Gates:
         return {site: score > THRESHOLD for site, score in self.scores.items()}
 
     def pruned(self, keep_sets: Mapping[str, Tensor] | None = None) -> dict[str, PrunedSite]:
-        """What these gates prune, as learned or with other keep-sets of their sites."""
+        """What these gates prune, as learned or with other keep-sets of their sites.
+
+        A site has its correction where its keep-set is the one as learned.
+        """
         kept = self.keep_sets() if keep_sets is None else keep_sets
-        return {
-            site: PrunedSite(keep, self.constants.get(site), self.padding)
-            for site, keep in kept.items()
-        }
+        found = {}
+        for site, keep in kept.items():
+            correction = self.corrections.get(site)
+            if bool(keep.all()) or not torch.equal(keep, self.scores[site] > THRESHOLD):
+                correction = None
+            found[site] = PrunedSite(keep, self.constants.get(site), self.padding, correction)
+        return found
 
     def keep_sets_at(self, sparsity: float, multiple: int = ALIGNMENT) -> dict[str, Tensor]:
         """Kept channels when the lowest-ranked ``sparsity`` of all channels is pruned instead.

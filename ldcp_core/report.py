@@ -14,10 +14,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .blocks import Latent, Padding
+from .blocks import Latent, Padding, PrunedSite
 from .cost import Savings, SiteSaving, savings
 from .gates import THRESHOLD, Gates
-from .pruning import Pruned, PrunedSite, padding_of
+from .pruning import Pruned, padding_of
 from .schedule import Schedule, StepRange
 from .sites import Topology, block_of, short_name
 

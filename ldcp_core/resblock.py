@@ -16,7 +16,7 @@ left; it is a different function, and gates must be trained under the rule they 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -24,15 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused
-from .blocks import ALIGNMENT, Block, Cost, Latent, Padding, SiteKind, SoftGate
+from .blocks import ALIGNMENT, Block, Cost, Latent, Padding, PrunedSite, SiteKind, SoftGate
 from .channels import Channels
+from .correction import Correction
 from .groupnorm import group_norm_silu
 
 #: bytes of weights convolved at once on a CPU
 CPU_PIECE = 24 * 2**20
 
 
-INNER = SiteKind("inner", "conv1", "conv1", "conv2", axis=1, type_name="Conv2d", taps=9)
+INNER = SiteKind(
+    "inner", "conv1", "conv1", "conv2", axis=1, type_name="Conv2d", taps=9, reader_taps=9
+)
 RESIDUAL = SiteKind("residual", "conv2", "conv2", None, axis=1, type_name="Conv2d", taps=9)
 
 
@@ -48,6 +51,9 @@ class ResBlock(Block):
 
     def widths(self, kind: SiteKind) -> tuple[int, int]:
         return self.in_channels if kind == INNER else self.out_channels, self.out_channels
+
+    def outputs(self) -> int:
+        return self.out_channels
 
     def cost(self, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:
         """conv1 and conv2 with so many kept inner and residual channels.
@@ -67,8 +73,16 @@ class ResBlock(Block):
         )
 
     @staticmethod
-    def gate(found: Sequence[tuple[Tensor | None, Tensor | None]], padding: Padding) -> BlockGate:
-        return BlockGate(padding, *found[0], *found[1])
+    def gate(found: Sequence[PrunedSite | None], padding: Padding) -> BlockGate:
+        inner, residual = found
+        gate = BlockGate(padding)
+        if inner is not None:
+            gate = replace(
+                gate, inner=inner.keep, inner_constant=inner.constant, correction=inner.correction
+            )
+        if residual is not None:
+            gate = replace(gate, residual=residual.keep, residual_constant=residual.constant)
+        return gate
 
 
 class ResBlockOps(Protocol):
@@ -121,6 +135,8 @@ def masked_forward(
 
     ``x`` [B, I, H, W], ``emb`` [B, C] (the projected time embedding), result [B, O, H, W].
     """
+    if inner is not None:
+        conv2 = ConvWeights(*inner.reader(conv2.weight, conv2.bias))
     h = ops.conv1(ops.norm1(x), conv1.weight, conv1.bias)
     if inner is not None:
         h = inner(h)
@@ -139,13 +155,17 @@ def masked_forward(
 
 @dataclass(frozen=True)
 class BlockGate:
-    """What is kept of one ResBlock: bool keep-sets [C] (None: not gated) and constants [C]."""
+    """What is kept of one ResBlock: bool keep-sets [C] (None: not gated) and constants [C].
+
+    ``correction`` is that of conv2, which reads the inner channels.
+    """
 
     padding: Padding
     inner: Tensor | None = None
     inner_constant: Tensor | None = None
     residual: Tensor | None = None
     residual_constant: Tensor | None = None
+    correction: Correction | None = None
 
 
 class CompactResBlock:
@@ -178,6 +198,8 @@ class CompactResBlock:
         self.columns: Tensor | None = None
         self._inside: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
+        if gate.inner is not None and gate.correction is not None:
+            conv2 = ConvWeights(*gate.correction.added(conv2.weight, conv2.bias, gate.inner))
         self.conv1 = conv1 if self.inner is None else _rows(conv1, self.inner.kept)
         self.conv2 = conv2 if self.residual is None else _rows(conv2, self.residual.kept)
         if self.residual is not None:

@@ -20,19 +20,21 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ldcp_core import GateFileError, Gates, Topology, load_gates, save_gates
+from ldcp_core import Correction, GateFileError, Gates, Topology, load_gates, save_gates
 
 GOLDEN = Path(__file__).parent / "golden" / "gates_v1.safetensors"
 TINY = Topology(widths=(8, 8, 16, 16), context_width=8)
 SITES = {
     f"mid_block.resnets.{r}.conv{c}": 16 for r in (0, 1) for c in (1, 2)
 }  # of the originals; mutations may name others
+CORRECTED = "mid_block.resnets.0.conv1"
 MEMORY = 200 * 2**20
 SECONDS = 5
 MESSAGE = 500  # characters of a refusal
@@ -44,7 +46,7 @@ DESCRIPTION, DEPTH, HEADER = 2**20, 64, 2 * 2**20 + 256_000
 
 
 def originals() -> list[bytes]:
-    """The golden file, and one with every part: four sites, constants, importances, notes."""
+    """The golden file, and one with every part: four sites, a correction of one, notes."""
     g = torch.Generator().manual_seed(0)
     scores = {site: torch.rand(width, generator=g) for site, width in SITES.items()}
     constants = {site: torch.randn(width, generator=g) for site, width in SITES.items()}
@@ -53,6 +55,10 @@ def originals() -> list[bytes]:
         path = Path(folder) / "gates.safetensors"
         importances = {site: 100 * score for site, score in scores.items()}
         gates = Gates(scores, constants, "extend", TINY, info, importances)
+        kept = 9 * int((scores[CORRECTED] > 0.5).sum())
+        drawn = [torch.randn(*shape, generator=g) for shape in ((16, 2), (2, kept), (16,))]
+        correction = Correction(drawn[0].half(), drawn[1].half(), drawn[2])
+        gates = replace(gates, corrections={CORRECTED: correction})
         save_gates(gates, path)
         return [GOLDEN.read_bytes(), path.read_bytes()]
 
@@ -71,7 +77,7 @@ class Parts:
         self.tensors: dict[str, np.ndarray] = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            values = np.frombuffer(data[end:][first:last], "<f4").copy()
+            values = np.frombuffer(data[end:][first:last], FORMATS[entry["dtype"]]).copy()
             self.tensors[name] = values.reshape(entry["shape"])
 
     def pack(self, text: str | None = None) -> bytes:
@@ -81,6 +87,7 @@ class Parts:
         return assemble(metadata, self.tensors)
 
 
+FORMATS = {"F32": "<f4", "F16": "<f2"}
 NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "int32": "I32", "uint8": "U8"}
 
 
@@ -178,8 +185,8 @@ def huge_sizes(data: bytes, rng: random.Random) -> bytes:
 
 def not_finite(data: bytes, rng: random.Random) -> bytes:
     parts = Parts(data)
-    values = parts.tensors[rng.choice(list(parts.tensors))]
-    values[rng.randrange(16)] = rng.choice([math.nan, math.inf, -math.inf])
+    values = parts.tensors[rng.choice(list(parts.tensors))].reshape(-1)
+    values[rng.randrange(values.size)] = rng.choice([math.nan, math.inf, -math.inf])
     return parts.pack()
 
 
@@ -194,7 +201,7 @@ def out_of_range(data: bytes, rng: random.Random) -> bytes:
 def wrong_dtype(data: bytes, rng: random.Random) -> bytes:
     parts = Parts(data)
     name = rng.choice(list(parts.tensors))
-    other = rng.choice([d for d in NAMES if d != "float32"])
+    other = rng.choice([d for d in NAMES if d != str(parts.tensors[name].dtype)])
     parts.tensors[name] = parts.tensors[name].astype(other)
     return parts.pack()
 
@@ -202,9 +209,9 @@ def wrong_dtype(data: bytes, rng: random.Random) -> bytes:
 def wrong_shape(data: bytes, rng: random.Random) -> bytes:
     parts = Parts(data)
     name = rng.choice(list(parts.tensors))
-    shapes = [(16, 1), (1, 16), (4, 4), (15,), (17,), (0,), (), (16, 0), (1280,)]
+    shapes = [(16, 1), (1, 16), (4, 4), (15,), (17,), (0,), (), (16, 0), (1280,), (16, 65)]
     shape = rng.choice(shapes)
-    parts.tensors[name] = np.zeros(shape, np.float32)
+    parts.tensors[name] = np.zeros(shape, parts.tensors[name].dtype)
     return parts.pack()
 
 
@@ -353,7 +360,7 @@ def costly(data: bytes, rng: random.Random) -> bytes:
     if kind == 2:
         entry = b',"more":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":' + items + b"}}"
         return prefixed(data[8:end].rstrip()[:-1] + entry, data[end:])
-    return data + bytes(rng.choice([10**5, 10**5, 10**5, 16 * 2**20]))
+    return data + bytes(rng.choice([10**5, 10**5, 10**5, 48 * 2**20]))
 
 
 def missing_parts(data: bytes, rng: random.Random) -> bytes:
@@ -367,6 +374,8 @@ def missing_parts(data: bytes, rng: random.Random) -> bytes:
 def other_values(data: bytes, rng: random.Random) -> bytes:
     """Another valid file: other scores, constants, notes, padding."""
     parts = Parts(data)
+    for name in [name for name in parts.tensors if "correction" in name]:
+        del parts.tensors[name]  # it is for the channels that were kept
     for name, values in parts.tensors.items():
         drawn = [rng.random() if name.endswith("score") else rng.gauss(0, 1) for _ in values]
         values[:] = np.array(drawn, np.float32)
@@ -447,6 +456,9 @@ def contents(gates: Gates) -> Contents:
     tensors = {f"{site}.score": t.numpy().tobytes() for site, t in gates.scores.items()}
     tensors |= {f"{site}.constant": t.numpy().tobytes() for site, t in gates.constants.items()}
     tensors |= {f"{site}.importance": t.numpy().tobytes() for site, t in gates.importances.items()}
+    for site, correction in gates.corrections.items():
+        for part in ("left", "right", "bias"):
+            tensors[f"{site}.correction_{part}"] = getattr(correction, part).numpy().tobytes()
     topology = as_text(gates.topology.to_json())
     return gates.padding, float(gates.floor), topology, as_text(gates.info), tensors
 
@@ -492,27 +504,50 @@ def _read(data: bytes) -> Contents | None:
     used = []
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        if entry["dtype"] != "F32" or last - first != 64 or entry["shape"] != [16]:
-            return None
-        used.append((first, last))
-        tensors[name] = np.frombuffer(body[first:last], "<f4")
         site, _, part = name.rpartition(".")
         if topology is None or not has_16_channels(site, topology):
             return None
-        if part not in ("score", "constant", "importance") or len(tensors[name]) != 16:
+        values = np.frombuffer(body[first:last], FORMATS[entry["dtype"]]).reshape(entry["shape"])
+        used.append((first, last))
+        tensors[name] = values
+        if values.dtype != ("<f2" if part in ("correction_left", "correction_right") else "<f4"):
             return None
-        if not np.isfinite(tensors[name]).all():
+        if not np.isfinite(values).all():
             return None
-        if part == "score" and not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
+        if part == "score" and not ((values >= 0) & (values <= 1)).all():
             return None
-        if part != "score" and f"{site}.score" not in header:
+        if part in ("score", "constant", "importance", "correction_bias"):
+            if values.shape != (16,):
+                return None
+        elif part not in ("correction_left", "correction_right"):
             return None
-    if not tensors or sorted(used) != [(64 * n, 64 * n + 64) for n in range(len(used))]:
+        if f"{site}.score" not in header:
+            return None
+    if not tensors or not all(fits(name, tensors) for name in tensors):
         return None
-    if len(body) != 64 * len(used) or metadata["checksum"] != checksum(metadata["gates"], tensors):
+    ends = [0, *(last for _, last in sorted(used))]
+    if [first for first, _ in sorted(used)] != ends[:-1] or len(body) != ends[-1]:
+        return None
+    if metadata["checksum"] != checksum(metadata["gates"], tensors):
         return None
     raw = {name: values.tobytes() for name, values in tensors.items()}
     return description["padding"], float(floor), as_text(topology), as_text(info), raw
+
+
+def fits(name: str, tensors: dict[str, np.ndarray]) -> bool:
+    """Whether a part of a correction has the other parts, a layer to correct, and their sizes."""
+    site, _, part = name.rpartition(".")
+    if not part.startswith("correction_"):
+        return True
+    left, right, _ = (tensors[f"{site}.correction_{end}"] for end in ("left", "right", "bias"))
+    kept = 9 * int((tensors[f"{site}.score"] > 0.5).sum())
+    rank = left.shape[1]
+    return (
+        site.endswith("conv1")
+        and left.shape == (16, rank)
+        and right.shape == (rank, kept)
+        and 0 < rank <= 64
+    )
 
 
 def every_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

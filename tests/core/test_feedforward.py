@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldcp_core import (
     CompactFeedForward,
+    Correction,
     FeedForwardGate,
     LinearWeights,
     PrunedSite,
@@ -79,6 +80,7 @@ def test_the_reference_is_diffusers_own_module_with_its_hidden_channels_replaced
     share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
     bias=st.booleans(),
     constant=st.booleans(),
+    corrects=st.booleans(),
     shape=st.sampled_from([(1, 1), (2, 9), (3, 4, 5)]),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -88,17 +90,25 @@ def test_compact_equals_masked(
     share: float,
     bias: bool,
     constant: bool,
+    corrects: bool,
     shape: tuple[int, ...],
 ) -> None:
     pair, x = weights(seed, dtype, bias), maps(seed + 1, dtype, shape)
     keep, mu = keep_and_constants(seed, share)
     if share == 0.0:
         keep[0] = False  # something is pruned, always
-    gate = FeedForwardGate(keep, mu if constant else None)
+    correction = None
+    if corrects:
+        g = torch.Generator().manual_seed(seed)
+        left = torch.randn(WIDTH, 3, generator=g).half()
+        right = (torch.randn(3, int(keep.sum()), generator=g) / 8).half()
+        correction = Correction(left, right, torch.randn(WIDTH, generator=g))
+    gate = FeedForwardGate(keep, mu if constant else None, correction)
     compact = CompactFeedForward(gate, *pair)(x)
     assert compact.dtype == dtype and compact.shape == x.shape
 
-    soft = SoftGate(keep.double(), mu.to(dtype).double() if constant else torch.zeros(HIDDEN))
+    mu = mu.to(dtype).double() if constant else torch.zeros(HIDDEN)
+    soft = SoftGate(keep.double(), mu, correction)
     exact = to(pair, torch.float64)
     reference = masked_feed_forward(x.double(), *exact, soft)
     dense = masked_feed_forward(x.double(), *exact, None)

@@ -26,10 +26,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ldcp_core import (
+    MAX_RANK,
     PADDINGS,
     SD15,
+    Correction,
     GateFileError,
     Gates,
+    Site,
     Topology,
     fingerprint,
     load_gates,
@@ -66,6 +69,26 @@ def small_gates(seed: int = 0) -> Gates:
     )
 
 
+def corrected(
+    site: str,
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    bias: tuple[int, ...],
+    dtype: torch.dtype = torch.float16,
+) -> Gates:
+    """Gates that keep all 16 channels of a site, with a correction of these shapes."""
+    correction = Correction(
+        torch.ones(left, dtype=dtype), torch.ones(right, dtype=dtype), torch.ones(bias)
+    )
+    return Gates({site: torch.ones(16)}, topology=TINY, corrections={site: correction})
+
+
+def test_a_correction_of_the_right_shapes_is_taken(tmp_path: Path) -> None:
+    gates = corrected(SITE, (16, 2), (2, 144), (16,))
+    save_gates(gates, tmp_path / "gates.safetensors")
+    assert same(load_gates(tmp_path / "gates.safetensors"), gates)
+
+
 def same(a: Gates, b: Gates) -> bool:
     """Equal to the last bit and of one order, site by site."""
 
@@ -75,6 +98,11 @@ def same(a: Gates, b: Gates) -> bool:
     return (
         bits(a.scores) == bits(b.scores)
         and bits(a.constants) == bits(b.constants)
+        and list(a.corrections) == list(b.corrections)
+        and all(
+            bits(vars(a.corrections[site])) == bits(vars(b.corrections[site]))
+            for site in a.corrections
+        )
         and (a.padding, a.topology, dict(a.info)) == (b.padding, b.topology, dict(b.info))
     )
 
@@ -104,7 +132,16 @@ def any_gates(draw: st.DrawFn) -> Gates:
             few = draw(st.lists(finite, min_size=1, max_size=4))
             constants[site.name] = torch.tensor((few * site.channels)[: site.channels])
     info = draw(st.dictionaries(st.text(max_size=6), json_values, max_size=3))
-    return Gates(scores, constants, draw(st.sampled_from(PADDINGS)), TINY, info)
+    gates = Gates(scores, constants, draw(st.sampled_from(PADDINGS)), TINY, info)
+    read = [site for site in TINY.all_sites() if site.name in scores and site.reader]
+    corrected = {site.name: any_correction(site, gates) for site in read if draw(st.booleans())}
+    return replace(gates, corrections=corrected)
+
+
+def any_correction(site: Site, gates: Gates, rank: int = 3) -> Correction:
+    kept, outputs = int(gates.keep_sets()[site.name].sum()), site.block.outputs()
+    right = torch.randn(rank, kept * site.kind.reader_taps).half()
+    return Correction(torch.randn(outputs, rank).half(), right, torch.randn(outputs))
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +201,13 @@ def test_loaded_gates_do_not_change_with_the_file(tmp_path: Path) -> None:
         Gates({}, topology=TINY),
         Gates({SITE: torch.rand(16)}, {OTHER: torch.rand(16)}, topology=TINY),
         Gates({SITE: torch.rand(16)}, padding="reflect", topology=TINY),  # type: ignore[arg-type]
+        corrected(SITE, (16, 2), (2, 9), (16,)),
+        corrected(SITE, (16, 2), (3, 144), (16,)),
+        corrected(SITE, (16, MAX_RANK + 1), (MAX_RANK + 1, 144), (16,)),
+        corrected(SITE, (16, 0), (0, 144), (16,)),
+        corrected(SITE, (16, 2), (2, 144), (15,)),
+        corrected(SITE, (16, 2), (2, 144), (16,), torch.float32),
+        corrected(OTHER, (16, 2), (2, 144), (16,)),  # a sum reads its channels
     ],
 )
 def test_gates_that_would_not_be_read_back_are_not_written(gates: Gates, tmp_path: Path) -> None:
@@ -732,7 +776,7 @@ def test_the_size_that_counts_is_that_of_what_was_read(
     os.truncate(path, MAX_BYTES + 1)
     monkeypatch.setattr(os, "fstat", lambda _: before)  # a size of 0, as long as nobody reads
     monkeypatch.setattr(Path, "stat", lambda *_, **__: before)
-    with pytest.raises(GateFileError, match="16,777,217 bytes is too large"):
+    with pytest.raises(GateFileError, match="50,331,649 bytes is too large"):
         load_gates(path)
 
 

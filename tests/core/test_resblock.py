@@ -35,6 +35,7 @@ from ldcp_core import (
     BlockGate,
     CompactResBlock,
     ConvWeights,
+    Correction,
     Padding,
     PrunedSite,
     SoftGate,
@@ -140,7 +141,10 @@ class Block:
         return self.skip(x) + self.conv2(self.norm2(h), self.second.weight, self.second.bias)
 
     def masked(self, x: Tensor, emb: Tensor, gate: BlockGate) -> Tensor:
-        gates = soft(gate.inner, gate.inner_constant), soft(gate.residual, gate.residual_constant)
+        inner = soft(gate.inner, gate.inner_constant)
+        if inner is not None:
+            inner = replace(inner, correction=gate.correction)
+        gates = inner, soft(gate.residual, gate.residual_constant)
         return masked_forward(self, x, emb, self.first, self.second, *gates, gate.padding)
 
     def compact(self, x: Tensor, emb: Tensor, gate: BlockGate) -> Tensor:
@@ -224,6 +228,7 @@ def make_case(
     conv: Conv = torch_conv,
     folds: bool = True,
     importance: float = 8.0,
+    correction: bool = False,
 ) -> Case:
     """Weights of order one; what is pruned weighs ``importance`` times as much as the rest."""
     generator = torch.Generator().manual_seed(seed)
@@ -251,6 +256,9 @@ def make_case(
         0.5 * random(o).float() if constants and k is not None else None for k in (inner, residual)
     ]
     gate = BlockGate(padding, inner, mu[0], residual, mu[1])
+    if correction and inner is not None and not bool(inner.all()):
+        left, right = random(o, 2), random(2, 9 * int(inner.sum())) / math.sqrt(9 * o)
+        gate = replace(gate, correction=Correction(left.half(), right.half(), random(o).float()))
     rounded = block.to(dtype).to(torch.float64)
     x, emb = random(batch, i, *size), random(batch, o)
     return Case(rounded, gate, x, emb, dtype)
@@ -297,6 +305,7 @@ def cases(
         bias=draw(st.booleans()),
         conv=conv,
         folds=folds,
+        correction=draw(st.booleans()),
     )
 
 

@@ -68,7 +68,7 @@ def hard_gates(pruned: Pruned) -> dict[str, SoftGate]:
     found = {}
     for name, site in pruned.items():
         constant = torch.zeros(site.keep.numel()) if site.constant is None else site.constant
-        found[name] = SoftGate(site.keep.float(), constant)
+        found[name] = SoftGate(site.keep.float(), constant, site.correction)
     return found
 
 

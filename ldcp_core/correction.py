@@ -1,0 +1,135 @@
+"""What stands in for pruned channels beyond a constant: an update of the layer that reads them.
+
+A constant is what is known of a pruned channel without looking at any other. The kept channels of
+the same site tell more: what the reader would have made of the pruned ones is predicted from them
+by least squares (GRAIL, arXiv:2602.23795, does so for language models). A prediction that is linear
+in what the reader is fed anyway is a change of its weights, so it costs nothing at run time:
+
+    W[:, kept] += left @ right,    b += bias
+
+It holds while the site is pruned to the channels that it was made for, and adds to whatever weights
+the host delivers, LoRA included. Of low rank it is a small part of a gate file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: of a correction unless asked otherwise, and the most that a gate file takes
+RANK, MAX_RANK = 16, 64
+#: of the mean of the diagonal, added to it
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A low-rank update of the layer that reads a site's channels, and of its bias.
+
+    ``left`` [O, R] and ``right`` [R, K·T] for a reader [O, C, ...] with T weights per output and
+    channel, of whose C channels K are kept; ``bias`` [O].
+    """
+
+    left: Tensor
+    right: Tensor
+    bias: Tensor
+
+    def added(
+        self, weight: Tensor, bias: Tensor | None, keep: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight [O, C, ...] and bias [O] of the reader while channels ``keep``, bool [C], are.
+
+        Computed in float32 at least, and rounded once to the dtype of ``weight``. Differentiable
+        in the correction.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        left, right, shift = (t.to(weight.device, dtype) for t in vars(self).values())
+        kept = keep.to(weight.device).nonzero()[:, 0]
+        update = (left @ right).view(weight.shape[0], kept.numel(), *weight.shape[2:])
+        corrected = weight.to(dtype).index_add(1, kept, update).to(weight.dtype)
+        return corrected, (shift if bias is None else bias.to(dtype) + shift).to(weight.dtype)
+
+
+class Regression:
+    """Least squares of what a reader lacks on what it is fed, gathered from batches.
+
+    ``keep``, bool [C], are the channels kept. Some rows are held out, to tell whether what was
+    found holds elsewhere. Sums are kept in float32, [K·T + 1]² and [K·T + 1, O] of them.
+    """
+
+    #: rows held out of all batches together, at most
+    HELD_OUT = 2048
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+        self._rows = 0
+        self._moments: Tensor | None = None
+        self._products: Tensor | None = None
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, fed: Tensor, missing: Tensor, held_out: bool = False) -> None:
+        """``fed`` is the input of the reader under pruning, ``missing`` what its output lacks.
+
+        Maps [B, C, H, W] and [B, O, H, W] of a 3x3 convolution with zero padding, or [..., C] and
+        [..., O] of a linear layer.
+        """
+        x, y = _rows(fed, self.keep), missing
+        y = (y.movedim(1, -1) if y.dim() == 4 else y).flatten(0, -2).float()
+        if held_out:
+            left = self.HELD_OUT - sum(len(rows) for rows, _ in self._held)
+            every = max(1, -(-len(x) // left)) if left > 0 else len(x) + 1
+            some = torch.arange(every // 2, len(x), every, device=x.device)
+            self._held.append((x[some].cpu(), y[some].cpu()))
+            return
+        self._rows += len(x)
+        for name, product in (("_moments", x.T @ x), ("_products", x.T @ y)):
+            known = getattr(self, name)
+            setattr(self, name, product if known is None else known.add_(product))
+
+    def correction(self, rank: int = RANK) -> Correction | None:
+        """The correction of this rank, as a file holds it; None where it does not hold elsewhere.
+
+        That is where it leaves more of what was missing in the rows held out than nothing does. Of
+        the least-squares update the part is kept that matters most to the outputs seen: the leading
+        singular vectors of the update times a square root of the second moments of what is fed.
+        """
+        if self._moments is None or self._products is None or not self._held:
+            return None
+        moments = self._moments.cpu().double() / self._rows
+        products = self._products.cpu().double() / self._rows
+        mean_x, mean_y = moments[-1, :-1], products[-1]  # the last feature is one
+        centred = moments[:-1, :-1] - mean_x[:, None] * mean_x
+        centred.diagonal().add_(RIDGE * moments.diagonal()[:-1].mean() + torch.finfo().tiny)
+        root, failed = torch.linalg.cholesky_ex(centred)
+        if failed:
+            return None
+        update = torch.cholesky_solve(products[:-1] - mean_x[:, None] * mean_y, root).T
+        u, s, v = torch.linalg.svd(update @ root, full_matrices=False)
+        size = s[:rank].sqrt()
+        right = torch.linalg.solve_triangular(root, v[:rank], upper=False, left=False)
+        left, right = u[:, :rank] * size, size[:, None] * right
+        found = Correction(left.half(), right.half(), (mean_y - left @ (right @ mean_x)).float())
+        return found if self._holds(found) else None
+
+    def _holds(self, found: Correction) -> bool:
+        left, right = found.left.float(), found.right.float()
+        if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+            return False
+        before = after = 0.0
+        for x, y in self._held:
+            before += y.square().sum().item()
+            after += (y - (x[:, :-1] @ right.T) @ left.T - found.bias).square().sum().item()
+        return after < before
+
+
+def _rows(fed: Tensor, keep: Tensor) -> Tensor:
+    """What a reader is fed of the kept channels, a row per position, and a one: [N, K·T + 1]."""
+    kept = keep.to(fed.device).nonzero()[:, 0]
+    if fed.dim() == 4:
+        x = F.unfold(fed.index_select(1, kept).float(), 3, padding=1).movedim(1, -1).flatten(0, -2)
+    else:
+        x = fed.flatten(0, -2).index_select(1, kept).float()
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
