@@ -23,6 +23,8 @@ from torch import Tensor
 RANK, MAX_RANK = 16, 64
 #: of the mean of the diagonal, added to it
 RIDGE = 1e-3
+#: rows held out of one batch, at most
+HELD_OUT_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,7 @@ class Regression:
         y = (y.movedim(1, -1) if y.dim() == 4 else y).flatten(0, -2).float()
         if held_out:
             left = self.HELD_OUT - sum(len(rows) for rows, _ in self._held)
-            every = max(1, -(-len(x) // left)) if left > 0 else len(x) + 1
-            some = torch.arange(every // 2, len(x), every, device=x.device)
+            some = torch.linspace(0, len(x) - 1, min(len(x), HELD_OUT_AT_ONCE, left)).long()
             self._held.append((x[some].cpu(), y[some].cpu()))
             return
         self._rows += len(x)
@@ -97,6 +98,8 @@ class Regression:
         singular vectors of the update times a square root of the second moments of what is fed.
         """
         if self._moments is None or self._products is None or not self._held:
+            return None
+        if not bool(self._moments.isfinite().all() and self._products.isfinite().all()):
             return None
         moments = self._moments.cpu().double() / self._rows
         products = self._products.cpu().double() / self._rows
@@ -116,7 +119,7 @@ class Regression:
 
     def _holds(self, found: Correction) -> bool:
         left, right = found.left.float(), found.right.float()
-        if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+        if not bool(left.isfinite().all() and right.isfinite().all()):  # in half precision
             return False
         before = after = 0.0
         for x, y in self._held:

@@ -14,14 +14,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .blocks import Block, Padding, SoftGate
 from .feedforward import (
@@ -39,6 +41,7 @@ from .resblock import (
     CompactResBlock,
     ConvWeights,
     ResBlock,
+    masked_conv2,
     masked_forward,
 )
 from .schedule import ALWAYS, Schedule, StepRange, step_index
@@ -259,6 +262,15 @@ class Adapter(Protocol):
     def masked(self, gates: Sequence[SoftGate | None], padding: Padding) -> BlockForward:
         """The masked reference in the place of the block's own forward, with a gate per site."""
 
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
+    ) -> AbstractContextManager[None]:
+        """Context in which each evaluation calls ``see`` with two maps of the reader of a site.
+
+        What it would be fed if the site were pruned and nothing before it, and what its output
+        lacks then; zero where a later gate of the block replaces the output.
+        """
+
 
 class DiffusersResBlock:
     """`ldcp_core.ResBlockOps` of a diffusers ResnetBlock2D."""
@@ -305,6 +317,30 @@ class DiffusersResBlock:
             return masked_forward(self, x, self.embed(temb), conv1, conv2, inner, residual, padding)
 
         return forward
+
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
+    ) -> AbstractContextManager[None]:
+        inner, residual = gates
+        assert inner is not None
+        came: list[Tensor] = []  # out of conv1 and into norm2
+
+        def read(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            h, with_emb = came
+            fed = self.norm2(inner(h) + (with_emb - h))
+            came.clear()  # of what the norm has just been given, too
+            _, conv2 = self.weights()
+            missing = output - masked_conv2(self, fed, conv2, inner, padding)
+            if residual is not None:
+                missing = missing * residual.mask.to(missing)[:, None, None]
+            see(fed, missing)
+
+        conv1, conv2 = self.layers()
+        return hooked(
+            conv1.register_forward_hook(lambda module, inputs, output: came.append(output)),
+            self.block.norm2.register_forward_pre_hook(lambda module, inputs: came.append(*inputs)),
+            conv2.register_forward_hook(read),
+        )
 
     def norm1(self, x: Tensor) -> Tensor:
         y: Tensor = self.block.nonlinearity(self.block.norm1(x))
@@ -359,6 +395,19 @@ class DiffusersFeedForward:
 
     def masked(self, gates: Sequence[SoftGate | None], padding: Padding) -> BlockForward:
         return lambda x, *args, **kwargs: masked_feed_forward(x, *self.weights(), *gates)
+
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
+    ) -> AbstractContextManager[None]:
+        (hidden,) = gates
+        assert hidden is not None
+
+        def read(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            fed = hidden(inputs[0], axis=-1)
+            _, out = self.weights()
+            see(fed, output - F.linear(fed, *hidden.reader(out.weight, out.bias)))
+
+        return hooked(self.block.net[2].register_forward_hook(read))
 
 
 #: kind of block -> its adapter
@@ -429,6 +478,16 @@ def _state(layer: Any) -> tuple[Any, ...]:
 def _version(weight: Tensor) -> tuple[Any, ...]:
     written = 0 if weight.is_inference() else weight._version
     return weight.data_ptr(), written, weight.dtype, weight.device
+
+
+@contextmanager
+def hooked(*hooks: RemovableHandle) -> Iterator[None]:
+    """Context that removes these hooks in the end."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -121,6 +121,20 @@ class ConvWeights:
     bias: Tensor | None
 
 
+def masked_conv2(
+    ops: ResBlockOps, a: Tensor, conv2: ConvWeights, inner: SoftGate | None, padding: Padding
+) -> Tensor:
+    """What conv2 makes of ``a`` [B, C, H, W], in which the inner gate has set constants."""
+    if inner is None:
+        return ops.conv2(a, conv2.weight, conv2.bias)
+    conv2 = ConvWeights(*inner.reader(conv2.weight, conv2.bias))
+    if padding == "zero":
+        return ops.conv2(a, conv2.weight, conv2.bias)
+    mask = inner.mask.to(a)[:, None, None]
+    constant_planes = F.pad(a * (1 - mask), (1, 1, 1, 1), mode="replicate")
+    return ops.conv2(a * mask, conv2.weight, conv2.bias) + F.conv2d(constant_planes, conv2.weight)
+
+
 def masked_forward(
     ops: ResBlockOps,
     x: Tensor,
@@ -135,19 +149,10 @@ def masked_forward(
 
     ``x`` [B, I, H, W], ``emb`` [B, C] (the projected time embedding), result [B, O, H, W].
     """
-    if inner is not None:
-        conv2 = ConvWeights(*inner.reader(conv2.weight, conv2.bias))
     h = ops.conv1(ops.norm1(x), conv1.weight, conv1.bias)
     if inner is not None:
         h = inner(h)
-    a = ops.norm2(h + emb[:, :, None, None])
-    if inner is not None and padding == "extend":
-        mask = inner.mask.to(a)[:, None, None]
-        y = ops.conv2(a * mask, conv2.weight, conv2.bias)
-        constant_planes = F.pad(a * (1 - mask), (1, 1, 1, 1), mode="replicate")
-        y = y + F.conv2d(constant_planes, conv2.weight)
-    else:
-        y = ops.conv2(a, conv2.weight, conv2.bias)
+    y = masked_conv2(ops, ops.norm2(h + emb[:, :, None, None]), conv2, inner, padding)
     if residual is not None:
         y = residual(y)
     return ops.skip(x) + y

@@ -141,4 +141,5 @@ def calibrate(
     }
     means = seen.constants()
     constants = {site.name: means[site.name] for site in sites}
-    return replace(gates, constants=constants, info=info), latent, seen
+    # corrections are of the difference from the constants there were
+    return replace(gates, constants=constants, info=info, corrections={}), latent, seen

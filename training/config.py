@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ldcp_core import DEFAULT_FLOOR, DEFAULT_SCOPE, SCOPES, Padding
+from ldcp_core import DEFAULT_FLOOR, DEFAULT_SCOPE, RANK, SCOPES, Padding
 from training.errors import UserError
 from training.learning.budget import BudgetKind
 from training.options import (
@@ -14,6 +14,7 @@ from training.options import (
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
+    RANKS,
     SEED,
     WITHIN_ONE,
     Options,
@@ -86,6 +87,9 @@ class FitConfig(Options):
     )
     padding: Padding = option("how constants meet the border", "zero")
     constant: Constant = option("stand-in of a pruned channel", "mean")
+    correction_rank: int = option(
+        "of the corrections of layers that read pruned channels; 0: none", RANK, RANKS
+    )
     reconstruction: Reconstruction = option(
         "MSE against the dense output, or the true noise", "teacher"
     )
@@ -107,6 +111,8 @@ class FitConfig(Options):
     #: held-out images × timesteps of one validation pass
     validation_samples: int = field(default=64, metadata={"bound": COUNT})
     calibration_batches: int = field(default=16, metadata={"bound": COUNT})
+    #: images × timesteps that corrections are computed from
+    correction_samples: int = field(default=128, metadata={"bound": COUNT})
     seed: int = option("of everything random", 0, SEED)
     run: RunOptions = field(default_factory=RunOptions)
 

@@ -70,8 +70,8 @@ __all__ = ["FitResult", "fit", "main", "parse_arguments"]
 
 log = logging.getLogger("training.fit")
 
-#: settings that a resumed run may change: paths, checked by content, and how the same is computed
-MAY_CHANGE = ("model", "data", "output", "device")
+#: settings that a resumed run may change: paths, checked by content, and what comes after learning
+MAY_CHANGE = ("model", "data", "output", "device", "correction_rank", "correction_samples")
 #: the original project's two settings: target sparsity and λ
 PRESETS: dict[str, dict[str, float]] = {
     "quality": {"target_sparsity": 0.1, "sparsity_weight": 0.003},

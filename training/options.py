@@ -14,6 +14,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ldcp_core import MAX_RANK
 from training.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -38,6 +39,8 @@ SEED = Bound(range(2**63).__contains__, "from 0 up to 2**63")
 NOT_NEGATIVE = Bound(lambda value: 0 <= value < inf, "0 or more")
 POSITIVE = Bound(lambda value: 0 < value < inf, "more than 0")
 FINITE = Bound(isfinite, "a finite number")
+#: of the corrections of a gate file
+RANKS = Bound(range(MAX_RANK + 1).__contains__, f"0 to {MAX_RANK}")
 BELOW_ONE = Bound(lambda value: 0 <= value < 1, "from 0 up to 1")
 WITHIN_ONE = Bound(lambda value: 0 < value < 1, "between 0 and 1")
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ldcp_core import (
     DEFAULT_FLOOR,
     DEFAULT_SCOPE,
+    RANK,
     SCOPES,
     Gates,
     Latent,
@@ -53,11 +54,13 @@ from training.data.images import ImageData, open_dataset
 from training.data.splits import Split
 from training.errors import UserError
 from training.learning.budget import Budget, BudgetKind
+from training.learning.corrections import corrections
 from training.model.gating import ChannelMeans
 from training.options import (
     BELOW_ONE,
     COUNT,
     POSITIVE,
+    RANKS,
     SEED,
     WITHIN_ONE,
     Options,
@@ -76,7 +79,7 @@ log = logging.getLogger("training.score")
 #: criteria whose threshold can be given instead of a target sparsity
 THRESHOLDS = ("sensitivity", "percentage")
 #: settings that say where to cut, and leave what is measured alone
-CUT = ("output", "ranking", "target_sparsity", "budget", "floor", "threshold")
+CUT = ("output", "ranking", "target_sparsity", "budget", "floor", "threshold", "correction_rank")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ class ScoreConfig(Options):
     budget: BudgetKind = option("what the target is a share of", "channels")
     floor: float = option("share of each layer that stays", DEFAULT_FLOOR, BELOW_ONE)
     padding: Padding = option("how constants meet the border", "zero")
+    correction_rank: int = option(
+        "of the corrections of layers that read pruned channels; 0: none", RANK, RANKS
+    )
     samples: int = option("images to measure on", 16, COUNT)
     timesteps: int = option("per image, evenly spread over the schedule", 20, COUNT)
     loss_threshold: float = option("diff-pruning: T, relative to the largest loss", 0.1, WITHIN_ONE)
@@ -127,6 +133,7 @@ class Measurement:
     importances: Importances
     constants: Mapping[str, Tensor]
     latent: Latent
+    ladders: Sequence[Ladder]
     facts: Mapping[str, Any]  # for the gate file
 
 
@@ -159,6 +166,10 @@ def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gate
         **found.facts,
     }
     gates = replace(gates, info=info, importances=found.importances)
+    if config.correction_rank:
+        problems = [problem for ladder in found.ladders for problem in ladder]
+        denoising, rank = found.ladders[0].denoising, config.correction_rank
+        gates = replace(gates, corrections=corrections(denoising, problems, gates, rank))
     save_gates(gates, output)
     print(gates_report(gates).text())
     if config.criterion in THRESHOLDS:
@@ -192,7 +203,7 @@ def measure(config: ScoreConfig) -> Measurement:
         "held_out": Split().to_json(),
         "fingerprint": fingerprint(weights),
     }
-    return Measurement(sites, topology, importances, constants, Latent(side, side), facts)
+    return Measurement(sites, topology, importances, constants, Latent(side, side), ladders, facts)
 
 
 def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list[Ladder]:

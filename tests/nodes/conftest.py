@@ -101,15 +101,28 @@ def sd15_checkpoint(comfy, comfyui_path):
 
 @pytest.fixture(scope="session")
 def make_gates(comfy):
-    """Random gates: about half of the channels of the named sites pruned to random constants."""
+    """Random gates: about half of the channels of the named sites pruned to random constants.
 
-    def make(sites=SITES, padding="zero", seed=1, constants=1.0, topology=None, info=()):
+    With corrections of the layers that read them.
+    """
+
+    def make(sites=SITES, padding="zero", seed=1, constants=1.0, topology=None, info=(), power=1):
         topology = topology or comfy.core.Topology((32, 64, 128, 128), context_width=64)
-        widths = {site.name: site.channels for site in topology.all_sites()}
+        known = {site.name: site for site in topology.all_sites()}
+        widths = {name: site.channels for name, site in known.items()}
         generator = torch.Generator().manual_seed(seed)
-        scores = {s: torch.rand(widths[s], generator=generator) for s in sites}
+        scores = {s: torch.rand(widths[s], generator=generator) ** power for s in sites}
         mu = {s: constants * torch.randn(widths[s], generator=generator) for s in sites}
-        return comfy.core.Gates(scores, mu, padding, topology, dict(info))
+        corrections = {}
+        for name in sites:
+            site, kept = known[name], int((scores[name] > 0.5).sum())
+            if site.reader is not None:
+                right = torch.randn(2, kept * site.kind.reader_taps, generator=generator)
+                parts = torch.randn(site.block.outputs(), 3, generator=generator) / 4
+                corrections[name] = comfy.core.Correction(
+                    parts[:, :2].half(), (right / right.shape[1] ** 0.5).half(), parts[:, 2]
+                )
+        return comfy.core.Gates(scores, mu, padding, topology, dict(info), corrections=corrections)
 
     return make
 
@@ -133,6 +146,11 @@ def masked(comfy):
         for site, keep in (keep_sets or gates.keep_sets()).items():
             layer = unet.get_submodule(comfy.model.layer_path(site, layers).removesuffix(".proj"))
             add(layer, replacer(keep, gates.constant(site)))
+            correction = gates.corrections.get(site)
+            if correction is not None and torch.equal(keep, gates.keep_sets()[site]):
+                reader = unet.get_submodule(reader_path(comfy, site, layers))
+                # before a residual gate replaces its rows
+                add(reader, corrected(keep, correction), prepend=True)
             if site.endswith("conv1") and gates.padding == "extend":
                 conv2 = unet.get_submodule(comfy.model.layer_path(site[:-1] + "2", layers))
                 # before a residual gate replaces its rows
@@ -151,6 +169,29 @@ def replacer(keep, constant):
         shape = (-1, 1, 1) if output.dim() == 4 else (-1,)  # a feed-forward's channels come last
         mask, values = keep.to(output.device), constant.to(output)
         return torch.where(mask.view(shape), output, values.view(shape))
+
+    return hook
+
+
+def reader_path(comfy, site, layers):
+    """The host's path of the layer that reads a site's channels."""
+    if site.endswith("net.0"):
+        return comfy.model.layer_path(site, layers).removesuffix("0.proj") + "2"
+    return comfy.model.layer_path(site[:-1] + "2", layers)
+
+
+def corrected(keep, correction):
+    """The reader with a second, small layer of kept channels beside it."""
+
+    def hook(layer, inputs, output):
+        x = inputs[0].float()
+        left, right = correction.left.to(x), correction.right.to(x)
+        if output.dim() == 4:
+            weight = (left @ right).view(len(left), -1, 3, 3)
+            more = layer._conv_forward(x[:, keep], weight, correction.bias.to(x))
+        else:
+            more = F.linear(F.linear(x[..., keep], right), left, correction.bias.to(x))
+        return output + more.to(output)
 
     return hook
 

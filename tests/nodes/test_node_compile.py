@@ -109,7 +109,7 @@ def test_another_run_schedule_or_choice_of_as_many_channels_compiles_nothing_ane
     dense = block(*inputs)
     gates = make_gates(sites, padding, constants=20.0)
     as_many = replace(gates, scores={site: s.flip(0) for site, s in gates.scores.items()})
-    fewer = replace(gates, scores={site: s * 0.9 for site, s in gates.scores.items()})
+    fewer = make_gates(sites, padding, constants=20.0, power=1.2)
 
     def evaluate(gates, schedule=comfy.core.ALWAYS):
         run = comfy.patch.Run((comfy.patch.Layer(gates, gates.keep_sets(), schedule),))

@@ -5,7 +5,6 @@ As for SD1.5: dense where off, the masked reference where on, LoRA included.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 
 import model_families
@@ -34,10 +33,8 @@ def gates_of(comfy, make_gates):
     def make(model, padding="zero", scope="all+ff"):
         topology = comfy.model.model_topology(model.model)
         sites = [site.name for site in topology.sites(scope)]
-        gates = make_gates(sites, padding, topology=topology, constants=0.3)
-        # two thirds kept, so that what is left of the deep ones is not only their constants
-        scores = {site: score.sqrt() for site, score in gates.scores.items()}
-        return dataclasses.replace(gates, scores=scores)
+        # three quarters kept, so that what is left of the deep ones is not only their constants
+        return make_gates(sites, padding, topology=topology, constants=0.3, power=0.5)
 
     return make
 

@@ -53,11 +53,12 @@ def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few samples to calibrate and validate with: they are not what is tested."""
 
     def shortened(part: Callable[..., Any]) -> Callable[..., Any]:
-        short = {"calibration_batches": 1, "validation_samples": 2}
+        short = {"calibration_batches": 1, "validation_samples": 2, "correction_samples": 10}
         return lambda config, *others: part(replace(config, **short), *others)
 
     monkeypatch.setattr(fit, "calibrate", shortened(fit.calibrate))
-    monkeypatch.setattr(outcome, "_validate", shortened(outcome._validate))
+    monkeypatch.setattr(outcome, "_corrected", shortened(outcome._corrected))
+    monkeypatch.setattr(outcome, "_validated", shortened(outcome._validated))
 
 
 @pytest.fixture

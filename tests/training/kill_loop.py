@@ -33,7 +33,7 @@ def main(pipeline: str, images: str, folder: Path, kills: int) -> dict[str, floa
     config = FitConfig(
         model=pipeline, data=images, output=str(folder / "whole.safetensors"),
         batch_size=2, gradient_accumulation=1, max_steps=STEPS, calibration_batches=1,
-        validation_samples=4, run=RunOptions(checkpoint_every=1),
+        validation_samples=4, correction_samples=10, run=RunOptions(checkpoint_every=1),
     )  # fmt: skip
     start = time.monotonic()
     assert os.waitpid(forked(config, model), 0)[1] == 0
@@ -103,7 +103,10 @@ def gates(file: Path) -> dict[str, torch.Tensor]:
     from ldcp_core import load_gates
 
     found = load_gates(file)
-    return {**found.scores, **{f"constant of {k}": v for k, v in found.constants.items()}}
+    tensors = {**found.scores, **{f"constant of {k}": v for k, v in found.constants.items()}}
+    for site, correction in found.corrections.items():
+        tensors |= {f"{part} of {site}": value for part, value in vars(correction).items()}
+    return tensors
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -21,7 +21,7 @@ from families import NO_MID, SMALL_XL, diffusers_unet, inputs, name_of
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldcp_core import Gates, Schedule, Topology, save_gates
+from ldcp_core import Correction, Gates, Schedule, Topology, save_gates
 from ldcp_core.diffusers import Pruning, UnsupportedModel, pruned, topology_of
 from training.model.gating import hard_gates, masked
 
@@ -54,7 +54,14 @@ def gates_of(unet: UNet2DConditionModel, scope: str = "all+ff", seed: int = 0) -
     sites = topology.sites(scope)
     scores = {s.name: torch.rand(s.channels, generator=generator) for s in sites}
     constants = {s.name: torch.randn(s.channels, generator=generator) for s in sites}
-    return Gates(scores, constants, "zero", topology)
+    corrections = {}
+    for site in sites:
+        if site.reader is not None:
+            kept = int((scores[site.name] > 0.5).sum()) * site.kind.reader_taps
+            right = torch.randn(2, kept, generator=generator) / kept**0.5
+            parts = torch.randn(site.block.outputs(), 3, generator=generator) / 4
+            corrections[site.name] = Correction(parts[:, :2].half(), right.half(), parts[:, 2])
+    return Gates(scores, constants, "zero", topology, corrections=corrections)
 
 
 SMALL_2 = Topology((32, 64, 64, 64), context_width=24, linear_projections=True)

@@ -47,7 +47,7 @@ def baselines(
         ):
             info = {"criterion": f"{way}, {how}", "scope": gates.info.get("scope", "")}
             scores = {site: keep.float() for site, keep in keep_sets.items()}
-            chosen = replace(gates, scores=scores, info=info, importances={})
+            chosen = replace(gates, scores=scores, info=info, importances={}, corrections={})
             label = f"{name}-{way}-{how}".replace(" ", "-")
             found[label] = Candidate(chosen, beside.precision, name)
     return found

@@ -35,7 +35,7 @@ from training.learning.learner import (
 from training.learning.processes import Processes
 from training.learning.stopping import Stopped, StopRequest
 from training.model.gating import deviation
-from training.step.denoising import Denoising
+from training.step.denoising import Denoising, Problem
 from training.step.reuse import WINDOW, Problems
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Learning:
         self.steps = steps
         self.learner = learner
         self.history = History(target=config.target_sparsity)
-        self._config, self._denoising = config, denoising
+        self._config, self._denoising, self._stream = config, denoising, stream
         window = WINDOW * config.gradient_accumulation
         self._problems = Problems(denoising, stream, position, learner.sites, window, config.reuse)
         self._start = learner.keep_sets()
@@ -100,6 +100,15 @@ class Learning:
             site: PrunedSite(keep, constants[site], rule)
             for site, keep in self.learner.keep_sets().items()
         }
+
+    def next_problems(self, samples: int) -> list[Problem]:
+        """This process's part of ``samples`` new problems from the images that come next."""
+        found, drawn = [], 0
+        while drawn < samples:
+            batch = next(self._stream)
+            drawn += batch.total
+            found.append(self._denoising.problem(batch))
+        return [problem for problem in found if len(problem)]
 
     def reach(self) -> tuple[float, float]:
         """The sparsities between which the steps that are left will bring the learning.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldcp_core import (
     Gates,
@@ -25,6 +26,7 @@ from training.data.splits import Split
 from training.data.streaming import Data, StreamedImages
 from training.errors import UserError
 from training.learning.budget import Budget
+from training.learning.corrections import corrections
 from training.learning.curves import History, curves_png, scores_png
 from training.learning.learner import TARGET_TOLERANCE, Alignment, aligned_scores
 from training.learning.loop import Learning
@@ -70,9 +72,11 @@ def finish(
         floor=config.floor,
     )
     gates = replace(gates, info=_info(config, data, history, unet, budget, gates))
+    if config.correction_rank:
+        gates = _corrected(config, learning, denoising, gates)
     heldout = None
     if held_out:
-        heldout = _validate(config, denoising, images, held_out, gates)
+        gates, heldout = _validated(config, denoising, images, held_out, gates)
         history.heldout_deviation = heldout
     gates = replace(gates, info={**gates.info, "history": history.to_json()})
     picture = None
@@ -96,14 +100,20 @@ def finish(
     return FitResult(gates, history, heldout)
 
 
-def _validate(
+def _corrected(config: FitConfig, learning: Learning, denoising: Denoising, gates: Gates) -> Gates:
+    problems = learning.next_problems(config.correction_samples)
+    found = corrections(denoising, problems, gates, config.correction_rank)
+    return replace(gates, corrections=found)
+
+
+def _validated(
     config: FitConfig,
     denoising: Denoising,
     data: Images | StreamedImages,
     indices: Sequence[int],
     gates: Gates,
-) -> float:
-    """Held-out deviation from dense and denoising loss of the gates as they will be written.
+) -> tuple[Gates, float]:
+    """The gates, without corrections if these make them worse, and the held-out deviation.
 
     In float32 whatever the fit computes in: rounding to fewer bits moves the output as far as
     well-chosen gates do.
@@ -118,9 +128,23 @@ def _validate(
             config.batch_size,
             config.seed + 1,
         )
-    blocks = compact_blocks(unet, gates.pruned(), torch.float32)
-    with in_precision(unet, "fp32", blocks):
-        deviations, losses = heldout.as_it_is("held-out images, pruned")
+
+    def measured(gates: Gates, label: str) -> tuple[Tensor, Tensor]:
+        blocks = compact_blocks(unet, gates.pruned(), torch.float32)
+        with in_precision(unet, "fp32", blocks):
+            return heldout.as_it_is(f"held-out images, {label}")
+
+    deviations, losses = measured(gates, "pruned")
+    if gates.corrections:
+        plain = replace(gates, corrections={})
+        without = measured(plain, "without corrections")
+        log.info(
+            "held out: corrections change the deviation from %.3g to %.3g",
+            without[0].mean().item(),
+            deviations.mean().item(),
+        )
+        if not deviations.mean() < without[0].mean():
+            gates, (deviations, losses) = plain, without
     dense, pruned = heldout.dense_losses.mean().item(), losses.mean().item()
     error = deviations.std().item() / math.sqrt(len(deviations)) if len(deviations) > 1 else 0.0
     log.info(
@@ -131,7 +155,7 @@ def _validate(
         dense,
         100 * (pruned / dense - 1),
     )
-    return deviations.mean().item()
+    return gates, deviations.mean().item()
 
 
 def _say_result(
