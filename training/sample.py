@@ -147,6 +147,8 @@ class Candidate:
             for site, keep in sorted(self.gates.keep_sets().items()):
                 constant = self.gates.constant(site)
                 found += [site, str(keep.tolist()), str(constant.tolist())]
+            for site, correction in sorted(self.gates.corrections.items()):
+                found += [site, *(str(part.tolist()) for part in vars(correction).values())]
         return digest(found)
 
 
