@@ -72,7 +72,7 @@ class Ladder:
 # --- from the weights alone -----------------------------------------------------------------------
 
 
-def owned(unet: nn.Module, site: Site, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def owned(unet: nn.Module, site: Site, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
     """What each channel of ``site`` owns, as [C, ...], of ``of(weight)`` for its layers.
 
     ``of`` takes a weight parameter and returns a tensor of its shape: the weight, its gradient.
@@ -191,13 +191,19 @@ def diff_pruning(
             loss.backward()
         found = {}
         for site in sites:
-            products = owned(unet, site, lambda w: (w * w.grad).detach().float().cpu().abs())
-            found[site.name] = sum(p.flatten(1).sum(1) for p in products)
+            sums = [part.flatten(1).sum(1) for part in owned(unet, site, _times_gradient)]
+            found[site.name] = sum(sums, torch.zeros(site.channels))
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
     return found, stopped
+
+
+def _times_gradient(weight: nn.Parameter) -> Tensor:
+    """|w · ∂L/∂w| on the CPU."""
+    assert weight.grad is not None
+    return (weight * weight.grad).detach().float().cpu().abs()
 
 
 def _owned_parameters(unet: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]:
