@@ -1,7 +1,8 @@
-"""Every criterion of the field as one function: how much each channel matters.
+"""Every criterion of the field as one function, and the registry `CRITERIA` of them all.
 
-Each returns site -> importance, float32 [C], finite and not negative; what to prune is decided
-afterwards (`training.score`), so that all criteria meet the same rule. A channel owns, for an inner
+Each returns site -> importance, float32 [C], finite and not negative: how much each channel
+matters. What to prune is decided afterwards (`training.score`), so that all criteria meet the same
+rule. A channel owns, for an inner
 site, row c of conv1 and column c of conv2; for a residual site row c of conv2; for the hidden
 channels of a feed-forward two rows of the projection and a column of the layer after it.
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from math import inf
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,23 +24,21 @@ from torch import Tensor, nn
 from ldcp_core import Magnitude, Padding, Site, SoftGate, magnitude
 from training.console import progress
 from training.model.gating import watched
+from training.options import COUNT, POSITIVE, WITHIN_ONE, Options, option
 from training.step.denoising import Denoising, Problem
 
 Importances = dict[str, Tensor]
-Criterion = Literal[
-    "magnitude-l1",
-    "magnitude-l2",
-    "random",
-    "own-effect",
-    "taylor",
-    "diff-pruning",
-    "diversity",
-    "sensitivity",
-    "percentage",
-    "flap",
-]
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 DiversityForm = Literal["mean", "spread", "variance"]
+
+
+@dataclass(frozen=True)
+class CriterionOptions(Options):
+    """The settings that single criteria have."""
+
+    loss_threshold: float = option("diff-pruning: T, relative to the largest loss", 0.1, WITHIN_ONE)
+    diversity_form: DiversityForm = option("diversity: what is made of the sensitivities", "mean")
+    directions: int = option("diversity: of the noise, and as many of the text", 10, COUNT)
+    alpha: float = option("diversity: how far along a direction", 5.0, POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Ladder:
 # --- from the weights alone -----------------------------------------------------------------------
 
 
-def owned(unet: nn.Module, site: Site, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def owned(unet: nn.Module, site: Site, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
     """What each channel of ``site`` owns, as [C, ...], of ``of(weight)`` for its layers.
 
     ``of`` takes a weight parameter and returns a tensor of its shape: the weight, its gradient.
@@ -191,13 +191,19 @@ def diff_pruning(
             loss.backward()
         found = {}
         for site in sites:
-            products = owned(unet, site, lambda w: (w * w.grad).detach().float().cpu().abs())
-            found[site.name] = sum(p.flatten(1).sum(1) for p in products)
+            sums = [part.flatten(1).sum(1) for part in owned(unet, site, _times_gradient)]
+            found[site.name] = sum(sums, torch.zeros(site.channels))
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
     return found, stopped
+
+
+def _times_gradient(weight: nn.Parameter) -> Tensor:
+    """|w · ∂L/∂w| on the CPU."""
+    assert weight.grad is not None
+    return (weight * weight.grad).detach().float().cpu().abs()
 
 
 def _owned_parameters(unet: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]:
@@ -243,27 +249,13 @@ def own_effect(
     return {name: values / len(problems) for name, values in total.items()}
 
 
-@dataclass(frozen=True)
-class Diversity:
-    """How a channel's part in the model's diversity is measured.
-
-    ``directions`` unit vectors of the initial noise and as many of the text embedding are drawn,
-    with probability proportional to the variance they explain among the images' latents and among
-    the captions' embeddings; ``alpha`` is how far to go along them.
-    """
-
-    form: DiversityForm = "mean"
-    directions: int = 10
-    alpha: float = 5.0
-    seed: int = 0
-
-
 def diversity(
     ladder: Ladder,
     sites: Sequence[Site],
     constants: Importances,
     padding: Padding,
-    settings: Diversity,
+    options: CriterionOptions,
+    seed: int,
 ) -> Importances:
     """How much each channel carries the change that a change of the input makes.
 
@@ -272,22 +264,26 @@ def diversity(
     a unit gate for sample n and direction d_i. ``mean`` is the mean of s over directions and
     samples, ``spread`` its standard deviation over the directions, ``variance`` the released form
     Σ_n Σ_i (s − mean_i s)². Images are taken one at a time, at the ladder's timesteps in turn.
+
+    ``directions`` unit vectors of the initial noise and as many of the text embedding are drawn,
+    with probability proportional to the variance they explain among the images' latents and among
+    the captions' embeddings; ``alpha`` is how far to go along them.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    of_noise = principal_directions(ladder.latents, settings.directions, generator)
-    of_text = principal_directions(ladder.context, settings.directions, generator)
+    generator = torch.Generator().manual_seed(seed)
+    of_noise = principal_directions(ladder.latents, options.directions, generator)
+    of_text = principal_directions(ladder.context, options.directions, generator)
     changes = [(d, None) for d in of_noise] + [(None, d) for d in of_text]
     samples: list[dict[str, Tensor]] = []
     for number in progress(range(len(ladder.latents)), "diversity", unit="image"):
         timestep = ladder.timesteps[number % len(ladder.timesteps)]
         rows = []
         for noise_direction, text_direction in changes:
-            problem = _pair(ladder, number, timestep, noise_direction, text_direction, settings)
+            problem = _pair(ladder, number, timestep, noise_direction, text_direction, options)
             loss = _change_of_prediction(problem, ladder.denoising, timestep)
             rows.append(gate_gradients(ladder.denoising, problem, sites, constants, padding, loss))
         samples.append({s.name: torch.stack([row[s.name].abs() for row in rows]) for s in sites})
     stacked = {site.name: torch.stack([s[site.name] for s in samples]) for site in sites}
-    return {name: diversity_score(s, settings.form) for name, s in stacked.items()}
+    return {name: diversity_score(s, options.diversity_form) for name, s in stacked.items()}
 
 
 def diversity_score(s: Tensor, form: DiversityForm) -> Tensor:
@@ -322,13 +318,13 @@ def _pair(
     timestep: int,
     noise_direction: Tensor | None,
     text_direction: Tensor | None,
-    settings: Diversity,
+    options: CriterionOptions,
 ) -> Problem:
     """A batch of two: one image as it is, and the same with a changed input."""
     one = slice(number, number + 1)
     noise, context = ladder.noise[one], ladder.context[one]
-    other_noise = noise if noise_direction is None else noise + settings.alpha * noise_direction
-    other_text = context if text_direction is None else context + settings.alpha * text_direction
+    other_noise = noise if noise_direction is None else noise + options.alpha * noise_direction
+    other_text = context if text_direction is None else context + options.alpha * text_direction
     single = Ladder(
         ladder.denoising,
         ladder.latents[one].repeat(2, 1, 1, 1),
@@ -367,3 +363,109 @@ def flap(ladder: Ladder, sites: Sequence[Site]) -> Importances:
         for problem in progress(ladder, "flap", unit="timestep"):
             ladder.denoising.dense(problem)
     return seen.importances()
+
+
+# --- the registry ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What criteria measure on: a frozen model, its sites, and images.
+
+    ``ladders`` hold the images in the batches that were encoded, ``ladder`` all of them at once.
+    What is worth knowing besides the importances goes into ``facts``, and from there into the gate
+    file.
+    """
+
+    ladders: Sequence[Ladder]
+    sites: Sequence[Site]
+    constants: Importances
+    padding: Padding
+    seed: int
+    options: CriterionOptions
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def denoising(self) -> Denoising:
+        return self.ladders[0].denoising
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.denoising.model.unet
+
+    @property
+    def ladder(self) -> Ladder:
+        first = self.ladders[0]
+        return Ladder(
+            first.denoising,
+            torch.cat([ladder.latents for ladder in self.ladders]),
+            torch.cat([ladder.context for ladder in self.ladders]),
+            torch.cat([ladder.noise for ladder in self.ladders]),
+            first.timesteps,
+            {n: torch.cat([ladder.added[n] for ladder in self.ladders]) for n in first.added},
+        )
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A cut that a criterion has of its own: what it is, below what, and in a layer's importances.
+
+    ``cut`` takes the importances [C] of a layer and the threshold; channels that reach it are kept.
+    """
+
+    help: str
+    largest: float
+    cut: Callable[[Tensor, float], float]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    measure: Callable[[Subject], Importances]
+    help: str
+    threshold: Threshold | None = None
+
+
+def _taylor(on: Subject) -> Importances:
+    return taylor(on.ladder, on.sites, on.constants, on.padding)
+
+
+def _diff_pruning(on: Subject) -> Importances:
+    ladder = on.ladder
+    found, stopped = diff_pruning(ladder, on.sites, on.options.loss_threshold)
+    on.facts["stopped_at"] = ladder.timesteps[-1] if stopped is None else stopped
+    return found
+
+
+def _diversity(on: Subject) -> Importances:
+    return diversity(on.ladder, on.sites, on.constants, on.padding, on.options, on.seed)
+
+
+def _own_effect(on: Subject) -> Importances:
+    problems = [problem for ladder in on.ladders for problem in ladder]
+    return own_effect(on.denoising, problems, on.sites, on.constants, on.padding)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude-l1": Criterion(
+        lambda on: magnitudes(on.unet, on.sites, "l1"), "sum of the sizes of its weights"
+    ),
+    "magnitude-l2": Criterion(
+        lambda on: magnitudes(on.unet, on.sites, "l2"), "Euclidean length of its weights"
+    ),
+    "random": Criterion(lambda on: random(on.sites, on.seed), "chance"),
+    "own-effect": Criterion(_own_effect, "change of the output without it, to first order"),
+    "taylor": Criterion(_taylor, "change of the loss without it, to first order"),
+    "diff-pruning": Criterion(_diff_pruning, "Taylor of its weights, up to the timestep of T"),
+    "diversity": Criterion(_diversity, "its part in what a change of the input changes"),
+    "sensitivity": Criterion(
+        lambda on: sensitivity(on.unet, on.sites),
+        "mean size of its weights, in σ of the layer",
+        Threshold("s in σ of the layer", inf, lambda values, s: s),
+    ),
+    "percentage": Criterion(
+        lambda on: percentage(on.unet, on.sites),
+        "mean size of its weights",
+        Threshold("the percentile q", 100.0, lambda v, q: float(torch.quantile(v, q / 100))),
+    ),
+    "flap": Criterion(lambda on: flap(on.ladder, on.sites), "variance times its readers' weights"),
+}

@@ -127,22 +127,21 @@ def evaluate(
         with candidate.running(model.unet) as size:
             deviation, loss = (values.double().numpy() for values in heldout.as_it_is(name))
             seconds = median_seconds(model, inputs)
-            zeroed = isinstance(candidate, Unstructured)
-            layers = candidate.layers(model.unet) if zeroed else []
+            layers = candidate.layers(model.unet) if isinstance(candidate, Unstructured) else []
         cost = {"bytes": size, "seconds": seconds, **counted(candidate.gates, side)}
         found = {"name": name, **described(name, candidate), **cost, "loss": summary(loss)}
         found["sparsity"] = 1 - found["parameters_left"]
-        if zeroed:
+        if layers:
             zeros = sum(layer["parameters"] - layer["nonzero"] for layer in layers)
             found |= {"sparsity": zeros / parameters, "layers": layers}
-        steps = {"timesteps": timesteps, "steps": model.alphas_cumprod.numel()}
-        found["loss_by_timestep"] = by_timestep(loss, **steps)
+        steps = model.alphas_cumprod.numel()
+        found["loss_by_timestep"] = by_timestep(loss, timesteps, steps)
         if candidate is not reference:
             deviations[name] = deviation
             found["deviation"] = summary(deviation)
             found["deviation_interval"] = bootstrap(deviation)
-            found["deviation_by_timestep"] = by_timestep(deviation, **steps)
-            if candidate.gates is None and not zeroed:
+            found["deviation_by_timestep"] = by_timestep(deviation, timesteps, steps)
+            if candidate.gates is None and not layers:
                 rounding.setdefault(candidate.precision, float(deviation.mean()))
             elif candidate.precision in rounding and candidate.precision != Candidate.precision:
                 found["rounding"] = rounding[candidate.precision]
@@ -277,10 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parse_arguments(argv)
     precisions = list(dict.fromkeys(given.precision))
     gates = named_gates(given.gates)
-    candidates: dict[str, Candidate | Unstructured] = {
-        **candidates_of(gates, precisions),
-        **unstructured_of(given.unstructured, precisions[0]),
-    }
+    pruned = candidates_of(gates, precisions)
+    zeroed = unstructured_of(given.unstructured, precisions[0])
+    candidates: dict[str, Candidate | Unstructured] = {**pruned, **zeroed}
     for name, candidate in candidates.items():  # what a file says of itself makes sense
         described(name, candidate)
     data = open_dataset(given.data)
@@ -306,10 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     fresh = FreshImages(data, model)
     for name in learned if given.baselines else ():
         denoising = Denoising(model, given.seed)
-        candidates |= baselines(name, candidates[name], denoising, fresh, seen, given.seed)
+        candidates |= baselines(name, pruned[name], denoising, fresh, seen, given.seed)
     result = evaluate(model, fresh, held_out, candidates, given.samples, given.seed)
     paths: dict[str, list[Path]] = {}
-    if networks is not None:
+    if networks is not None and given.images is not None:
         images.resolution = model.resolution
         shots = shots_of(prompts, given.seeds)
         settings = Settings(given.steps, given.guidance)

@@ -67,7 +67,8 @@ class Options:
             value, bound = getattr(self, f.name), f.metadata.get("bound")
             many = value if isinstance(value, tuple) else () if value is None else (value,)
             for one in many:
-                if choices := _kind(hints[f.name])[1]:
+                parsing = f.metadata.get("parsing", {})
+                if choices := _kind(hints[f.name])[1] or parsing.get("choices"):
                     require(one in choices, f.name, one, f"one of {', '.join(choices)}")
                 if bound is not None:
                     require(bound.holds(one), f.name, one, bound.words)

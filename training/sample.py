@@ -15,10 +15,10 @@ import io
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from diffusers import (
@@ -152,6 +152,17 @@ class Candidate:
         return digest(found)
 
 
+class Runnable(Protocol):
+    """What images are drawn with: a `Candidate`, or what `training.evaluation` compares it with."""
+
+    @property
+    def gates(self) -> Gates | None: ...
+
+    def running(self, unet: UNet2DConditionModel) -> AbstractContextManager[int]: ...
+
+    def stamp(self) -> str: ...
+
+
 def check_fits(model: DiffusionModel, gates: Gates | None) -> None:
     """Raises UserError when there are gates, and not for this model's architecture."""
     if gates is not None and gates.topology != topology_of(model.unet):
@@ -177,7 +188,7 @@ def draw(pipe: Pipeline, shots: Sequence[Shot], settings: Settings) -> Iterator[
 
 def sample(
     model: DiffusionModel,
-    chosen: Mapping[str, Candidate],
+    chosen: Mapping[str, Runnable],
     shots: Sequence[Shot],
     settings: Settings,
     output: Path,

@@ -15,9 +15,8 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,8 @@ from ldcp_core import (
     top_channels,
 )
 from ldcp_core.diffusers import topology_of
-from training import criteria
 from training.console import explaining, log_progress, name_of, progress
-from training.criteria import Criterion, Diversity, DiversityForm, Importances, Ladder
+from training.criteria import CRITERIA, CriterionOptions, Importances, Ladder, Subject
 from training.data.encoding import FreshImages
 from training.data.images import ImageData, open_dataset
 from training.data.splits import Split
@@ -59,10 +57,8 @@ from training.model.gating import ChannelMeans
 from training.options import (
     BELOW_ONE,
     COUNT,
-    POSITIVE,
     RANKS,
     SEED,
-    WITHIN_ONE,
     Options,
     Precision,
     option,
@@ -77,7 +73,7 @@ from training.step.denoising import Denoising
 log = logging.getLogger("training.score")
 
 #: criteria whose threshold can be given instead of a target sparsity
-THRESHOLDS = ("sensitivity", "percentage")
+THRESHOLDS = {name: found.threshold for name, found in CRITERIA.items() if found.threshold}
 #: settings that say where to cut, and leave what is measured alone
 CUT = ("output", "ranking", "target_sparsity", "budget", "floor", "threshold", "correction_rank")
 
@@ -89,7 +85,12 @@ class ScoreConfig(Options):
     model: str = option("checkpoint file, diffusers folder or hub id")
     data: str = option("folder of images in any of FFHQ's layouts, or a data set")
     output: str = option("the gate file to write (.safetensors)")
-    criterion: Criterion = option("see training/criteria.py", "taylor", required=True)
+    criterion: str = option(
+        "; ".join(f"{name}: {found.help}" for name, found in CRITERIA.items()),
+        "taylor",
+        required=True,
+        choices=tuple(CRITERIA),
+    )
     ranking: Ranking = option("of all channels, or of those of each layer", "global")
     scope: str = option(f"which layers, such as {', '.join(SCOPES[:5])}, all+ff", DEFAULT_SCOPE)
     target_sparsity: float = option("share to prune", 0.3, BELOW_ONE)
@@ -101,25 +102,22 @@ class ScoreConfig(Options):
     )
     samples: int = option("images to measure on", 16, COUNT)
     timesteps: int = option("per image, evenly spread over the schedule", 20, COUNT)
-    loss_threshold: float = option("diff-pruning: T, relative to the largest loss", 0.1, WITHIN_ONE)
-    diversity_form: DiversityForm = option("diversity: what is made of the sensitivities", "mean")
-    directions: int = option("diversity: of the noise, and as many of the text", 10, COUNT)
-    alpha: float = option("diversity: how far along a direction", 5.0, POSITIVE)
     threshold: float | None = option(
-        "instead of a target; sensitivity: s in σ of the layer; percentage: the percentile q", None
+        "; ".join(["instead of a target", *(f"{n}: {t.help}" for n, t in THRESHOLDS.items())]), None
     )
     resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
     batch_size: int = option("images encoded at once", 4, COUNT)
     precision: Precision = option("of the frozen U-Net", "fp32")
     device: str = option("cpu, cuda, mps", "cpu")
     seed: int = option("of everything random", 0, SEED)
+    options: CriterionOptions = field(default_factory=CriterionOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is not None:
             only = f"only with criterion {' or '.join(THRESHOLDS)}"
             require(self.criterion in THRESHOLDS, "threshold", self.threshold, only)
-            largest = 100.0 if self.criterion == "percentage" else inf
+            largest = THRESHOLDS[self.criterion].largest
             within = f"above 0 and below {largest:g}"
             require(0 < self.threshold < largest, "threshold", self.threshold, within)
 
@@ -195,9 +193,10 @@ def measure(config: ScoreConfig) -> Measurement:
             denoising.dense(problem)
     constants = means.constants()
     start = time.perf_counter()
-    importances, facts = _importances(config, model.unet, ladders, sites, constants)
+    subject = Subject(ladders, sites, constants, config.padding, config.seed, config.options)
+    importances = CRITERIA[config.criterion].measure(subject)
     weights = {site.name: model.unet.get_parameter(site.weight) for site in sites}
-    facts |= {
+    facts = subject.facts | {
         "seconds": round(time.perf_counter() - start, 2),
         "data": {"source": name_of(data.source), "images": len(data)},
         "held_out": Split().to_json(),
@@ -223,53 +222,6 @@ def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list
     return ladders
 
 
-def _importances(
-    config: ScoreConfig,
-    unet: torch.nn.Module,
-    ladders: Sequence[Ladder],
-    sites: Sequence[Site],
-    constants: Importances,
-) -> tuple[Importances, dict[str, Any]]:
-    """The importances by the chosen criterion, and what else is worth knowing about them."""
-    name, padding = config.criterion, config.padding
-    if name in ("magnitude-l1", "magnitude-l2"):
-        return criteria.magnitudes(unet, sites, "l1" if name.endswith("l1") else "l2"), {}
-    if name == "random":
-        return criteria.random(sites, config.seed), {}
-    if name == "sensitivity":
-        return criteria.sensitivity(unet, sites), {}
-    if name == "percentage":
-        return criteria.percentage(unet, sites), {}
-    whole = _joined(ladders)
-    if name == "taylor":
-        return criteria.taylor(whole, sites, constants, padding), {}
-    if name == "own-effect":
-        problems = [problem for ladder in ladders for problem in ladder]
-        return criteria.own_effect(whole.denoising, problems, sites, constants, padding), {}
-    if name == "flap":
-        return criteria.flap(whole, sites), {}
-    if name == "diff-pruning":
-        found, stopped = criteria.diff_pruning(whole, sites, config.loss_threshold)
-        return found, {"stopped_at": whole.timesteps[-1] if stopped is None else stopped}
-    assert name == "diversity", f"no branch for criterion {name}"
-    settings = Diversity(config.diversity_form, config.directions, config.alpha, config.seed)
-    found = criteria.diversity(whole, sites, constants, padding, settings)
-    return found, {"diversity_form": config.diversity_form}
-
-
-def _joined(ladders: Sequence[Ladder]) -> Ladder:
-    """All images in one ladder: criteria are about the sum over the data."""
-    first = ladders[0]
-    return Ladder(
-        first.denoising,
-        torch.cat([ladder.latents for ladder in ladders]),
-        torch.cat([ladder.context for ladder in ladders]),
-        torch.cat([ladder.noise for ladder in ladders]),
-        first.timesteps,
-        {name: torch.cat([ladder.added[name] for ladder in ladders]) for name in first.added},
-    )
-
-
 def pruned_scores(
     config: ScoreConfig, importances: Mapping[str, Tensor], budget: Budget
 ) -> dict[str, Tensor]:
@@ -289,17 +241,10 @@ def pruned_scores(
 
 
 def thresholded(config: ScoreConfig, importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keep-sets of the channels that reach the threshold, with aligned counts.
-
-    The threshold is an importance for "sensitivity", a percentile of each layer for "percentage".
-    """
+    """Keep-sets of the channels that reach the criterion's threshold, with aligned counts."""
     assert config.threshold is not None
-    keep = {}
-    for site, values in importances.items():
-        cut = config.threshold
-        if config.criterion == "percentage":
-            cut = float(torch.quantile(values, cut / 100))
-        keep[site] = values >= cut
+    cut = THRESHOLDS[config.criterion].cut
+    keep = {site: values >= cut(values, config.threshold) for site, values in importances.items()}
     widths = [values.numel() for values in importances.values()]
     wanted = [int(kept.sum()) for kept in keep.values()]
     least = [least_kept(width, config.floor) for width in widths]

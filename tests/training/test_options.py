@@ -20,6 +20,7 @@ class Drawing(Options):
 class Toy(Options):
     model: str = option("a file")
     kind: Literal["soft", "hard"] = option("of the gates", "soft")
+    shape: str = option("of the noise", "round", choices=("round", "flat"))
     shares: tuple[float, ...] = option("such as 30%", (0.3, 0.5), BELOW_ONE)
     limit: int | None = option("at most", None, COUNT)
     quiet: bool = option("say nothing", False)
@@ -33,8 +34,21 @@ def toy(*argv: str) -> Toy:
 
 def test_what_was_typed_becomes_the_dataclass_and_the_rest_is_its_default() -> None:
     assert toy("--model", "m") == Toy("m")
-    typed = ["--kind", "hard", "--shares", "0.1", "0.2", "--limit", "3", "--quiet", "--steps", "5"]
-    expected = Toy("m", "hard", (0.1, 0.2), 3, True, Drawing(5))
+    typed = [
+        "--kind",
+        "hard",
+        "--shape",
+        "flat",
+        "--shares",
+        "0.1",
+        "0.2",
+        "--limit",
+        "3",
+        "--quiet",
+        "--steps",
+        "5",
+    ]
+    expected = Toy("m", "hard", "flat", (0.1, 0.2), 3, True, Drawing(5))
     assert toy("--model", "m", *typed) == expected
     assert toy("--demo").model.endswith("pipeline") and toy("--demo", "--model", "m") == Toy("m")
 
@@ -60,6 +74,7 @@ def test_what_is_no_command_line_ends_the_program(
     ("settings", "message"),
     [
         ({"kind": "loud"}, "--kind is 'loud'.\n  Expected: one of soft, hard"),
+        ({"shape": "square"}, "--shape is 'square'.\n  Expected: one of round, flat"),
         ({"shares": (0.1, 1.0)}, "--shares is 1.0.\n  Expected: from 0 up to 1"),
         ({"limit": 0}, "--limit is 0.\n  Expected: 1 or more"),
         ({"untyped": 0}, "--untyped is 0."),

@@ -12,6 +12,7 @@ green-magenta axis and keeps the others as they are.
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 def _train(
     vae: AutoencoderKL,
-    loss_of: Callable[[Tensor, Tensor | None], Tensor],
+    loss_of: Callable[[Tensor, Any], Tensor],
     images: np.ndarray,
     latents: Tensor | None,
     seconds: float,

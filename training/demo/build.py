@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -191,7 +191,7 @@ def export(
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
     text: CLIPTextModel,
-    unet: torch.nn.Module,
+    unet: UNet2DConditionModel,
 ) -> None:
     """Save in diffusers' layout; the models handed in stay as they are."""
     parts = [type(model).from_config(_without_path(model.config)) for model in (vae, unet)]

@@ -133,7 +133,7 @@ def layer_names(unet: UNet2DConditionModel) -> list[str]:
     ]
 
 
-def _zeros(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+def _zeros(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 

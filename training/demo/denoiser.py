@@ -24,9 +24,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -141,7 +143,7 @@ def new_unet(text_width: int) -> UNet2DConditionModel:
     return unet
 
 
-def up_resnets(unet: UNet2DConditionModel) -> Iterator[tuple[nn.Module, int, int]]:
+def up_resnets(unet: UNet2DConditionModel) -> Iterator[tuple[ResnetBlock2D, int, int]]:
     """The ResBlocks of the up path with their level and the width of their hidden state.
 
     The input is [hidden, skip]; the hidden state comes at the width of the ResBlock before.
@@ -207,8 +209,10 @@ def train_denoiser(
             if state.elapsed >= due[period]:
                 due[period] = state.elapsed + period
                 callback(state)
-    for sampler in (*samplers, skips, depth):
+    for sampler in samplers:
         sampler.detach()
+    skips.detach()
+    depth.detach()
 
 
 class TransformerSampler:
@@ -226,7 +230,7 @@ class TransformerSampler:
             block.forward = self._sampled(block.forward)
 
     def _sampled(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def partly(hidden: Tensor, encoder_hidden_states: Tensor, **kwargs) -> Tensor:
+        def partly(hidden: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Tensor:
             n = self.count
             if n == 0:
                 return hidden
@@ -253,10 +257,10 @@ class DepthSampler:
         self.handles = [unet.register_forward_pre_hook(self._draw)]
         self.handles += [block.conv2.register_forward_hook(self._drop) for block in blocks]
 
-    def _draw(self, _module: nn.Module, inputs: tuple) -> None:
+    def _draw(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._kept = torch.rand(len(inputs[0]), 1, 1, 1) < 0.5
 
-    def _drop(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+    def _drop(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return output * self._kept
 
     def detach(self) -> None:
@@ -275,8 +279,10 @@ class SkipSampler:
             for resnet, hidden, level in up_resnets(unet)
         ]
 
-    def _cut(self, width: int, top: bool) -> Callable[[nn.Module, tuple], tuple]:
-        def cut(_module: nn.Module, inputs: tuple) -> tuple:
+    def _cut(
+        self, width: int, top: bool
+    ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def cut(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden, *rest = inputs
             n = self.top_count if top else self.count
             if n >= len(hidden):

@@ -97,7 +97,7 @@ def _draw(folder: Path, size: int, grain: float, number: int) -> None:
 
 def _grainy(image: Image.Image, grain: float, seed: int) -> Image.Image:
     noise = np.random.default_rng(seed).normal(0.0, grain, (image.height, image.width, 3))
-    return Image.fromarray(np.clip(np.rint(image + noise), 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.rint(np.asarray(image) + noise), 0, 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)

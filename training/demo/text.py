@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 24
@@ -52,7 +53,7 @@ def learn_merges(captions: Iterable[str]) -> list[tuple[str, str]]:
     """
     words = Counter(w for text in captions for w in re.findall(r"[a-z]+", text.lower()))
     pieces = {w: [*w[:-1], w[-1] + WORD_END] for w in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in pieces.items():
@@ -83,7 +84,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]):
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token ids, int64 `[N, MAX_TOKENS]`, padded and truncated as Stable Diffusion does."""
     return tokenizer(
         captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"

@@ -75,10 +75,9 @@ def cmmd(real: Tensor, fake: Tensor) -> float:
     real, fake = real.double(), fake.double()
 
     def mean(x: Tensor, y: Tensor, less: int) -> Tensor:
-        total = sum(
-            torch.exp(-torch.cdist(rows, y).square() / (2 * CMMD_SIGMA**2)).sum()
-            for rows in x.split(ROWS)
-        )
+        total = x.new_zeros(())
+        for rows in x.split(ROWS):
+            total += torch.exp(-torch.cdist(rows, y).square() / (2 * CMMD_SIGMA**2)).sum()
         return (total - less) / (len(x) * (len(y) - bool(less)))
 
     within = mean(real, real, len(real)) + mean(fake, fake, len(fake))

@@ -109,7 +109,7 @@ def pair_metrics(networks: Networks, side: int, notes: list[str]) -> dict[str, P
     except ImportError as error:
         notes.append(f"PSNR, SSIM, MS-SSIM and UQI not measured: {error}; {INSTALL}")
     else:
-        scaled = {
+        scaled: dict[str, Callable[..., Any]] = {
             "PSNR": of.peak_signal_noise_ratio,
             "SSIM": of.structural_similarity_index_measure,
             "MS-SSIM": of.multiscale_structural_similarity_index_measure,

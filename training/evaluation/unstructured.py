@@ -113,7 +113,7 @@ def unstructured_of(texts: Sequence[str], precision: str) -> dict[str, Unstructu
     return {one.name: one for one in found}
 
 
-def layers_of(unet: nn.Module) -> dict[str, nn.Module]:
+def layers_of(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The linear layers and convolutions by name."""
     return {name: module for name, module in unet.named_modules() if isinstance(module, STORING)}
 

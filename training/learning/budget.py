@@ -9,14 +9,13 @@ much each layer gives is learned. Counted in channels the penalty is the mean sc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from ldcp_core import Block, Latent, Padding, Site
 
 BudgetKind = Literal["channels", "parameters", "flops"]
-Count = TypeVar("Count", int, Tensor)
 
 
 class Budget:
@@ -40,7 +39,13 @@ class Budget:
         self._latent = latent or Latent()
         self._whole = self._cost(self._widths)
 
-    def remaining(self, counts: Mapping[str, Count]) -> Count:
+    @overload
+    def remaining(self, counts: Mapping[str, int]) -> float: ...
+
+    @overload
+    def remaining(self, counts: Mapping[str, Tensor]) -> Tensor: ...
+
+    def remaining(self, counts: Mapping[str, Any]) -> Any:
         """The share of the whole that is left with so many channels kept per site.
 
         Differentiable where the counts are tensors (sums of scores, say).
@@ -64,7 +69,7 @@ class Budget:
             found.append(abs(here - self.remaining({**counts, site: count + step})))
         return found
 
-    def _cost(self, counts: Mapping[str, Count]) -> Count:
+    def _cost(self, counts: Mapping[str, Any]) -> Any:
         if self.kind == "channels":
             return sum(counts.values())
         total = 0

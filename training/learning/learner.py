@@ -71,15 +71,17 @@ class GateLearner(nn.Module):
         floor: float = 0.0,
     ) -> None:
         super().__init__()
-        self.sites = [site.name for site in sites]
         self.budget = budget or Budget("channels", sites)
         self.least = {site.name: least_kept(site.channels, floor) for site in sites}
         self.generator = torch.Generator().manual_seed(seed)
         low, high = START_LOGITS
-        self.gates = nn.ModuleList(
-            ChannelGate(low + (high - low) * torch.rand(site.channels, generator=self.generator))
+        self.gate_of = {
+            site.name: ChannelGate(
+                low + (high - low) * torch.rand(site.channels, generator=self.generator)
+            )
             for site in sites
-        )
+        }
+        self.gates = nn.ModuleList(self.gate_of.values())
 
     @torch.no_grad()
     def start_(self, effects: Mapping[str, Tensor], price: float) -> None:
@@ -95,30 +97,26 @@ class GateLearner(nn.Module):
         ranked = CHEAPEST_LOGIT + (PRICE_LOGIT - CHEAPEST_LOGIT) * rank / max(below, 1)
         folds = (worth / price).clamp(min=1.0).log()
         logits = torch.where(worth < price, ranked, PRICE_LOGIT + LOGIT_PER_FOLD * folds)
-        widths = [gate.logits.numel() for gate in self.gates]
-        parts = logits.clamp(max=LOGIT_BOUND).split(widths)
-        for gate, part in zip(self.gates, parts, strict=True):
+        gates = self.gate_of.values()
+        parts = logits.clamp(max=LOGIT_BOUND).split([gate.logits.numel() for gate in gates])
+        for gate, part in zip(gates, parts, strict=True):
             gate.logits.copy_(part)
 
     def masks(self, noise_scale: float) -> dict[str, Tensor]:
         """Site name -> mask [C]; exact (the file's rule) when ``noise_scale`` is 0."""
-        return {
-            site: gate(self._noise(gate, noise_scale))
-            for site, gate in zip(self.sites, self.gates, strict=True)
-        }
+        return {site: gate(self._noise(gate, noise_scale)) for site, gate in self.gate_of.items()}
 
     def penalty(self) -> Tensor:
         """The sparsity penalty: what the scores leave of the budget, a scalar with gradient.
 
         Counted in channels that is the mean of all scores, the seed's L1.
         """
-        pairs = zip(self.sites, self.gates, strict=True)
-        return self.budget.remaining({site: gate.score.sum() for site, gate in pairs})
+        kept = {site: gate.score.sum() for site, gate in self.gate_of.items()}
+        return self.budget.remaining(kept)
 
     def scores(self) -> dict[str, Tensor]:
         """Site name -> score [C] as it stands, detached, on the CPU."""
-        pairs = zip(self.sites, self.gates, strict=True)
-        return {site: gate.score.detach().float().cpu() for site, gate in pairs}
+        return {site: gate.score.detach().float().cpu() for site, gate in self.gate_of.items()}
 
     def keep_sets(self) -> dict[str, Tensor]:
         return {site: score > THRESHOLD for site, score in self.scores().items()}
@@ -130,7 +128,7 @@ class GateLearner(nn.Module):
     @torch.no_grad()
     def clamp_(self) -> None:
         """Hold the logits within their bounds, and the best of every site above the threshold."""
-        for gate in self.gates:
+        for gate in self.gate_of.values():
             gate.logits.clamp_(-LOGIT_BOUND, LOGIT_BOUND)
         self._keep_floor_()
 
@@ -141,24 +139,23 @@ class GateLearner(nn.Module):
         As near as a single channel allows; the order of the scores does not change, but for the
         channels that a floor keeps.
         """
-        ordered = torch.cat([gate.logits for gate in self.gates]).sort().values
+        ordered = torch.cat([gate.logits for gate in self.gate_of.values()]).sort().values
         cuts = range(len(ordered))
         after = bisect_left(cuts, target, key=lambda cut: self.pruned_by(ordered[cut]))
         around = [cut for cut in (after - 1, after) if cut in cuts]
         nearest = min(around, key=lambda cut: abs(self.pruned_by(ordered[cut]) - target))
-        for gate in self.gates:
-            gate.logits -= ordered[nearest]
+        for gate in self.gate_of.values():
+            gate.logits.sub_(ordered[nearest])
         self._keep_floor_()
 
     def pruned_by(self, cut: Tensor) -> float:
         """The pruned share of the budget if channels up to the logit ``cut`` were pruned."""
-        pairs = zip(self.sites, self.gates, strict=True)
-        above = {site: int((gate.logits > cut).sum()) for site, gate in pairs}
+        above = {site: int((gate.logits > cut).sum()) for site, gate in self.gate_of.items()}
         counts = {site: max(count, self.least[site]) for site, count in above.items()}
         return 1.0 - self.budget.remaining(counts)
 
     def _keep_floor_(self) -> None:
-        for site, gate in zip(self.sites, self.gates, strict=True):
+        for site, gate in self.gate_of.items():
             best = torch.topk(gate.logits, self.least[site]).indices
             gate.logits[best] = gate.logits[best].clamp(min=FLOOR_LOGIT)
 
@@ -232,7 +229,7 @@ def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> 
     Its epsilon is a fifth of the pull of λ₀ on a single logit at the threshold: channels that
     hardly matter then move in proportion to λ, not all at full speed in the direction of its sign.
     """
-    channels = sum(gate.logits.numel() for gate in learner.gates)
+    channels = sum(logits.numel() for logits in learner.parameters())
     return torch.optim.Adam(
         learner.parameters(),
         lr=learning_rate,

@@ -69,7 +69,8 @@ class Learning:
         self.history = History(target=config.target_sparsity)
         self._config, self._denoising, self._stream = config, denoising, stream
         window = WINDOW * config.gradient_accumulation
-        self._problems = Problems(denoising, stream, position, learner.sites, window, config.reuse)
+        gated = list(learner.gate_of)
+        self._problems = Problems(denoising, stream, position, gated, window, config.reuse)
         self._start = learner.keep_sets()
         self._calibration: Calibration | None = None
         rate = config.learning_rate or default_learning_rate(steps)
