@@ -70,6 +70,12 @@ class ReportLayer:
     keep_sets: Mapping[str, Tensor]
     schedule: Schedule | None = None
 
+    @property
+    def corrections(self) -> int:
+        """How many of the gates' corrections hold for what is kept."""
+        pruned = self.gates.pruned(self.keep_sets)
+        return sum(site.correction is not None for site in pruned.values())
+
     def __str__(self) -> str:
         kept = sum(int(keep.sum()) for keep in self.keep_sets.values())
         channels = sum(keep.numel() for keep in self.keep_sets.values())
@@ -121,6 +127,11 @@ class Report:
         if len(lines) > 1:
             lines = [f"gates {number}: {line}" for number, line in enumerate(lines, 1)]
             lines.append("where several gate the same site, the later ones are shown")
+        known = sum(len(layer.gates.corrections) for layer in self.layers)
+        if known:
+            used = sum(layer.corrections for layer in self.layers)
+            why = "" if used else ": they are for the channels that are kept as learned"
+            lines.append(f"corrections in use: {used} of {known}{why}")
         if self.savings.kept == self.savings.channels:
             lines.append("nothing is pruned: all channels are kept")
         return lines

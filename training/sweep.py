@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import DEFAULT_SCOPE, GateFileError, Ranking, load_gates
+from ldcp_core import DEFAULT_SCOPE, RANK, GateFileError, Ranking, load_gates
 from training import evaluate, fit, score
 from training.config import FitConfig
 from training.console import explaining, log_progress
@@ -32,6 +32,7 @@ from training.evaluation.plots import Cell, heat_map
 from training.learning.budget import BudgetKind
 from training.options import (
     DEMO_SETTINGS,
+    RANKS,
     SEED,
     Options,
     add_demo,
@@ -71,6 +72,9 @@ class SweepOptions(Options):
         metavar="CRITERION=VALUES",
     )
     budget: BudgetKind = option("what targets are shares of", "parameters")
+    correction_rank: int = option(
+        "of the corrections of layers that read pruned channels; 0: none", RANK, RANKS
+    )
     steps: int | None = option("optimizer steps of a fit", None)
     samples: int = option("held-out samples of the evaluation", 48)
     seed: int = option("of everything random", 0, SEED)
@@ -156,6 +160,7 @@ def config_of(plan: Plan, given: SweepOptions, demo: bool) -> FitConfig | ScoreC
         scope=plan.scope,
         target_sparsity=plan.target,
         budget=given.budget,
+        correction_rank=given.correction_rank,
         seed=given.seed,
     )
     if plan.criterion == LEARNED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from PIL import ImageFont
 
 from ldcp_core import (
     SD15,
+    Correction,
     Gates,
     Latent,
     Report,
@@ -118,6 +119,17 @@ def test_a_keep_set_of_the_users_own_is_not_called_learned():
     found = build_report([ReportLayer(gates, gates.keep_sets_at(0.25))], SMALL)
     assert not found.as_learned
     assert found.savings.kept == 96
+
+
+def test_corrections_are_counted_where_they_are_in_use():
+    found = layer({CONV1: 64, CONV2: 64})
+    correction = Correction(torch.ones(128, 1), torch.ones(1, 64 * 9), torch.ones(128))
+    gates = replace(found.gates, corrections={CONV1: correction})
+    assert "corrections in use: 1 of 1" in gates_report(gates).gates_lines()
+    other = ReportLayer(gates, gates.keep_sets_at(0.25))
+    lines = build_report([other], SMALL).gates_lines()
+    assert "corrections in use: 0 of 1: they are for the channels that are kept as learned" in lines
+    assert not any("correction" in line for line in build_report([found], SMALL).gates_lines())
 
 
 def test_a_site_the_unet_lacks_is_refused():

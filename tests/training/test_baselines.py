@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ldcp_core.diffusers import topology_of
 from training.data.encoding import FreshImages
 from training.data.images import open_dataset
 from training.evaluation.baselines import baselines, measured
+from training.learning.corrections import corrections
 from training.model.gating import ChannelMeans, watched
 from training.model.load import DiffusionModel
 from training.sample import Candidate
@@ -55,7 +57,9 @@ def test_flap_prefers_the_channels_that_stray(model: DiffusionModel, images: Pat
     try:
         conv1.weight.data[::2] *= 1e-4  # these outputs are their bias, everywhere
         data = FreshImages(open_dataset(str(images), resolution=16), model)
-        found = measured(gates, Denoising(model, 0), data, list(range(16)), seed=0)["FLAP"]
+        denoising = Denoising(model, 0)
+        problems = [denoising.problem(batch) for batch in data.batches(list(range(16)), 2)]
+        found = measured(gates, denoising, problems, seed=0)["FLAP"]
     finally:
         conv1.weight.data.copy_(kept)
     # not zero: the embedding still moves them from evaluation to evaluation
@@ -77,3 +81,21 @@ def test_every_choice_keeps_as_many_channels_and_per_site_the_same_counts(
         of = {site: int(keep.sum()) for site, keep in candidate.gates.keep_sets().items()}
         assert sum(of.values()) == sum(counts.values()), name
         assert (of == counts) == name.endswith("per-site"), name
+
+
+def test_beside_corrected_gates_every_choice_has_corrections_of_its_own(
+    model: DiffusionModel, images: Path
+) -> None:
+    gates, denoising = random_gates(topology_of(model.unet)), Denoising(model, 0)
+    data = FreshImages(open_dataset(str(images), resolution=16), model)
+    problems = [denoising.problem(batch) for batch in data.batches(list(range(16)), 2)]
+    gates = replace(gates, corrections=corrections(denoising, problems, gates, 2))
+    assert gates.corrections
+    found = baselines("a", Candidate(gates), denoising, data, list(range(16)), seed=1)
+    for name, candidate in found.items():
+        assert candidate.gates is not None
+        for site, own in candidate.gates.corrections.items():
+            assert own is not gates.corrections.get(site), name
+            kept = int(candidate.gates.keep_sets()[site].sum())
+            assert own.left.shape[1] == 2 and own.right.shape == (2, 9 * kept), name
+    assert any(candidate.gates.corrections for candidate in found.values() if candidate.gates)

@@ -1,6 +1,7 @@
 """Cheap ways of choosing as many channels as gates keep: what learning has to beat.
 
-Each prunes as many channels, under the same rule and with the same constants. *per site* keeps as
+Each prunes as many channels, under the same rule and with the same constants, and where the gates
+have corrections, with corrections of its own. *per site* keeps as
 many at every site as the gates do, so that only the choice within a site differs; *together* ranks
 the channels of all sites in one list. Between *own-effect, per site*, the strongest, and
 *own-effect, together* lies how much each layer gives; beyond the first, which channels.
@@ -18,9 +19,10 @@ from ldcp_core import Gates, top_channels
 from training.console import progress
 from training.criteria import Importances, magnitudes, own_effect, random
 from training.data.encoding import Images
+from training.learning.corrections import corrections
 from training.model.gating import watched
 from training.sample import Candidate
-from training.step.denoising import Denoising
+from training.step.denoising import Denoising, Problem
 
 #: how many images, noised, are measured on, and in what batches
 SAMPLES, BATCH = 128, 2
@@ -40,7 +42,11 @@ def baselines(
     """
     gates, found = beside.gates, {}
     assert gates is not None
-    for way, importances in measured(gates, denoising, images, seen, seed).items():
+    stream = images.batches(seen, BATCH, seed=seed, epochs=None)
+    count = progress(range(SAMPLES // BATCH), "baselines: images", unit="batch")
+    problems = [denoising.problem(next(stream)) for _ in count]
+    rank = max((c.left.shape[1] for c in gates.corrections.values()), default=0)
+    for way, importances in measured(gates, denoising, problems, seed).items():
         for how, keep_sets in (
             ("per site", ranked_per_site(importances, gates.keep_sets())),
             ("together", ranked_together(importances, gates.keep_sets())),
@@ -48,13 +54,16 @@ def baselines(
             info = {"criterion": f"{way}, {how}", "scope": gates.info.get("scope", "")}
             scores = {site: keep.float() for site, keep in keep_sets.items()}
             chosen = replace(gates, scores=scores, info=info, importances={}, corrections={})
+            if rank:
+                own = corrections(denoising, problems, chosen, rank)
+                chosen = replace(chosen, corrections=own)
             label = f"{name}-{way}-{how}".replace(" ", "-")
             found[label] = Candidate(chosen, beside.precision, name)
     return found
 
 
 def measured(
-    gates: Gates, denoising: Denoising, images: Images, seen: Sequence[int], seed: int
+    gates: Gates, denoising: Denoising, problems: Sequence[Problem], seed: int
 ) -> dict[str, Importances]:
     """The importances of the gates' channels by each way of choosing.
 
@@ -64,9 +73,6 @@ def measured(
     unet = denoising.model.unet
     sites = [site for site in gates.topology.all_sites() if site.name in gates.scores]
     constants = {site.name: gates.constant(site.name) for site in sites}
-    stream = images.batches(seen, BATCH, seed=seed, epochs=None)
-    count = progress(range(SAMPLES // BATCH), "baselines: images", unit="batch")
-    problems = [denoising.problem(next(stream)) for _ in count]
     with watched(unet, sites) as what:
         for problem in progress(problems, "baselines: FLAP", unit="batch"):
             denoising.dense(problem)

@@ -1,0 +1,93 @@
+"""recover: what stands in for pruned channels is trained, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldcp_core import Gates, load_gates
+from training import recover, score
+from training.step.denoising import Problem
+
+
+@pytest.fixture(scope="module")
+def source(pipeline: Path, images: Path) -> list[str]:
+    return ["--model", str(pipeline), "--data", str(images)]
+
+
+@pytest.fixture(scope="module")
+def given(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gates of chance, without corrections."""
+    output = tmp_path_factory.mktemp("given") / "gates.safetensors"
+    options = ["--criterion", "random", "--scope", "all+ff", "--samples", "2", "--timesteps", "2"]
+    options += ["--correction-rank", "0", "--output", str(output)]
+    assert score.main([*source, *options]) == 0
+    return output
+
+
+QUICK = ["--steps", "12", "--batch-size", "4", "--samples", "8", "--correction-rank", "4"]
+
+
+def deviations(gates: Gates) -> list[float]:
+    found = gates.info["recovered"]
+    return [found[key] for key in ("deviation", "closed_form", "recovered")]
+
+
+def test_the_same_channels_deviate_less_afterwards(
+    source: list[str], given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "recovered.safetensors"
+    assert recover.main([str(given), *source, *QUICK, "--output", str(output)]) == 0
+    before, after = load_gates(given), load_gates(output)
+    assert after.scores.keys() == before.scores.keys()
+    assert all(torch.equal(after.scores[site], before.scores[site]) for site in before.scores)
+    assert after.info["criterion"] == "random" and after.info["recovered"]["steps"] == 12
+    plain, closed, recovered = deviations(after)
+    assert recovered < closed < plain
+    assert any(not torch.equal(after.constants[s], before.constants[s]) for s in before.constants)
+    assert "recovered (" in capsys.readouterr().out
+
+
+def test_it_goes_on_from_corrections_that_are_there(
+    source: list[str], given: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    assert recover.main([str(given), *source, *QUICK, "--output", str(first)]) == 0
+    assert recover.main([str(first), *source, *QUICK, "--output", str(second)]) == 0
+    found = deviations(load_gates(second))
+    assert found[0] == found[1] == pytest.approx(deviations(load_gates(first))[2], rel=0.02)
+    assert found[2] < found[0]
+
+
+def test_what_does_not_help_is_not_written(
+    source: list[str], given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "worse.safetensors"
+    wild = [*QUICK, "--learning-rate", "100", "--output", str(output)]
+    assert recover.main([str(given), *source, *wild]) == 1
+    assert not output.exists()
+    assert "did not fall" in capsys.readouterr().err
+
+
+def test_it_never_writes_over_the_gates_it_was_given(
+    source: list[str], given: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = given.read_bytes()
+    assert recover.main([str(given), *source, *QUICK, "--output", str(given)]) == 1
+    assert given.read_bytes() == before
+    assert "--output" in capsys.readouterr().err
+
+
+def test_every_second_prompt_is_the_empty_one() -> None:
+    context, text = (
+        torch.ones(3, 2, 5),
+        {"text_embeds": torch.ones(3, 4), "time_ids": torch.ones(3, 6)},
+    )
+    zeros = torch.zeros(3, 4, 2, 2)
+    problem = Problem(zeros, torch.zeros(3), context, zeros, zeros, text)
+    found = recover.without_prompts(problem, torch.zeros(1, 2, 5), torch.zeros(1, 4))
+    assert found.context.amax((1, 2)).tolist() == [1, 0, 1]
+    assert found.added["text_embeds"].amax(1).tolist() == [1, 0, 1]
+    assert found.added["time_ids"].all() and context.all() and text["text_embeds"].all()
