@@ -128,6 +128,7 @@ def make_small(page, steps=1):
     page.set_all("EmptyLatentImage", width=PIXELS, height=PIXELS)
     page.set_all("KSampler", steps=steps)
     page.set_all("LDCPCalibrateGates", steps=steps)
+    page.set_all("LDCPCompareShares", steps=steps)
 
 
 def apart(page):
