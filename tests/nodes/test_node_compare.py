@@ -149,6 +149,15 @@ def test_the_difference_is_the_rmse_of_the_images(model, make_gates, compare):
     assert 0.1 < found["share 0.25", "all steps"][4] < found["share 0.75", "all steps"][4]
 
 
+def test_the_difference_is_in_levels_from_0_to_255(node):
+    compare = sys.modules[f"{node.__module__.rpartition('.')[0]}.compare"]
+    images = torch.zeros(2, 4, 4, 3)
+    images[0], images[1, :, :2] = 0.2, 0.2
+    # 255 * 0.2, and 255 * sqrt(0.04 / 2)
+    expected = torch.tensor([51.0, 36.0624])
+    assert torch.allclose(compare.difference(images, torch.zeros(2, 4, 4, 3)), expected)
+
+
 def test_the_share_that_came_out_is_said(model, make_gates, compare):
     gates = make_gates()
     found = rows(compare(model, gates, "learned, 0.1, 1")[2])
@@ -215,10 +224,12 @@ def test_the_grid_shows_every_image_at_its_place_with_a_caption(model, make_gate
                 assert strip[top + 128 :].std() > 0.05  # letters below it
 
 
-def test_a_caption_fits_its_column(comfy, model, make_gates, compare):
-    grid, _, _ = compare(model, make_gates(), "0.123456789")
-    between = grid[0, :, GAP + COLUMN : GAP + COLUMN + GAP]
-    assert (between == between[0, 0]).all()
+def test_a_caption_fits_its_column(node):
+    grid = sys.modules[f"{node.__module__.rpartition('.')[0]}.grid"]
+    cell = grid.Cell(torch.ones(64, 64, 3), "0" * 34, ["0" * 30])
+    drawn = grid.draw([("", [cell, cell])])
+    caption, between = drawn[GAP + 64 :, GAP:][:, :COLUMN], drawn[:, GAP + COLUMN :][:, :GAP]
+    assert (between == between[0, 0]).all() and caption.std() > 10
 
 
 @pytest.mark.parametrize(
@@ -280,8 +291,8 @@ def test_gates_of_another_model_are_refused_before_anything_is_sampled(
         compare(model, make_gates(topology=comfy.core.SD15))
 
 
-def test_what_is_known_before_the_run_is_checked_before_it(comfy, node):
-    problem = sys.modules[node.__module__.rsplit(".", 1)[0] + ".compare_node"].problem
+def test_what_is_known_before_the_run_is_checked_before_it(node):
+    problem = sys.modules[node.__module__].problem
     assert problem("0.2", "5-", 20) is None
     assert problem(None, None, None) is None and problem("0.2", None, ["7", 0]) is None
     assert "'2'" in problem("2", None, None)
@@ -308,6 +319,23 @@ def test_an_interrupt_ends_it_and_leaves_the_model_as_it_was(
     assert steps == [1, 1, 2, 3, 1, 2]
     assert not [m for m in model.model.diffusion_model.modules() if "forward" in vars(m)]
     assert torch.equal(by_hand(model), expected)
+
+
+def test_an_interrupt_is_noticed_between_two_decodings(comfy, model, make_gates, compare):
+    management = comfy.root.model_management
+
+    class Stopped:
+        decoded = 0
+
+        def decode(self, samples):
+            self.decoded += 1
+            management.interrupt_current_processing()
+            return VAE.decode(samples)
+
+    vae = Stopped()
+    with pytest.raises(management.InterruptProcessingException):
+        compare(model, make_gates(), "0.25, 0.5", vae=vae)
+    assert vae.decoded == 1
 
 
 def test_what_a_run_noticed_is_said_once(model, make_gates, compare):
