@@ -114,23 +114,24 @@ def compare(
     show("loading the model")
     sample(full, {**sampling, "steps": 1})  # what only a first run takes is not timed
     runs = []
-    for number, each in enumerate(models):
-        name = f"{variants[number - 1]}, {variants[number - 1].schedule}" if number else "in full"
-        show(f"sampling {number + 1} of {len(models)}: {name}")
+    names = ["in full", *(f"{variant}, {variant.schedule}" for variant in variants)]
+    for number, (each, name) in enumerate(zip(models, names, strict=True), 1):
+        show(f"sampling {number} of {len(models)}: {name}")
         runs.append(sample(each, sampling))
     show("decoding")
     images = [decode(vae, latent) for latent, _ in runs]
-    seconds = [took for _, took in runs]
-    made = [
-        (each, took, took / seconds[0], difference(each, images[0]))
-        for each, took in zip(images, seconds, strict=True)
+
+    def rendered(place: int, *pruned: Any) -> Rendered:
+        took, moved = runs[place][1], difference(images[place], images[0])
+        return Rendered(images[place], took, took / runs[0][1], moved, *pruned)
+
+    return [
+        rendered(0),
+        *(
+            rendered(place, variant, share_of(layer), attached(models[place]).record)
+            for place, (variant, layer) in enumerate(zip(variants, layers, strict=True), 1)
+        ),
     ]
-    ways = [(None, 0.0, None)]
-    ways += [
-        (variant, share_of(layer), attached(pruned).record)
-        for variant, layer, pruned in zip(variants, layers, models[1:], strict=True)
-    ]
-    return [Rendered(*figures, *way) for figures, way in zip(made, ways, strict=True)]
 
 
 def layer_of(gates: Gates, variant: Variant) -> Layer:
