@@ -253,8 +253,7 @@ def bytes_lines(run: RunFacts) -> list[str]:
     """What lay on the compute device of the gated layers, and why it was that much."""
     if not run.pruned_evaluations:
         return []
-    saved = run.full_bytes - run.resident_bytes
-    change = f"{show_bytes(abs(saved))} {'less' if saved > 0 else 'more'}" if saved else "the same"
+    change = show_saved(run.full_bytes - run.resident_bytes)
     lines = [
         f"gated layers on {run.device}: {show_bytes(run.full_bytes)} in full, "
         f"{show_bytes(run.resident_bytes)} resident ({change})"
@@ -285,6 +284,15 @@ def show_bytes(count: int) -> str:
     if 0 < count < MIB / 10:
         return f"{count / 1024:,.1f} KiB"
     return f"{count / MIB:,.1f} MiB"
+
+
+def show_saved(count: int) -> str:
+    """Bytes that were saved, or taken besides where the count is negative.
+
+    >>> show_saved(3 * 2**20), show_saved(-(2**20)), show_saved(0)
+    ('3.0 MiB less', '1.0 MiB more', 'the same')
+    """
+    return f"{show_bytes(abs(count))} {'less' if count > 0 else 'more'}" if count else "the same"
 
 
 def show_flops(count: int) -> str:

@@ -55,7 +55,7 @@ class _Page:
         self.y = 24
 
     def width(self, text: str, size: int = BODY) -> float:
-        return float(self._draw.textlength(text, _font(size)))
+        return float(self._draw.textlength(text, font(size)))
 
     def text(
         self,
@@ -67,7 +67,7 @@ class _Page:
         align: Align = "left",
     ) -> None:
         shift = {"left": 0.0, "middle": 0.5, "right": 1.0}[align] * self.width(text, size)
-        self._draw.text((round(x - shift), round(y)), text, color, _font(size))
+        self._draw.text((round(x - shift), round(y)), text, color, font(size))
 
     def box(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
         """A filled rectangle; nothing where it is thinner than half a pixel."""
@@ -97,7 +97,8 @@ class _Page:
         self.y += 25
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
+    """Pillow's own font, ``size`` pixels high."""
     from PIL import ImageFont
 
     try:

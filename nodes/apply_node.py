@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ldcp_core import ALWAYS, Gates, Schedule, Topology, savings
 from ..ldcp_core.report import bytes_lines, run_line
 from ..ldcp_core.text import quoted
-from .host.identity import differs_from_training
+from .host.identity import DIFFERS, differs_from_training
 from .host.model import model_topology
 from .host.parking import FULL_WEIGHTS, FullWeights
 from .host.patch import attach
@@ -27,10 +27,6 @@ from .shared import CATEGORY, GatesType, ScheduleType, schema, server, show_on_n
 CHANNELS = ["as learned", "a share"]
 #: as a sparsity: what prompts and workflows say that were made before ``channels`` was there
 AS_LEARNED = -1.0
-DIFFERS = (
-    "these gates were trained on other base weights than this model's; that works for fine-tunes "
-    "and merges, but compare some images with pruning off"
-)
 #: has every site that a U-Net of any family has: what is checked before the model is known
 LARGEST = Topology(down=((10, 10),) * 4, mid=(10, 0), up=((10, 10, 10),) * 4)
 SHOWN_NOTES = 3  # on the node

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_node import LDCPApplyDynamicPruning
 from .calibrate_node import LDCPCalibrateGates
+from .compare_node import LDCPCompareShares
 from .estimate_node import LDCPEstimateGates
 from .load_node import LDCPLoadGates
 from .queued import listen
@@ -24,4 +25,5 @@ class LDCPExtension(ComfyExtension):
             LDCPEstimateGates,
             LDCPCalibrateGates,
             LDCPSaveGates,
+            LDCPCompareShares,
         ]

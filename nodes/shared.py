@@ -32,6 +32,7 @@ SEARCH_ALIASES = {
     "LDCPEstimateGates": ["ldcp", "create gates", "l1 magnitude", "prune without training"],
     "LDCPCalibrateGates": ["ldcp", "create gates", "flap", "activations", "calibration"],
     "LDCPSaveGates": ["ldcp", "export gates", "write gate file"],
+    "LDCPCompareShares": ["ldcp", "xy plot", "grid", "compare sparsity", "prune and compare"],
 }
 
 

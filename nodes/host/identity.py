@@ -13,6 +13,11 @@ from torch import Tensor
 from ...ldcp_core import Gates, fingerprint
 from .model import layer_path, model_topology, unet
 
+#: what the user should know where they differ
+DIFFERS = (
+    "these gates were trained on other base weights than this model's; that works for fine-tunes "
+    "and merges, but compare some images with pruning off"
+)
 #: dtypes that round to the same float16 samples as the weights the gates were trained on
 COMPARABLE = (torch.float32, torch.float16)
 

@@ -41,4 +41,23 @@ class SmallModel:
         return patcher, [[torch.randn(1, 77, 64), {}]]
 
 
-NODE_CLASS_MAPPINGS = {"LDCPTestSmallModel": SmallModel}
+class SmallVae:
+    """A VAE without weights: three of the latent's channels, eight times as large."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        return (self,)
+
+    def decode(self, samples):
+        planes = samples[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+        return planes.movedim(1, 3).sigmoid()
+
+
+NODE_CLASS_MAPPINGS = {"LDCPTestSmallModel": SmallModel, "LDCPTestSmallVae": SmallVae}

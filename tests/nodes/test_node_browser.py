@@ -128,6 +128,7 @@ def make_small(page, steps=1):
     page.set_all("EmptyLatentImage", width=PIXELS, height=PIXELS)
     page.set_all("KSampler", steps=steps)
     page.set_all("LDCPCalibrateGates", steps=steps)
+    page.set_all("LDCPCompareShares", steps=steps)
 
 
 def apart(page):
@@ -304,6 +305,27 @@ def test_a_workflow_without_channels_opens_as_it_was_meant(page, tmp_path, nodes
         (opened,) = (n["widgets"] for n in page.state()["nodes"] if n["type"] == APPLY)
         rest = dict(zip(("full_weights", "sites"), saved[1:3], strict=True))
         assert opened == {"sparsity": sparsity, **rest, "channels": channels}
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+def test_the_workflows_of_version_0_1_0_open_as_they_were_meant(page, nodes_2):
+    if not page.use_nodes_2(nodes_2):
+        pytest.skip("this frontend has no Nodes 2.0")
+    for path in sorted((Path(__file__).parent / "golden").glob("*.json")):
+        page.drop(path)
+        workflow, state = ui_workflow.read(path), page.state()
+        in_order(state)
+        assert len(state["links"]) == len(workflow["links"])
+        saved, opened = ([n for n in w["nodes"] if n["type"] == APPLY] for w in (workflow, state))
+        assert saved
+        for before, now in zip(saved, opened, strict=True):
+            sparsity, *rest = before["widgets_values"]
+            learned = sparsity == -1
+            assert list(now["widgets"].values()) == [
+                0.3 if learned else sparsity,
+                *rest,
+                "as learned" if learned else "a share",
+            ]
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])

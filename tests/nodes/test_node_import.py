@@ -48,6 +48,7 @@ def test_all_nodes_are_registered(imported):
     assert imported["nodes"] == [
         "LDCPApplyDynamicPruning",
         "LDCPCalibrateGates",
+        "LDCPCompareShares",
         "LDCPEstimateGates",
         "LDCPLoadGates",
         "LDCPPruningReport",

@@ -24,6 +24,7 @@ NODE_IDS = [
     "LDCPEstimateGates",
     "LDCPCalibrateGates",
     "LDCPSaveGates",
+    "LDCPCompareShares",
 ]
 APPLY = "LDCPApplyDynamicPruning"
 

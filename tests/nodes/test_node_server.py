@@ -85,7 +85,7 @@ def test_the_workflows_are_offered_as_templates_and_the_nodes_have_help(server):
         picture = server.get(f"/api/workflow_templates/LDCP/{path.stem}.jpg")
         assert picture == path.with_suffix(".jpg").read_bytes()
     pages = ("LoadGates", "ApplyDynamicPruning", "StepSchedule", "PruningReport")
-    for page in (*pages, "EstimateGates", "CalibrateGates", "SaveGates"):
+    for page in (*pages, "EstimateGates", "CalibrateGates", "SaveGates", "CompareShares"):
         assert server.get(f"/extensions/LDCP/docs/LDCP{page}.md")
 
 
@@ -195,25 +195,36 @@ def test_the_calibrate_workflow_shows_the_full_model_and_the_pruned_one(server, 
     assert torch.equal(plain, watched) and not torch.equal(plain, pruned)
 
 
-def test_of_several_sparsities_zero_is_the_model_itself_and_more_changes_more(server, shipped):
-    prompt = shipped("ldcp_compare_sparsities", EmptyLatentImage=MEDIUM, KSampler={"steps": 1})
-    (source,) = (n for n, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple")
-    samplers = [n for n, node in prompt.items() if node["class_type"] == "KSampler"]
-    plain = dict(prompt[samplers[0]]["inputs"], model=[source, 0])
+def test_of_the_compared_shares_the_first_is_the_model_itself_and_more_changes_more(
+    server, shipped
+):
+    one = {"LDCPCompareShares": {"steps": 1}}
+    prompt = shipped("ldcp_compare_sparsities", EmptyLatentImage=MEDIUM, **one)
+    (compare,) = (n for n, node in prompt.items() if node["class_type"] == "LDCPCompareShares")
+    sampling = dict(prompt[compare]["inputs"])
+    decode = {"samples": ["plain", 0], "vae": sampling["vae"]}
+    plain = {k: v for k, v in sampling.items() if k not in ("gates", "vae", "shares", "schedules")}
     prompt["plain"] = {"class_type": "KSampler", "inputs": plain}
-    for number in [*samplers, "plain"]:
-        apply = prompt[prompt[number]["inputs"]["model"][0]]["inputs"]
-        inputs = {"samples": [number, 0], "filename_prefix": f"at_{apply.get('sparsity', 'plain')}"}
-        prompt[f"latent {number}"] = {"class_type": "SaveLatent", "inputs": inputs}
+    prompt["decode"] = {"class_type": "VAEDecode", "inputs": decode}
+    sources = {"plain": ["decode", 0]}
+    for place in range(4):
+        inputs = {"image": [compare, 1], "batch_index": place, "length": 1}
+        prompt[f"at {place}"] = {"class_type": "ImageFromBatch", "inputs": inputs}
+        sources[f"at_{place}"] = [f"at {place}", 0]
+    for name, image in sources.items():
+        inputs = {"images": image, "filename_prefix": name}
+        prompt[f"save {name}"] = {"class_type": "SaveImage", "inputs": inputs}
     result = server.run(prompt)
-    latents = {
-        name: safetensors.torch.load(result.files[f"at_{name}"])["latent_tensor"]
-        for name in ("plain", "0", "0.1", "0.3", "0.5")
-    }
-    assert torch.equal(latents["0"], latents["plain"])
-    changes = [float((latents[s] - latents["plain"]).std()) for s in ("0.1", "0.3", "0.5")]
-    assert 0 < changes[0] < changes[1] < changes[2]
-    assert {f"LDCP_sparsity_{s}" for s in (0, 10, 30, 50)} <= set(result.files)
+    plain, *compared = (pixels(result.files[name]).astype(float) for name in sources)
+    rmse = [float(numpy.sqrt(((image - plain) ** 2).mean())) for image in compared]
+    assert rmse[0] == 0 < rmse[1] < rmse[2] < rmse[3]
+    shown = result.status[compare].splitlines()
+    assert shown[0].startswith("full model, ")
+    for line, share, moved in zip(shown[1:4], ("0.1", "0.3", "0.5"), rmse[1:], strict=True):
+        assert line.startswith(f"share {share}, ") and line.endswith(" of 255")
+        # the files are rounded to 8 bits, the node's images are not
+        assert float(line.split()[-3]) == pytest.approx(moved, abs=0.5)
+    assert "LDCP_shares" in result.files
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_comfyui_accepts_it(comfy, schemas, path):
     prompt = ui_workflow.to_prompt(ui_workflow.read(path), schemas)
     valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt("id", prompt, None))
     assert valid and not error and not node_errors
-    shown = {"SaveImage", "LDCPPruningReport", "LDCPSaveGates"}
+    shown = {"SaveImage", "LDCPPruningReport", "LDCPSaveGates", "LDCPCompareShares"}
     expected = {number for number, node in prompt.items() if node["class_type"] in shown}
     assert set(outputs) == expected
 

@@ -75,7 +75,7 @@ def test_it_starts_as_a_user_would_and_says_what_to_do(path):
     workflow = ui_workflow.read(path)
     (checkpoint,) = find(workflow, "CheckpointLoaderSimple")
     (latent,) = find(workflow, "EmptyLatentImage")
-    (note,) = find(workflow, "MarkdownNote")
+    notes = [note["widgets_values"][0] for note in find(workflow, "MarkdownNote")]
     assert checkpoint["widgets_values"] == ["v1-5-pruned-emaonly.safetensors"]
     assert not find(workflow, "LDCPLoadGates")  # a fresh installation has no gate file
     for apply in find(workflow, "LDCPApplyDynamicPruning"):
@@ -86,8 +86,9 @@ def test_it_starts_as_a_user_would_and_says_what_to_do(path):
     assert latent["widgets_values"] == [512, 512, 1]
     for sampler in find(workflow, "KSampler"):
         assert sampler["widgets_values"][1:3] == ["fixed", 20]
-    for word in ("training.fit", "models/ldcp_gates", "11%", "1.5%"):
-        assert word in note["widgets_values"][0]
+    for note in notes:
+        for word in ("training.fit", "models/ldcp_gates", "11%", "1.5%"):
+            assert word in note
 
 
 @each_file
@@ -192,20 +193,15 @@ def test_the_calibration_and_the_pruned_run_sample_the_same():
     assert origin(workflow, origin(workflow, calibrated, "images")[0], "samples")[0] == sampler
 
 
-def test_the_sparsities_side_by_side_differ_in_nothing_else():
+def test_the_compared_shares_are_of_the_model_that_the_gates_are_made_of():
     workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_compare_sparsities.json")
-    sparsities, others = [], []
-    for image in find(workflow, "SaveImage"):
-        sampler, _ = origin(workflow, origin(workflow, image, "images")[0], "samples")
-        apply, _ = origin(workflow, sampler, "model")
-        sparsities.append(apply["widgets_values"][0])
-        assert image["widgets_values"] == [f"LDCP_sparsity_{round(100 * sparsities[-1])}"]
-        inputs = [origin(workflow, apply, name) for name in ("model", "gates")]
-        prompts = ("positive", "negative", "latent_image")
-        inputs += [origin(workflow, sampler, name) for name in prompts]
-        others.append((sampler["widgets_values"], apply["widgets_values"][1:], inputs))
-    assert sparsities == [0, 0.1, 0.3, 0.5]
-    assert all(other == others[0] for other in others)
+    (compare,), (save,) = find(workflow, "LDCPCompareShares"), find(workflow, "SaveImage")
+    gates, _ = origin(workflow, compare, "gates")
+    assert gates["type"] == "LDCPEstimateGates"
+    assert origin(workflow, gates, "model") == origin(workflow, compare, "model")
+    # shares, schedules, seed, steps, as in the other workflows
+    assert compare["widgets_values"][:4] == ["0.1, 0.3, 0.5", "", 20150, 20]
+    assert origin(workflow, save, "images") == (compare, 1)
 
 
 def test_the_report_is_on_the_model_that_was_sampled_and_comes_after_it():
