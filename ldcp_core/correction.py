@@ -21,8 +21,8 @@ from torch import Tensor
 
 #: of a correction unless asked otherwise, and the most that a gate file takes
 RANK, MAX_RANK = 16, 64
-#: of the mean of the diagonal, added to it
-RIDGE = 1e-3
+#: shares of the mean of the diagonal, added to it; the one that leaves least elsewhere is taken
+RIDGES = (1e-3, 1e-2, 1e-1)
 #: rows held out of one batch, at most
 HELD_OUT_AT_ONCE = 256
 
@@ -59,7 +59,7 @@ class Regression:
     """Least squares of what a reader lacks on what it is fed, gathered from batches.
 
     ``keep``, bool [C], are the channels kept. Some rows are held out, to tell whether what was
-    found holds elsewhere. Sums are kept in float32, [K·T + 1]² and [K·T + 1, O] of them.
+    found holds elsewhere. Sums are kept in float32 on the CPU, [K·T + 1]² and [K·T + 1, O] of them.
     """
 
     #: rows held out of all batches together, at most
@@ -87,7 +87,7 @@ class Regression:
             return
         self._rows += len(x)
         for name, product in (("_moments", x.T @ x), ("_products", x.T @ y)):
-            known = getattr(self, name)
+            known, product = getattr(self, name), product.cpu()  # they may be gigabytes
             setattr(self, name, product if known is None else known.add_(product))
 
     def correction(self, rank: int = RANK) -> Correction | None:
@@ -101,31 +101,37 @@ class Regression:
             return None
         if not bool(self._moments.isfinite().all() and self._products.isfinite().all()):
             return None
-        moments = self._moments.cpu().double() / self._rows
-        products = self._products.cpu().double() / self._rows
+        moments, products = (t.double() / self._rows for t in (self._moments, self._products))
         mean_x, mean_y = moments[-1, :-1], products[-1]  # the last feature is one
         centred = moments[:-1, :-1] - mean_x[:, None] * mean_x
-        centred.diagonal().add_(RIDGE * moments.diagonal()[:-1].mean() + torch.finfo().tiny)
-        root, failed = torch.linalg.cholesky_ex(centred)
-        if failed:
+        products = products[:-1] - mean_x[:, None] * mean_y
+        diagonal = centred.diagonal().clone()
+        best = None
+        for ridge in RIDGES:
+            centred.diagonal().copy_(diagonal + ridge * diagonal.mean() + torch.finfo().tiny)
+            root, failed = torch.linalg.cholesky_ex(centred)
+            if failed:
+                continue
+            update = torch.cholesky_solve(products, root).T
+            left_over = self._left_over(update, mean_y - update @ mean_x)
+            if best is None or left_over < best[0]:
+                best = left_over, update, root
+        if best is None:
             return None
-        update = torch.cholesky_solve(products[:-1] - mean_x[:, None] * mean_y, root).T
+        _, update, root = best
         u, s, v = torch.linalg.svd(update @ root, full_matrices=False)
         size = s[:rank].sqrt()
         right = torch.linalg.solve_triangular(root, v[:rank], upper=False, left=False)
-        left, right = u[:, :rank] * size, size[:, None] * right
-        found = Correction(left.half(), right.half(), (mean_y - left @ (right @ mean_x)).float())
-        return found if self._holds(found) else None
+        left, right = (u[:, :rank] * size).half(), (size[:, None] * right).half()
+        bias = (mean_y - left.double() @ (right.double() @ mean_x)).float()
+        after = self._left_over(left.float() @ right.float(), bias)
+        before = sum(y.square().sum().item() for _, y in self._held)
+        return Correction(left, right, bias) if after < before else None
 
-    def _holds(self, found: Correction) -> bool:
-        left, right = found.left.float(), found.right.float()
-        if not bool(left.isfinite().all() and right.isfinite().all()):  # in half precision
-            return False
-        before = after = 0.0
-        for x, y in self._held:
-            before += y.square().sum().item()
-            after += (y - (x[:, :-1] @ right.T) @ left.T - found.bias).square().sum().item()
-        return after < before
+    def _left_over(self, update: Tensor, bias: Tensor) -> float:
+        """The squared error of an update [O, K·T] in the rows held out; NaN where it is none."""
+        errors = (y - x[:, :-1] @ update.float().T - bias.float() for x, y in self._held)
+        return sum(error.square().sum().item() for error in errors)
 
 
 def _rows(fed: Tensor, keep: Tensor) -> Tensor:
