@@ -19,6 +19,8 @@ from typing import Any
 from comfy_server import Server
 
 RUN_SECONDS = 600
+#: how the templates menu marks its tiles
+TILE = "template-workflow-"
 LOAD_SECONDS = 180
 
 #: reads the file as a drop from the file manager would give it to the canvas
@@ -57,8 +59,8 @@ STATE = """() => {
     };
 }"""
 
-SET_WIDGETS = """([type, number, values]) => {
-    const node = window.app.graph.nodes.filter(n => n.type === type)[number];
+SET_WIDGETS = """([name, number, values]) => {
+    const node = window.app.graph.nodes.filter(n => n.type === name || n.title === name)[number];
     for (const [name, value] of Object.entries(values)) {
         const widget = node.widgets.find(w => w.name === name);
         widget.value = value;
@@ -142,6 +144,21 @@ ENCLOSE = """([types]) => {
     graph.convertToSubgraph(new Set(graph.nodes.filter(n => types.includes(n.type))));
 }"""
 
+#: joins an output to an input; a node is its title or class, and which one of them
+CONNECT = """([from, output, to, input]) => {
+    const find = ([name, number]) => window.app.graph.nodes.filter(
+        n => n.title === name || n.type === name)[number];
+    const source = find(from), target = find(to), slot = target.findInputSlot(input);
+    if (!source.connect(source.findOutputSlot(output), target, slot))
+        throw Error(`${from} ${output} cannot be joined to ${to} ${input}`);
+}"""
+
+#: takes all nodes of these classes off the canvas
+REMOVE = """([types]) => {
+    const {graph} = window.app;
+    graph.nodes.filter(n => types.includes(n.type)).forEach(n => graph.remove(n));
+}"""
+
 #: a mark of an error stays on a node until the next run that is accepted
 FORGIVE = """() => {
     window.app.lastNodeErrors = null;
@@ -204,9 +221,9 @@ class Browser:
     def state(self) -> dict[str, Any]:
         return self.page.evaluate(STATE)
 
-    def set_widgets(self, node_type: str, number: int = 0, **values: Any) -> None:
-        """Set widgets of the ``number``-th node of a class."""
-        self.page.evaluate(SET_WIDGETS, [node_type, number, values])
+    def set_widgets(self, node: str, number: int = 0, **values: Any) -> None:
+        """Set widgets of the ``number``-th node of a class, or of a title."""
+        self.page.evaluate(SET_WIDGETS, [node, number, values])
 
     def set_all(self, node_type: str, **values: Any) -> None:
         """Set widgets of all nodes of a class."""
@@ -243,6 +260,65 @@ class Browser:
         """Put the nodes of some classes into one closed subgraph."""
         self.page.evaluate(ENCLOSE, [node_types])
         self.page.wait_for_timeout(500)
+
+    def remove(self, *node_types: str) -> None:
+        """Take the nodes of some classes off the canvas."""
+        self.page.evaluate(REMOVE, [node_types])
+
+    def connect(
+        self, source: tuple[str, int], output: str, target: tuple[str, int], name: str
+    ) -> None:
+        """Join an output to an input; a node is its title or class, and which one of them."""
+        self.page.evaluate(CONNECT, [source, output, target, name])
+
+    def command(self, name: str) -> None:
+        """What a menu or a key does, such as "Comfy.BrowseTemplates"."""
+        self.page.evaluate("n => window.app.extensionManager.command.execute(n)", name)
+
+    def has_command(self, name: str) -> bool:
+        return self.page.evaluate(
+            "n => window.app.extensionManager.command.commands.some(c => c.id === n)", name
+        )
+
+    def open_templates(self, pack: str) -> None:
+        """Open a pack's part of the templates menu."""
+        self.command("Comfy.BrowseTemplates")
+        self.page.get_by_text(pack, exact=True).first.click(timeout=1000 * LOAD_SECONDS)
+        self._tiles().first.wait_for(timeout=1000 * LOAD_SECONDS)
+
+    def tiles(self) -> dict[str, int]:
+        """For every tile of the open templates menu its name, and the width of its picture."""
+        found = {}
+        for tile in self._tiles().all():
+            tile.scroll_into_view_if_needed()  # pictures are loaded when they come in sight
+            self.page.wait_for_timeout(500)
+            width = tile.locator("img").first.evaluate("picture => picture.naturalWidth")
+            found[tile.get_attribute("data-testid").removeprefix(TILE)] = width
+        return found
+
+    def _tiles(self) -> Any:
+        return self.page.locator(f'[data-testid^="{TILE}"]')
+
+    def open_template(self, name: str) -> None:
+        """Click on a tile of the open templates menu."""
+        self.page.get_by_test_id(f"{TILE}{name}").click()
+        self.page.wait_for_timeout(2000)
+
+    def search(self, word: str) -> list[str]:
+        """Type a word into the box that adds nodes: the names it offers, best first."""
+        self.command("Workspace.SearchBox.Toggle")
+        self.page.wait_for_timeout(1000)
+        self.page.keyboard.type(word)
+        self.page.wait_for_timeout(1500)
+        texts = self.page.locator("[role=option]").all_inner_texts()
+        return [text.splitlines()[0].strip() for text in texts if text.strip()]
+
+    def choose(self, name: str) -> None:
+        """Choose a name that the search has found; its node is then on the canvas."""
+        self.page.locator("[role=option]").filter(has_text=name).first.click()
+        self.page.wait_for_timeout(500)
+        self.page.mouse.click(700, 450)  # a newer frontend puts it where one clicks
+        self.page.wait_for_timeout(1000)
 
     def toasts(self) -> list[str]:
         """The texts of the messages that lie over the page, but for the host's own."""

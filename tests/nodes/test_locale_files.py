@@ -29,7 +29,10 @@ def test_english_and_simplified_chinese_are_there():
 @pytest.mark.parametrize("file", FILES)
 def test_every_locale_has_the_keys_of_the_english_one_and_no_empty_text(file):
     found, english = texts(file), texts(f"en/{Path(file).name}")
-    assert set(found) == set(english)
+    # the English names are those of the nodes, which depend on the host
+    names = {(node, "display_name") for node, *_ in english}
+    assert not names & set(english)
+    assert set(found) == set(english) | (set() if file.startswith("en/") else names)
     assert all(isinstance(text, str) and text.strip() for text in found.values())
 
 

@@ -28,13 +28,8 @@ APPLY = "LDCPApplyDynamicPruning"
 
 
 @pytest.fixture(scope="module")
-def start(comfy, comfyui_path, tmp_path_factory, sd15_checkpoint, make_gates, report_note):
+def start(needs_browser, comfy, comfyui_path, tmp_path_factory, sd15_checkpoint, make_gates):
     """Make a server with the models and gates that the workflows name."""
-    reason = browser.missing()
-    if reason:  # neither playwright nor a browser is a requirement of ComfyUI or of this repository
-        message = f"BROWSER TESTS SKIPPED: {reason}"
-        report_note.append(message)
-        pytest.skip(message)
     # large constants: in a random U-Net the mid block alone hardly reaches the 8 bits of an image
     gates = make_gates(topology=comfy.core.SD15, constants=20.0)
 

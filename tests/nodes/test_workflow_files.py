@@ -107,6 +107,35 @@ def test_it_has_the_thumbnail_that_the_templates_menu_asks_for(path):
     assert thumbnail.stat().st_size < 40_000
 
 
+@pytest.mark.parametrize("path", ui_workflow.BLUEPRINTS, ids=lambda path: path.stem)
+def test_a_blueprint_is_one_node_whose_sockets_lead_into_its_subgraph(path):
+    blueprint = ui_workflow.read(path)
+    (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"] and outer["title"] == inner["name"] == path.stem
+    assert path.stem.startswith("Prune")  # the search looks at the start of a name
+    nodes = {node["id"]: node for node in inner["nodes"]}
+    nodes[-10] = {"outputs": inner["inputs"]}
+    nodes[-20] = {"inputs": inner["outputs"]}
+    known = set()
+    for link in inner["links"]:
+        source = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+        target = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+        assert source["type"] == link["type"] == target["type"]
+        assert link["id"] in (source.get("links") or source["linkIds"])
+        assert link["id"] in target.get("linkIds", [target.get("link")])
+        known.add(link["id"])
+    sockets = [*inner["inputs"], *inner["outputs"]]
+    assert {link for socket in sockets for link in socket["linkIds"]} <= known
+    assert all(socket["linkIds"] for socket in sockets)
+    for sides in ("inputs", "outputs"):
+        names = [(socket["name"], socket["type"]) for socket in inner[sides]]
+        assert names == [(socket["name"], socket["type"]) for socket in outer[sides]]
+
+
+def test_the_blueprints_are_there():
+    assert len(ui_workflow.BLUEPRINTS) == 2
+
+
 @pytest.mark.parametrize("page", sorted(workflow_png.HELP.glob("*.md")), ids=lambda p: p.stem)
 def test_every_help_page_shows_its_node(page):
     """A picture beside the page, small, named like the node."""
