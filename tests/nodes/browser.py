@@ -320,6 +320,25 @@ class Browser:
         self.page.mouse.click(700, 450)  # a newer frontend puts it where one clicks
         self.page.wait_for_timeout(1000)
 
+    def open_app(self) -> None:
+        """Show the workflow in app mode, past its tutorial."""
+        self.command("Comfy.ToggleLinear")
+        self.page.get_by_role("button", name="Skip").click()
+        self.page.wait_for_timeout(1000)
+
+    def app_inputs(self) -> list[str]:
+        """The lines beside the inputs of the open app."""
+        return self.page.get_by_test_id("linear-widgets").inner_text().splitlines()
+
+    def run_app(self) -> None:
+        self.page.get_by_test_id("linear-run-button").get_by_role("button").last.click()
+
+    def app_outputs(self) -> int:
+        """How many images the open app shows."""
+        shown = self.page.get_by_test_id("linear-center-panel").locator("img")
+        drawn = shown.evaluate_all("all => all.filter(i => i.naturalWidth > 0).map(i => i.src)")
+        return len(set(drawn))
+
     def toasts(self) -> list[str]:
         """The texts of the messages that lie over the page, but for the host's own."""
         texts = self.page.locator(".p-toast-message").all_inner_texts()
@@ -354,14 +373,18 @@ class Browser:
         self.keys("Escape")
         self.page.evaluate(FORGIVE)
 
-    def queue(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    def queue(
+        self,
+        meanwhile: Callable[[], None] = lambda: None,
+        start: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
         """Queue what is on the canvas and wait for its end; the server's record of the run.
 
-        ``meanwhile`` is called again and again while it runs.
+        ``meanwhile`` is called again and again while it runs; ``start`` presses another button.
         Raises RuntimeError with the server's message when it was refused or failed.
         """
         known = set(self._history())
-        self.page.evaluate("() => window.app.queuePrompt(0)")
+        (start or self._queue)()
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
             self.page.wait_for_timeout(200)
@@ -376,6 +399,9 @@ class Browser:
             if any(node["red"] for node in self.state()["nodes"]):
                 raise RuntimeError(f"refused: {self._refusal()}")
         raise TimeoutError(f"nothing came back in {RUN_SECONDS} s")
+
+    def _queue(self) -> None:
+        self.page.evaluate("() => window.app.queuePrompt(0)")
 
     def _refusal(self) -> str:
         """What the page says about a refused graph; newer frontends fold the node's own words."""

@@ -133,3 +133,18 @@ def test_the_blueprint_that_compares_samples_the_same_but_for_the_pruning(page, 
     images = page.images(page.queue())
     keep(page, "blueprint_compare")
     assert difference(images["LDCP_pruned"], images["LDCP_full"]) > 0
+
+
+def test_the_basic_workflow_runs_in_app_mode(page, keep):
+    if not page.has_command("Comfy.ToggleLinear"):
+        pytest.skip("this frontend has no app mode")
+    page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
+    page.set_all("EmptyLatentImage", width=PIXELS, height=PIXELS)
+    page.set_all("KSampler", steps=1)
+    page.open_app()
+    names = ["ckpt_name", "prompt", "negative prompt", "sparsity", "scope", "width", "height"]
+    assert [line for line in page.app_inputs() if line in names] == names
+    images = page.images(page.queue(start=page.run_app))
+    keep(page, "app")
+    assert {"LDCP_pruned", "LDCP_full"} == {*images}
+    assert page.app_outputs() >= 2

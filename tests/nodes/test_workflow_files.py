@@ -66,7 +66,7 @@ def test_nodes_do_not_lie_on_top_of_each_other(path):
 @each_file
 def test_nothing_of_the_machine_it_was_made_on_is_left(path):
     workflow = ui_workflow.read(path)
-    assert set(workflow["extra"]) == {"ds", "frontendVersion"}
+    assert set(workflow["extra"]) - {"linearData"} == {"ds", "frontendVersion"}
     assert not re.search(r"[A-Za-z]:\\|/home/|/root/|/Users/|/tmp/|127\.0\.0", json.dumps(workflow))
 
 
@@ -243,6 +243,16 @@ def test_the_report_is_on_the_model_that_was_sampled_and_comes_after_it():
     assert origins[inputs["model"]] == origins[sampled["model"]] == [apply["id"], 0]
     assert origins[inputs["after"]] == [sampler["id"], 0]
     assert inputs["gates"] is None  # with gates it would report on these, and measure nothing
+
+
+def test_the_basic_workflow_is_an_app_as_well():
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_basic.json")
+    app, nodes = workflow["extra"]["linearData"], {str(n["id"]): n for n in workflow["nodes"]}
+    shown = [(nodes[number]["type"], name) for number, name in app["inputs"]]
+    assert shown[0] == ("CheckpointLoaderSimple", "ckpt_name")  # what a user must choose
+    assert {("LDCPEstimateGates", "sparsity"), ("LDCPEstimateGates", "scope")} <= {*shown}
+    assert [nodes[number]["type"] for number in app["outputs"]] == ["SaveImage", "SaveImage"]
+    assert "linearMode" not in workflow["extra"]  # it opens as a graph
 
 
 def test_every_range_that_the_note_suggests_can_be_read():
