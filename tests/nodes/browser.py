@@ -198,13 +198,24 @@ class Browser:
             launched = playwright.chromium.launch(executable_path=chromium(), args=arguments)
             undo.callback(launched.close)
             self.page = launched.new_page(**self._view)
-            self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
-            self.page.wait_for_function(READY, timeout=1000 * LOAD_SECONDS)
+            self._load()
             self._undo = undo.pop_all()  # a page that did not open leaves nothing behind
         return self
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
+
+    def _load(self) -> None:
+        self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
+        self.page.wait_for_function(READY, timeout=1000 * LOAD_SECONDS)
+
+    def use_language(self, code: str) -> None:
+        """Set the language of the page, such as "zh", for all pages to come."""
+        self.page.evaluate(
+            "code => window.app.extensionManager.setting.set('Comfy.Locale', code)", code
+        )
+        self.page.wait_for_timeout(1000)
+        self._load()
 
     def drop(self, path: Path) -> None:
         """Drop a workflow file on the canvas, and wait until all of its nodes are there."""

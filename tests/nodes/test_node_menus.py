@@ -148,3 +148,20 @@ def test_the_basic_workflow_runs_in_app_mode(page, keep):
     keep(page, "app")
     assert {"LDCP_pruned", "LDCP_full"} == {*images}
     assert page.app_outputs() >= 2
+
+
+@pytest.fixture
+def chinese(page):
+    page.use_language("zh")
+    yield page
+    page.use_language("en")
+
+
+def test_names_and_help_are_chinese_in_a_chinese_comfyui(chinese, keep):
+    assert "应用动态剪枝" in chinese.search("剪枝")
+    chinese.keys("Escape")
+    chinese.add("LDCPApplyDynamicPruning")
+    chinese.open_help("LDCPApplyDynamicPruning")
+    title, pictures = chinese.help()
+    keep(chinese, "help_zh")
+    assert title == "应用动态剪枝" and pictures and all(width > 100 for width in pictures)

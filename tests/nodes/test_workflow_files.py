@@ -11,6 +11,7 @@ import workflow_png
 
 from ldcp_core import Schedule
 
+CHINESE = re.compile("[\u4e00-\u9fff]")
 each_file = pytest.mark.parametrize("path", ui_workflow.FILES, ids=lambda path: path.stem)
 
 
@@ -89,6 +90,17 @@ def test_it_starts_as_a_user_would_and_says_what_to_do(path):
     for note in notes:
         for word in ("training.fit", "models/ldcp_gates", "11%", "1.5%"):
             assert word in note
+
+
+@each_file
+def test_its_note_says_the_same_in_english_and_in_chinese(path):
+    notes = find(ui_workflow.read(path), "MarkdownNote")
+    english, chinese = (note["widgets_values"][0] for note in notes)
+    assert not CHINESE.search(english)
+    assert english.count("\n\n") == chinese.count("\n\n")
+    assert all(CHINESE.search(paragraph) for paragraph in chinese.split("\n\n"))
+    # what is typed or read on the screen is the same in both
+    assert set(re.findall(r"`(.+?)`", english)) == set(re.findall(r"`(.+?)`", chinese))
 
 
 @each_file
@@ -257,7 +269,7 @@ def test_the_basic_workflow_is_an_app_as_well():
 
 def test_every_range_that_the_note_suggests_can_be_read():
     workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_step_schedule.json")
-    (note,) = find(workflow, "MarkdownNote")
+    note, _ = find(workflow, "MarkdownNote")
     ranges = re.findall(r"`(\d[\d,\- ]*)`", note["widgets_values"][0])
     assert len(ranges) == 4
     for text in ranges:
