@@ -95,6 +95,18 @@ CORNER = """([type, number]) => {
 #: brings the whole graph into view
 FIT = "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 
+#: where the graph in view is on the screen, with a margin
+AREA = """() => {
+    const {scale, offset} = window.app.canvas.ds, {nodes} = window.app.graph;
+    const box = document.querySelector("#graph-canvas").getBoundingClientRect();
+    const left = Math.min(...nodes.map(n => n.pos[0])) - 30;
+    const top = Math.min(...nodes.map(n => n.pos[1])) - 80;
+    const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 30;
+    const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 50;
+    return {x: box.x + (left + offset[0]) * scale, y: box.y + (top + offset[1]) * scale,
+            width: (right - left) * scale, height: (bottom - top) * scale};
+}"""
+
 #: where a node's title is on the screen
 TITLE = """([type, number]) => {
     const node = window.app.graph.nodes.filter(n => n.type === type)[number];
@@ -114,11 +126,10 @@ NODES_2 = """async ([on]) => {
 
 #: for every node the id, and the room it takes in the graph: left, top, right, bottom
 ROOM = """() => window.app.graph.nodes.map(node => {
-    const {scale} = window.app.canvas.ds, drawn = document.querySelector(
-        `[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+    const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
     const [x, y] = node.pos;
-    if (drawn && window.LiteGraph.vueNodesMode)
-        return [node.id, x, y - 30, x + drawn.width / scale, y - 30 + drawn.height / scale];
+    if (drawn && window.LiteGraph.vueNodesMode)  // in units of the graph, however far it is zoomed
+        return [node.id, x, y - 30, x + drawn.offsetWidth, y - 30 + drawn.offsetHeight];
     return [node.id, x, y - 30, x + node.size[0], y + node.size[1]];
 })"""
 
@@ -441,6 +452,15 @@ class Browser:
         else:
             self.page.evaluate(FIT)
             part = {}
+        return self._picture(path, **part)
+
+    def picture_of_graph(self, path: Path) -> Path:
+        """A picture of all nodes, without what lies around them."""
+        self.page.evaluate(FIT)
+        self.page.wait_for_timeout(1000)
+        return self._picture(path, clip=self.page.evaluate(AREA))
+
+    def _picture(self, path: Path, **part: Any) -> Path:
         height = self._view["viewport"]["height"]
         self.page.mouse.move(150, height - 15)  # an empty place: no tooltip
         self.page.wait_for_timeout(1500)
