@@ -23,7 +23,7 @@ ScheduleType = io.Custom("LDCP_SCHEDULE")
 CalibrationType = io.Custom("LDCP_CALIBRATION")
 
 CATEGORY = "model_patches/LDCP"
-#: node id -> other words under which a user may look for it
+#: node id -> other words under which a user may look for it (ComfyUI 0.33 has them)
 SEARCH_ALIASES = {
     "LDCPLoadGates": ["load gates", "ldcp", "pruning mask", "channel pruning"],
     "LDCPApplyDynamicPruning": ["ldcp", "prune model", "channel pruning", "speed up", "sparsity"],
@@ -34,6 +34,8 @@ SEARCH_ALIASES = {
     "LDCPSaveGates": ["ldcp", "export gates", "write gate file"],
     "LDCPCompareShares": ["ldcp", "xy plot", "grid", "compare sparsity", "prune and compare"],
 }
+#: node id -> its name on a host without aliases, which searches in names alone, mostly their start
+NAMES_TO_FIND = {"LDCPApplyDynamicPruning": "Prune Channels for Speed (Apply Dynamic Pruning)"}
 
 
 #: an underscore within a word is none
@@ -41,9 +43,11 @@ _MARKUP = re.compile(r"[<>&*`~\[\]|\\#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def schema(node_id: str, **declared: Any) -> io.Schema:
-    """The node's schema, with its search aliases where this host has them (ComfyUI 0.33 does)."""
+    """The node's schema, with its search aliases, or a name to find where this host has none."""
     if any(field.name == "search_aliases" for field in fields(io.Schema)):
         declared["search_aliases"] = SEARCH_ALIASES[node_id]
+    elif node_id in NAMES_TO_FIND:
+        declared["display_name"] = NAMES_TO_FIND[node_id]
     return io.Schema(node_id=node_id, **declared)
 
 

@@ -150,7 +150,7 @@ def test_the_origin_of_every_asset_is_stated() -> None:
     stated = [*re.findall(r"`([^`]+)`", "".join(re.findall(r"(?m)^\|(.*?)\|", text)))]
     files = {file for pattern in stated for file in ROOT.glob(pattern)}
     kinds = {".png", ".svg", ".gz", ".safetensors", ".json", ".jsonl", ".txt"}
-    folders = ("locales", "nodes", "tests/core", "training", "workflows")
+    folders = ("locales", "nodes", "subgraphs", "tests/core", "training", "workflows")
     assets = {f for name in folders for f in (ROOT / name).rglob("*") if f.suffix in kinds}
     missing = [f for f in assets if not files & {f, *f.parents}]
     assert len(assets) > 290 and missing == []
@@ -197,7 +197,8 @@ def test_ci_runs_the_command_of_the_readme() -> None:
 def test_the_registrys_archive_is_small_and_lacks_nothing_that_the_nodes_need() -> None:
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     left_out = {line.rstrip("/") for line in lines if line and not line.startswith("#")}
-    needed = ["__init__.py", "nodes", "ldcp_core", "locales", "workflows", "LICENSE", "README.md"]
+    needed = ["__init__.py", "nodes", "ldcp_core", "locales", "subgraphs", "workflows", "LICENSE"]
+    needed += ["README.md"]
     assert all((ROOT / name).exists() for name in left_out) and not left_out & {*needed}
     files = [file for name in needed for file in (ROOT / name, *(ROOT / name).rglob("*"))]
     assert sum(f.stat().st_size for f in files if f.is_file() and f.suffix != ".pyc") < 4 * 2**20

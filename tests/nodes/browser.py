@@ -19,6 +19,8 @@ from typing import Any
 from comfy_server import Server
 
 RUN_SECONDS = 600
+#: how the templates menu marks its tiles
+TILE = "template-workflow-"
 LOAD_SECONDS = 180
 
 #: reads the file as a drop from the file manager would give it to the canvas
@@ -57,8 +59,8 @@ STATE = """() => {
     };
 }"""
 
-SET_WIDGETS = """([type, number, values]) => {
-    const node = window.app.graph.nodes.filter(n => n.type === type)[number];
+SET_WIDGETS = """([name, number, values]) => {
+    const node = window.app.graph.nodes.filter(n => n.type === name || n.title === name)[number];
     for (const [name, value] of Object.entries(values)) {
         const widget = node.widgets.find(w => w.name === name);
         widget.value = value;
@@ -93,6 +95,18 @@ CORNER = """([type, number]) => {
 #: brings the whole graph into view
 FIT = "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 
+#: where the graph in view is on the screen, with a margin
+AREA = """() => {
+    const {scale, offset} = window.app.canvas.ds, {nodes} = window.app.graph;
+    const box = document.querySelector("#graph-canvas").getBoundingClientRect();
+    const left = Math.min(...nodes.map(n => n.pos[0])) - 30;
+    const top = Math.min(...nodes.map(n => n.pos[1])) - 80;
+    const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 30;
+    const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 50;
+    return {x: box.x + (left + offset[0]) * scale, y: box.y + (top + offset[1]) * scale,
+            width: (right - left) * scale, height: (bottom - top) * scale};
+}"""
+
 #: where a node's title is on the screen
 TITLE = """([type, number]) => {
     const node = window.app.graph.nodes.filter(n => n.type === type)[number];
@@ -112,11 +126,10 @@ NODES_2 = """async ([on]) => {
 
 #: for every node the id, and the room it takes in the graph: left, top, right, bottom
 ROOM = """() => window.app.graph.nodes.map(node => {
-    const {scale} = window.app.canvas.ds, drawn = document.querySelector(
-        `[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+    const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
     const [x, y] = node.pos;
-    if (drawn && window.LiteGraph.vueNodesMode)
-        return [node.id, x, y - 30, x + drawn.width / scale, y - 30 + drawn.height / scale];
+    if (drawn && window.LiteGraph.vueNodesMode)  // in units of the graph, however far it is zoomed
+        return [node.id, x, y - 30, x + drawn.offsetWidth, y - 30 + drawn.offsetHeight];
     return [node.id, x, y - 30, x + node.size[0], y + node.size[1]];
 })"""
 
@@ -140,6 +153,21 @@ TEXT = """([start]) => {
 ENCLOSE = """([types]) => {
     const {graph} = window.app.canvas;
     graph.convertToSubgraph(new Set(graph.nodes.filter(n => types.includes(n.type))));
+}"""
+
+#: joins an output to an input; a node is its title or class, and which one of them
+CONNECT = """([from, output, to, input]) => {
+    const find = ([name, number]) => window.app.graph.nodes.filter(
+        n => n.title === name || n.type === name)[number];
+    const source = find(from), target = find(to), slot = target.findInputSlot(input);
+    if (!source.connect(source.findOutputSlot(output), target, slot))
+        throw Error(`${from} ${output} cannot be joined to ${to} ${input}`);
+}"""
+
+#: takes all nodes of these classes off the canvas
+REMOVE = """([types]) => {
+    const {graph} = window.app;
+    graph.nodes.filter(n => types.includes(n.type)).forEach(n => graph.remove(n));
 }"""
 
 #: a mark of an error stays on a node until the next run that is accepted
@@ -181,13 +209,24 @@ class Browser:
             launched = playwright.chromium.launch(executable_path=chromium(), args=arguments)
             undo.callback(launched.close)
             self.page = launched.new_page(**self._view)
-            self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
-            self.page.wait_for_function(READY, timeout=1000 * LOAD_SECONDS)
+            self._load()
             self._undo = undo.pop_all()  # a page that did not open leaves nothing behind
         return self
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
+
+    def _load(self) -> None:
+        self.page.goto(f"http://{self._server.address}/", timeout=1000 * LOAD_SECONDS)
+        self.page.wait_for_function(READY, timeout=1000 * LOAD_SECONDS)
+
+    def use_language(self, code: str) -> None:
+        """Set the language of the page, such as "zh", for all pages to come."""
+        self.page.evaluate(
+            "code => window.app.extensionManager.setting.set('Comfy.Locale', code)", code
+        )
+        self.page.wait_for_timeout(1000)
+        self._load()
 
     def drop(self, path: Path) -> None:
         """Drop a workflow file on the canvas, and wait until all of its nodes are there."""
@@ -204,9 +243,9 @@ class Browser:
     def state(self) -> dict[str, Any]:
         return self.page.evaluate(STATE)
 
-    def set_widgets(self, node_type: str, number: int = 0, **values: Any) -> None:
-        """Set widgets of the ``number``-th node of a class."""
-        self.page.evaluate(SET_WIDGETS, [node_type, number, values])
+    def set_widgets(self, node: str, number: int = 0, **values: Any) -> None:
+        """Set widgets of the ``number``-th node of a class, or of a title."""
+        self.page.evaluate(SET_WIDGETS, [node, number, values])
 
     def set_all(self, node_type: str, **values: Any) -> None:
         """Set widgets of all nodes of a class."""
@@ -244,6 +283,84 @@ class Browser:
         self.page.evaluate(ENCLOSE, [node_types])
         self.page.wait_for_timeout(500)
 
+    def remove(self, *node_types: str) -> None:
+        """Take the nodes of some classes off the canvas."""
+        self.page.evaluate(REMOVE, [node_types])
+
+    def connect(
+        self, source: tuple[str, int], output: str, target: tuple[str, int], name: str
+    ) -> None:
+        """Join an output to an input; a node is its title or class, and which one of them."""
+        self.page.evaluate(CONNECT, [source, output, target, name])
+
+    def command(self, name: str) -> None:
+        """What a menu or a key does, such as "Comfy.BrowseTemplates"."""
+        self.page.evaluate("n => window.app.extensionManager.command.execute(n)", name)
+
+    def has_command(self, name: str) -> bool:
+        return self.page.evaluate(
+            "n => window.app.extensionManager.command.commands.some(c => c.id === n)", name
+        )
+
+    def open_templates(self, pack: str) -> None:
+        """Open a pack's part of the templates menu."""
+        self.command("Comfy.BrowseTemplates")
+        self.page.get_by_text(pack, exact=True).first.click(timeout=1000 * LOAD_SECONDS)
+        self._tiles().first.wait_for(timeout=1000 * LOAD_SECONDS)
+
+    def tiles(self) -> dict[str, int]:
+        """For every tile of the open templates menu its name, and the width of its picture."""
+        found = {}
+        for tile in self._tiles().all():
+            tile.scroll_into_view_if_needed()  # pictures are loaded when they come in sight
+            self.page.wait_for_timeout(500)
+            width = tile.locator("img").first.evaluate("picture => picture.naturalWidth")
+            found[tile.get_attribute("data-testid").removeprefix(TILE)] = width
+        return found
+
+    def _tiles(self) -> Any:
+        return self.page.locator(f'[data-testid^="{TILE}"]')
+
+    def open_template(self, name: str) -> None:
+        """Click on a tile of the open templates menu."""
+        self.page.get_by_test_id(f"{TILE}{name}").click()
+        self.page.wait_for_timeout(2000)
+
+    def search(self, word: str) -> list[str]:
+        """Type a word into the box that adds nodes: the names it offers, best first."""
+        self.command("Workspace.SearchBox.Toggle")
+        self.page.wait_for_timeout(1000)
+        self.page.keyboard.type(word)
+        self.page.wait_for_timeout(1500)
+        texts = self.page.locator("[role=option]").all_inner_texts()
+        return [text.splitlines()[0].strip() for text in texts if text.strip()]
+
+    def choose(self, name: str) -> None:
+        """Choose a name that the search has found; its node is then on the canvas."""
+        self.page.locator("[role=option]").filter(has_text=name).first.click()
+        self.page.wait_for_timeout(500)
+        self.page.mouse.click(700, 450)  # a newer frontend puts it where one clicks
+        self.page.wait_for_timeout(1000)
+
+    def open_app(self) -> None:
+        """Show the workflow in app mode, past its tutorial."""
+        self.command("Comfy.ToggleLinear")
+        self.page.get_by_role("button", name="Skip").click()
+        self.page.wait_for_timeout(1000)
+
+    def app_inputs(self) -> list[str]:
+        """The lines beside the inputs of the open app."""
+        return self.page.get_by_test_id("linear-widgets").inner_text().splitlines()
+
+    def run_app(self) -> None:
+        self.page.get_by_test_id("linear-run-button").get_by_role("button").last.click()
+
+    def app_outputs(self) -> int:
+        """How many images the open app shows."""
+        shown = self.page.get_by_test_id("linear-center-panel").locator("img")
+        drawn = shown.evaluate_all("all => all.filter(i => i.naturalWidth > 0).map(i => i.src)")
+        return len(set(drawn))
+
     def toasts(self) -> list[str]:
         """The texts of the messages that lie over the page, but for the host's own."""
         texts = self.page.locator(".p-toast-message").all_inner_texts()
@@ -278,14 +395,18 @@ class Browser:
         self.keys("Escape")
         self.page.evaluate(FORGIVE)
 
-    def queue(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    def queue(
+        self,
+        meanwhile: Callable[[], None] = lambda: None,
+        start: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
         """Queue what is on the canvas and wait for its end; the server's record of the run.
 
-        ``meanwhile`` is called again and again while it runs.
+        ``meanwhile`` is called again and again while it runs; ``start`` presses another button.
         Raises RuntimeError with the server's message when it was refused or failed.
         """
         known = set(self._history())
-        self.page.evaluate("() => window.app.queuePrompt(0)")
+        (start or self._queue)()
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
             self.page.wait_for_timeout(200)
@@ -300,6 +421,9 @@ class Browser:
             if any(node["red"] for node in self.state()["nodes"]):
                 raise RuntimeError(f"refused: {self._refusal()}")
         raise TimeoutError(f"nothing came back in {RUN_SECONDS} s")
+
+    def _queue(self) -> None:
+        self.page.evaluate("() => window.app.queuePrompt(0)")
 
     def _refusal(self) -> str:
         """What the page says about a refused graph; newer frontends fold the node's own words."""
@@ -328,6 +452,15 @@ class Browser:
         else:
             self.page.evaluate(FIT)
             part = {}
+        return self._picture(path, **part)
+
+    def picture_of_graph(self, path: Path) -> Path:
+        """A picture of all nodes, without what lies around them."""
+        self.page.evaluate(FIT)
+        self.page.wait_for_timeout(1000)
+        return self._picture(path, clip=self.page.evaluate(AREA))
+
+    def _picture(self, path: Path, **part: Any) -> Path:
         height = self._view["viewport"]["height"]
         self.page.mouse.move(150, height - 15)  # an empty place: no tooltip
         self.page.wait_for_timeout(1500)

@@ -43,14 +43,18 @@ class Result:
 
 
 def prepare_folder(base: Path, pack: Path, checkpoint: Path) -> None:
-    """A fresh ComfyUI user's folder: this pack, one checkpoint; tutorial done, nothing on top."""
+    """A fresh ComfyUI user's folder: this pack, one checkpoint; tutorial done, nothing on top.
+
+    Text is drawn however small it is.
+    """
     for folder in ("custom_nodes", "models/checkpoints", "models/ldcp_gates", "user/default"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "LDCP").symlink_to(pack, target_is_directory=True)
     (base / "models/checkpoints/v1-5-pruned-emaonly.safetensors").symlink_to(checkpoint)
     settings = base / "user" / "default" / "comfy.settings.json"
     hidden = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, **hidden}))
+    drawn = {"LiteGraph.Canvas.MinFontSizeForLOD": 0}
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, **hidden, **drawn}))
 
 
 class Server:

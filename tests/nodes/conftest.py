@@ -100,6 +100,18 @@ def sd15_checkpoint(comfy, comfyui_path):
 
 
 @pytest.fixture(scope="session")
+def needs_browser(report_note):
+    """Neither playwright nor a browser is a requirement of ComfyUI or of this repository."""
+    import browser  # which needs what only ComfyUI's Python has
+
+    reason = browser.missing()
+    if reason:
+        message = f"BROWSER TESTS SKIPPED: {reason}"
+        report_note.append(message)
+        pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
 def make_gates(comfy):
     """Random gates: about half of the channels of the named sites pruned to random constants.
 

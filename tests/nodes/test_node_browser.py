@@ -28,13 +28,8 @@ APPLY = "LDCPApplyDynamicPruning"
 
 
 @pytest.fixture(scope="module")
-def start(comfy, comfyui_path, tmp_path_factory, sd15_checkpoint, make_gates, report_note):
+def start(needs_browser, comfy, comfyui_path, tmp_path_factory, sd15_checkpoint, make_gates):
     """Make a server with the models and gates that the workflows name."""
-    reason = browser.missing()
-    if reason:  # neither playwright nor a browser is a requirement of ComfyUI or of this repository
-        message = f"BROWSER TESTS SKIPPED: {reason}"
-        report_note.append(message)
-        pytest.skip(message)
     # large constants: in a random U-Net the mid block alone hardly reaches the 8 bits of an image
     gates = make_gates(topology=comfy.core.SD15, constants=20.0)
 
@@ -109,11 +104,17 @@ def loading(tmp_path):
 
 
 @pytest.fixture
-def keep(tmp_path):
-    """Keep a screenshot; where."""
+def pictures(tmp_path):
+    """Where screenshots are kept."""
     folder = Path(os.environ.get("LDCP_TEST_PICTURES") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    return lambda page, name, *node_type: page.picture(folder / f"{name}.png", *node_type)
+    return folder
+
+
+@pytest.fixture
+def keep(pictures):
+    """Keep a screenshot; where."""
+    return lambda page, name, *node_type: page.picture(pictures / f"{name}.png", *node_type)
 
 
 def pixels(file):
@@ -217,7 +218,9 @@ def test_muted_and_deleted_nodes_leave_nothing_behind(expected, page, loading):
 
 @pytest.mark.parametrize("path", ui_workflow.FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("suffix", [".json", ".png"])
-def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep, path, suffix):
+def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(
+    page, keep, pictures, path, suffix
+):
     page.drop(path.with_suffix(suffix))
     workflow, state = ui_workflow.read(path), page.state()
     in_order(state)
@@ -239,12 +242,13 @@ def test_a_dropped_workflow_opens_as_it_was_saved_and_runs_to_the_end(page, keep
     images = page.images(run)
     for node in saved:
         assert pixels(images[node["widgets_values"][0]]).shape == (PIXELS, PIXELS, 3)
-    assert keep(page, path.stem).stat().st_size > 50_000
+    assert page.picture_of_graph(pictures / f"{path.stem}.png").stat().st_size > 50_000
     if "LDCP_TEST_PICTURES" in os.environ:
         for own in {n["type"] for n in state["nodes"] if n["type"].startswith("LDCP")}:
             keep(page, own, own)
     if page.use_nodes_2(True):
         apart(page)
+        page.picture_of_graph(pictures / f"{path.stem}_nodes_2.png")
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])

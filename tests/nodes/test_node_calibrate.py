@@ -595,4 +595,4 @@ def test_in_the_server_calibrated_gates_are_made_saved_and_applied(comfyui_path,
     assert torch.equal(latents["watched"], latents["dense"])
     assert not torch.equal(latents["pruned"], latents["dense"])
     for language in ("en", "zh"):
-        assert languages[language]["nodeDefs"]["LDCPCalibrateGates"]["display_name"]
+        assert languages[language]["nodeDefs"]["LDCPCalibrateGates"]["description"]

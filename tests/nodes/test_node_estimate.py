@@ -485,4 +485,4 @@ def test_in_the_server_estimated_gates_are_saved_and_loaded_without_a_restart(
         "gates_00001.safetensors",
     ]
     for language in ("en", "zh"):
-        assert languages[language]["nodeDefs"]["LDCPEstimateGates"]["display_name"]
+        assert languages[language]["nodeDefs"]["LDCPEstimateGates"]["description"]

@@ -65,12 +65,12 @@ def test_the_node_has_a_help_page_and_its_texts_are_in_the_locale(comfy, node_id
         text = file.read()
     info = comfy.nodes.NODE_CLASS_MAPPINGS[node_id].GET_NODE_INFO_V1()
     inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
-    assert text.startswith(f"# {info['display_name']}\n")
+    title = text.splitlines()[0].removeprefix("# ")
+    assert title == info["display_name"] or info["display_name"].endswith(f" ({title})")
     assert all(f"**{name}**" in text for name in inputs)
     locale = os.path.join(web, "..", "..", "locales", "en", "nodeDefs.json")
     with open(locale, encoding="utf-8") as file:
         texts = json.load(file)[node_id]
-    assert texts["display_name"] == info["display_name"]
     assert texts["description"] == info["description"]
     for name, (_, options) in inputs.items():
         assert texts["inputs"][name]["tooltip"] == options["tooltip"]
@@ -96,16 +96,22 @@ def test_an_older_host_gets_no_aliases_and_a_newer_one_those_of_the_node(comfy, 
     @dataclasses.dataclass
     class Older:
         node_id: str
-        category: str = ""
+        display_name: str = ""
 
     @dataclasses.dataclass
     class Newer(Older):
         search_aliases: list = dataclasses.field(default_factory=list)
 
+    schema, apply = comfy.shared.schema, "LDCPApplyDynamicPruning"
     monkeypatch.setattr(io, "Schema", Older)
-    assert comfy.shared.schema("LDCPLoadGates", category="a") == Older("LDCPLoadGates", "a")
+    assert schema("LDCPLoadGates", display_name="a") == Older("LDCPLoadGates", "a")
+    name = schema(apply, display_name="Apply Dynamic Pruning").display_name
+    assert "Apply Dynamic Pruning" in name
+    # that host's search looks for a word in the first 30 letters
+    assert all(word in name[:30].lower() for word in ("prune", "channel", "speed"))
     monkeypatch.setattr(io, "Schema", Newer)
-    assert "load gates" in comfy.shared.schema("LDCPLoadGates").search_aliases
+    assert "load gates" in schema("LDCPLoadGates").search_aliases
+    assert schema(apply, display_name="a").display_name == "a"
     assert set(comfy.shared.SEARCH_ALIASES) == set(NODE_IDS)
 
 

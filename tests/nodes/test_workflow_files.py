@@ -11,6 +11,7 @@ import workflow_png
 
 from ldcp_core import Schedule
 
+CHINESE = re.compile("[\u4e00-\u9fff]")
 each_file = pytest.mark.parametrize("path", ui_workflow.FILES, ids=lambda path: path.stem)
 
 
@@ -66,7 +67,7 @@ def test_nodes_do_not_lie_on_top_of_each_other(path):
 @each_file
 def test_nothing_of_the_machine_it_was_made_on_is_left(path):
     workflow = ui_workflow.read(path)
-    assert set(workflow["extra"]) == {"ds", "frontendVersion"}
+    assert set(workflow["extra"]) - {"linearData"} == {"ds", "frontendVersion"}
     assert not re.search(r"[A-Za-z]:\\|/home/|/root/|/Users/|/tmp/|127\.0\.0", json.dumps(workflow))
 
 
@@ -92,6 +93,17 @@ def test_it_starts_as_a_user_would_and_says_what_to_do(path):
 
 
 @each_file
+def test_its_note_says_the_same_in_english_and_in_chinese(path):
+    notes = find(ui_workflow.read(path), "MarkdownNote")
+    english, chinese = (note["widgets_values"][0] for note in notes)
+    assert not CHINESE.search(english)
+    assert english.count("\n\n") == chinese.count("\n\n")
+    assert all(CHINESE.search(paragraph) for paragraph in chinese.split("\n\n"))
+    # what is typed or read on the screen is the same in both
+    assert set(re.findall(r"`(.+?)`", english)) == set(re.findall(r"`(.+?)`", chinese))
+
+
+@each_file
 def test_its_picture_holds_the_same_graph(path):
     picture = path.with_suffix(".png")
     found = workflow_png.embedded(picture)
@@ -105,6 +117,35 @@ def test_it_has_the_thumbnail_that_the_templates_menu_asks_for(path):
     with workflow_png.Image.open(thumbnail) as image:
         assert image.format == "JPEG" and image.size == workflow_png.THUMBNAIL
     assert thumbnail.stat().st_size < 40_000
+
+
+@pytest.mark.parametrize("path", ui_workflow.BLUEPRINTS, ids=lambda path: path.stem)
+def test_a_blueprint_is_one_node_whose_sockets_lead_into_its_subgraph(path):
+    blueprint = ui_workflow.read(path)
+    (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"] and outer["title"] == inner["name"] == path.stem
+    assert path.stem.startswith("Prune")  # the search looks at the start of a name
+    nodes = {node["id"]: node for node in inner["nodes"]}
+    nodes[-10] = {"outputs": inner["inputs"]}
+    nodes[-20] = {"inputs": inner["outputs"]}
+    known = set()
+    for link in inner["links"]:
+        source = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+        target = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+        assert source["type"] == link["type"] == target["type"]
+        assert link["id"] in (source.get("links") or source["linkIds"])
+        assert link["id"] in target.get("linkIds", [target.get("link")])
+        known.add(link["id"])
+    sockets = [*inner["inputs"], *inner["outputs"]]
+    assert {link for socket in sockets for link in socket["linkIds"]} <= known
+    assert all(socket["linkIds"] for socket in sockets)
+    for sides in ("inputs", "outputs"):
+        names = [(socket["name"], socket["type"]) for socket in inner[sides]]
+        assert names == [(socket["name"], socket["type"]) for socket in outer[sides]]
+
+
+def test_the_blueprints_are_there():
+    assert len(ui_workflow.BLUEPRINTS) == 2
 
 
 @pytest.mark.parametrize("page", sorted(workflow_png.HELP.glob("*.md")), ids=lambda p: p.stem)
@@ -216,9 +257,19 @@ def test_the_report_is_on_the_model_that_was_sampled_and_comes_after_it():
     assert inputs["gates"] is None  # with gates it would report on these, and measure nothing
 
 
+def test_the_basic_workflow_is_an_app_as_well():
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_basic.json")
+    app, nodes = workflow["extra"]["linearData"], {str(n["id"]): n for n in workflow["nodes"]}
+    shown = [(nodes[number]["type"], name) for number, name in app["inputs"]]
+    assert shown[0] == ("CheckpointLoaderSimple", "ckpt_name")  # what a user must choose
+    assert {("LDCPEstimateGates", "sparsity"), ("LDCPEstimateGates", "scope")} <= {*shown}
+    assert [nodes[number]["type"] for number in app["outputs"]] == ["SaveImage", "SaveImage"]
+    assert "linearMode" not in workflow["extra"]  # it opens as a graph
+
+
 def test_every_range_that_the_note_suggests_can_be_read():
     workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_step_schedule.json")
-    (note,) = find(workflow, "MarkdownNote")
+    note, _ = find(workflow, "MarkdownNote")
     ranges = re.findall(r"`(\d[\d,\- ]*)`", note["widgets_values"][0])
     assert len(ranges) == 4
     for text in ranges:

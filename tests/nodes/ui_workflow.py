@@ -13,6 +13,8 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
+#: subgraphs for ComfyUI's node library, called like their files
+BLUEPRINTS = sorted((FOLDER.parent / "subgraphs").glob("*.json"))
 #: nodes of the canvas that the server never sees
 CANVAS_ONLY = {"MarkdownNote", "Note"}
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

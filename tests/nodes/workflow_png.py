@@ -22,8 +22,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 TEXT = "workflow"
-#: of the templates menu, in pixels
-THUMBNAIL = (480, 270)
+#: of a tile of the templates menu, in pixels
+THUMBNAIL = (480, 480)
 HELP = ui_workflow.FOLDER.parent / "nodes" / "web" / "docs"
 
 
@@ -43,7 +43,9 @@ def embed(picture: Path, workflow: Path) -> Path:
         reduced = image if image.mode == "P" else few_colours(image.convert("RGB"))
         path = workflow.with_suffix(".png")
         reduced.save(path, pnginfo=info, optimize=True)
-        small = ImageOps.fit(image.convert("RGB"), THUMBNAIL, Image.Resampling.LANCZOS)
+        plain = image.convert("RGB")
+        canvas = plain.getpixel((0, 0))
+        small = ImageOps.pad(plain, THUMBNAIL, Image.Resampling.LANCZOS, color=canvas)
         small.save(path.with_suffix(".jpg"), quality=80, optimize=True)
     return path
 
