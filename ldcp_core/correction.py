@@ -54,6 +54,22 @@ class Correction:
         corrected = weight.to(dtype).index_add(1, kept, update).to(weight.dtype)
         return corrected, (shift if bias is None else bias.to(dtype) + shift).to(weight.dtype)
 
+    def added_(
+        self, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same of what is kept, [O, K, ...], or of its ``rows`` alone.
+
+        ``weight`` is written into, so that a large one is not there twice, where its dtype allows.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        left, right, shift = (t.to(weight.device, dtype) for t in vars(self).values())
+        if rows is not None:
+            left, shift = left.index_select(0, rows), shift.index_select(0, rows)
+        corrected = weight.to(dtype)
+        corrected.flatten(1).addmm_(left, right)
+        shift = shift if bias is None else bias.to(dtype) + shift
+        return corrected.to(weight.dtype), shift.to(weight.dtype)
+
 
 class Regression:
     """Least squares of what a reader lacks on what it is fed, gathered from batches.

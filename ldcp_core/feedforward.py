@@ -103,8 +103,6 @@ class CompactFeedForward:
 
     def __init__(self, gate: FeedForwardGate, proj: LinearWeights, out: LinearWeights) -> None:
         assert gate.hidden is not None
-        if gate.correction is not None:
-            out = LinearWeights(*gate.correction.added(out.weight, out.bias, gate.hidden))
         device, dtype = out.weight.device, out.weight.dtype
         keep = gate.hidden.cpu()
         kept, pruned = keep.nonzero()[:, 0].to(device), (~keep).nonzero()[:, 0].to(device)
@@ -120,7 +118,10 @@ class CompactFeedForward:
             bias = (constant if bias is None else bias.float() + constant).to(dtype)
         elif bias is not None:
             bias = bias.clone()
-        self.out = LinearWeights(out.weight.index_select(1, kept).contiguous(), bias)
+        weight = out.weight.index_select(1, kept).contiguous()
+        if gate.correction is not None:
+            weight, bias = gate.correction.added_(weight, bias)
+        self.out = LinearWeights(weight, bias)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that has to stay on the compute device."""

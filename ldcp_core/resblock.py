@@ -203,7 +203,7 @@ class CompactResBlock:
         self.columns: Tensor | None = None
         self._inside: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
-        if gate.inner is not None and gate.correction is not None:
+        if gate.correction is not None and gate.inner is not None and not folds:
             conv2 = ConvWeights(*gate.correction.added(conv2.weight, conv2.bias, gate.inner))
         self.conv1 = conv1 if self.inner is None else _rows(conv1, self.inner.kept)
         self.conv2 = conv2 if self.residual is None else _rows(conv2, self.residual.kept)
@@ -219,13 +219,13 @@ class CompactResBlock:
             return
         self.shifts = _with_bias(self.shifts.float(), self.inner, self.conv1.bias)
         self.conv1 = ConvWeights(self.conv1.weight, None)
-        bias = self.conv2.bias
+        weight, bias = self.conv2.weight.index_select(1, self.inner.kept), self.conv2.bias
+        if gate.correction is not None:
+            rows = None if self.residual is None else self.residual.kept
+            weight, bias = gate.correction.added_(weight.contiguous(), bias, rows)
         if self.planes is not None and self.residual is not None:
             self.planes, bias = _with_bias(self.planes, self.residual, bias), None
-        self.conv2 = ConvWeights(
-            self.conv2.weight.index_select(1, self.inner.kept).contiguous(),
-            None if bias is None else bias.clone(),
-        )
+        self.conv2 = ConvWeights(weight.contiguous(), None if bias is None else bias.clone())
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that has to stay on the compute device."""
