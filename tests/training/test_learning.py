@@ -12,6 +12,7 @@ from training.learning.budget import Budget
 from training.learning.learner import (
     LAST_LEARNING_RATE,
     LAST_NOISE,
+    MOST_FOLDS,
     NOISE,
     GateLearner,
     SparsityController,
@@ -98,13 +99,37 @@ def test_the_controller_presses_when_too_little_is_pruned_and_lets_go_when_too_m
     assert 0 < controller.weight < 0.01
 
 
-def test_lambda_is_back_when_the_sparsity_is_however_long_it_lagged_behind() -> None:
+def test_lambda_is_back_when_the_sparsity_is_however_far_it_lagged_behind_the_ramp() -> None:
     controller = SparsityController(0.01, 0.6, 150)
-    for step in range(100):
-        controller.update(step, 0.3)
+    for step in range(59):  # the ramp takes 60
+        controller.update(step, 0.0)
     assert controller.weight > 1e3 * 0.01
-    controller.update(100, 0.6)
+    controller.update(59, 0.6)
     assert controller.weight == pytest.approx(0.01)
+
+
+def test_lambda_stays_where_it_brought_the_sparsity_to_the_target() -> None:
+    controller = SparsityController(0.01, 0.6, 150)
+    for step in range(60, 80):
+        controller.update(step, 0.59)
+    controller.update(80, 0.6)
+    # 20 steps of 150 a point short: 300 · 0.01 · 20/150 = 0.4 e-folds
+    assert controller.weight == pytest.approx(0.01 * math.exp(0.4))
+    again = SparsityController(0.01, 0.6, 150)
+    again.load_state_dict(controller.state_dict())
+    again.update(81, 0.6)
+    assert again.weight == pytest.approx(controller.weight)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0])
+def test_lambda_stays_within_bounds_however_long_the_target_is_missed(sparsity: float) -> None:
+    controller = SparsityController(0.01, 0.6, 150)
+    for step in range(150):
+        controller.update(step, sparsity)
+    assert abs(math.log(controller.weight / 0.01)) == pytest.approx(MOST_FOLDS)
+    for step in range(150, 160):  # and comes back within a few steps
+        controller.update(step, 1.0 - sparsity)
+    assert math.log(controller.weight / 0.01) * (sparsity - 0.5) > 0
 
 
 class TestSettling:

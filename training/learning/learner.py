@@ -51,8 +51,9 @@ RAMP_END, FADE_START, FADE_END = 0.4, 0.45, 0.75
 LAST_LEARNING_RATE = 0.2
 #: how far a logit can go over a run: the way from bound to bound. With more, the last steps decide
 TRAVEL = 6.0
-#: the λ controller: e-folds of λ per unit of missing sparsity, and the most of them
-GAIN, MOST_FOLDS = 60.0, 9.0
+#: the λ controller: e-folds of λ per unit of missing sparsity, and per unit that is missing for a
+#: whole run once the ramp has ended; the most of them
+PROPORTIONAL, INTEGRAL, MOST_FOLDS = 60.0, 300.0, 9.0
 #: how closely a fit's sparsity must meet its target, and how far alignment may leave it
 TARGET_TOLERANCE, ALIGNMENT_SLACK = 0.01, 0.0025
 
@@ -193,15 +194,18 @@ def price_of(effects: Mapping[str, Tensor], budget: Budget, sparsity: float | No
 class SparsityController:
     """Moves λ so that the sparsity follows a ramp to the target.
 
-    Proportional, on log λ: the further behind the ramp, by the larger a factor λ exceeds
-    ``weight``. It keeps no sum of errors, which at high targets outgrew the reconstruction and
-    pruned blindly. Without a target λ stays what it is.
+    On log λ: the further behind the ramp, by the larger a factor λ exceeds ``weight``. Where the
+    ramp has ended, what is still missing is summed as well: λ then settles where it holds the
+    target, and the last steps compare the channels around the cut. On the ramp it is not summed: at
+    high targets that sum outgrew the reconstruction and pruned blindly. Without a target λ stays
+    what it is.
     """
 
     def __init__(self, weight: float, target: float | None, steps: int) -> None:
         self.weight = self._first = weight
         self.target = target
         self.steps = steps
+        self._sum = 0.0
 
     def wanted(self, step: int) -> float | None:
         """The sparsity wanted at ``step``, rising to the target over the first part of the run."""
@@ -213,14 +217,21 @@ class SparsityController:
         wanted = self.wanted(step)
         if wanted is None:
             return
-        folds = min(max(GAIN * (wanted - sparsity), -MOST_FOLDS), MOST_FOLDS)
+        missing = wanted - sparsity
+        if wanted == self.target:
+            self._sum = _bounded(self._sum + INTEGRAL * missing / self.steps)
+        folds = _bounded(PROPORTIONAL * missing + self._sum)
         self.weight = max(self._first, 1e-6) * math.exp(folds)
 
     def state_dict(self) -> dict[str, float]:
-        return {"weight": self.weight}
+        return {"weight": self.weight, "sum": self._sum}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.weight = state["weight"]
+        self.weight, self._sum = state["weight"], state["sum"]
+
+
+def _bounded(folds: float) -> float:
+    return min(max(folds, -MOST_FOLDS), MOST_FOLDS)
 
 
 def new_optimizer(learner: GateLearner, learning_rate: float, weight: float) -> torch.optim.Adam:
