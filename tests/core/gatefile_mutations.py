@@ -541,7 +541,7 @@ def fits(name: str, tensors: dict[str, np.ndarray]) -> bool:
         return True
     left, right, _ = (tensors[f"{site}.correction_{end}"] for end in ("left", "right", "bias"))
     kept = 9 * int((tensors[f"{site}.score"] > 0.5).sum())
-    rank = left.shape[1]
+    rank = left.shape[-1] if left.ndim else 0
     return (
         site.endswith("conv1")
         and left.shape == (16, rank)
