@@ -95,6 +95,13 @@ CORNER = """([type, number]) => {
 #: brings the whole graph into view
 FIT = "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 
+#: closes the panel on the right, which newer frontends leave open after a refusal
+CLOSE_PANEL = """async () => {
+    const name = "Comfy.RightSidePanel.IsOpen";
+    if (name in window.app.ui.settings.settingsLookup)
+        await window.app.extensionManager.setting.set(name, false);
+}"""
+
 #: where the graph in view is on the screen, with a margin
 AREA = """() => {
     const {scale, offset} = window.app.canvas.ds, {nodes} = window.app.graph;
@@ -479,6 +486,7 @@ class Browser:
 
     def picture_of_graph(self, path: Path) -> Path:
         """A picture of all nodes, without what lies around them."""
+        self.page.evaluate(CLOSE_PANEL)
         self.page.evaluate(FIT)
         self.page.wait_for_timeout(1000)
         return self._picture(path, clip=self.page.evaluate(AREA))

@@ -32,11 +32,16 @@ def server(needs_browser, comfy, comfyui_path, tmp_path_factory, sd15_checkpoint
         yield running
 
 
+@pytest.fixture(scope="module")
+def opened(server):
+    with browser.Browser(server) as page:
+        yield page
+
+
 @pytest.fixture
-def page(server):
-    with browser.Browser(server) as opened:
-        opened.use_nodes_2(False)
-        yield opened
+def page(opened):
+    opened.use_nodes_2(False)
+    return opened
 
 
 def choose_checkpoint(page):
