@@ -366,14 +366,23 @@ def test_what_a_node_in_a_closed_subgraph_has_to_say_is_said_in_a_toast(page, ke
     make_small(page)
     page.set_widgets("LDCPStepSchedule", steps="0, 99")
     page.set_all("KSampler", seed=70 + nodes_2)
-    page.queue()
-    assert page.toasts() == []  # it is on the node
+    told = []
+
+    def look():  # a toast goes after a while, on a slow machine before the run ends
+        told.append(page.toasts())
+        if told[-1] and not any(told[:-1]):
+            keep(page, f"toast_{'nodes_2' if nodes_2 else 'classic'}")
+
+    page.queue(look)
+    look()
+    assert not any(told)  # it is on the node
     page.set_all("KSampler", seed=80 + nodes_2)
     page.enclose("LDCPEstimateGates", "LDCPStepSchedule", APPLY)
-    page.queue()
+    page.queue(look)
+    look()
     note = "this run has 1 step (0 to 0); the range 99 lies past the last one and prunes nothing"
-    assert page.toasts() == [f"Apply Dynamic Pruning {note}"]
-    keep(page, f"toast_{'nodes_2' if nodes_2 else 'classic'}")
+    said = [f"Apply Dynamic Pruning {note}"]
+    assert said in told and all(texts in ([], said) for texts in told)
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
