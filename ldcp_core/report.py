@@ -253,10 +253,9 @@ def bytes_lines(run: RunFacts) -> list[str]:
     """What lay on the compute device of the gated layers, and why it was that much."""
     if not run.pruned_evaluations:
         return []
-    change = show_saved(run.full_bytes - run.resident_bytes)
     lines = [
-        f"gated layers on {run.device}: {show_bytes(run.full_bytes)} in full, "
-        f"{show_bytes(run.resident_bytes)} resident ({change})"
+        f"gated layers on {run.device}: {show_bytes(run.resident_bytes)} resident, "
+        f"{show_bytes(run.full_bytes)} in full"
     ]
     return [*lines, f"full weights stayed: {run.kept_full}"] if run.kept_full else lines
 

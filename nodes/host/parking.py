@@ -47,7 +47,7 @@ class Places:
 
 def _obstacle(patcher: Any, load: torch.device, offload: torch.device) -> str:
     if load == offload:
-        return f"weights and computation share one memory ({load})"
+        return "weights and compute share one memory"
     if load.type == "mps":
         return "processor and GPU share one memory"
     if patcher.hook_patches or patcher.forced_hooks:

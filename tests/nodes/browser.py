@@ -95,6 +95,13 @@ CORNER = """([type, number]) => {
 #: brings the whole graph into view
 FIT = "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 
+#: closes the panel on the right, which newer frontends leave open after a refusal
+CLOSE_PANEL = """async () => {
+    const name = "Comfy.RightSidePanel.IsOpen";
+    if (name in window.app.ui.settings.settingsLookup)
+        await window.app.extensionManager.setting.set(name, false);
+}"""
+
 #: where the graph in view is on the screen, with a margin
 AREA = """() => {
     const {scale, offset} = window.app.canvas.ds, {nodes} = window.app.graph;
@@ -114,6 +121,16 @@ TITLE = """([type, number]) => {
     const box = document.querySelector("#graph-canvas").getBoundingClientRect();
     return [box.x + (node.pos[0] + offset[0] + 60) * scale,
             box.y + (node.pos[1] + offset[1] - 15) * scale];
+}"""
+
+#: where a widget of a class's first node is on the screen, in the classic canvas
+WIDGET = """([type, name]) => {
+    const node = window.app.graph.nodes.find(n => n.type === type);
+    const {scale, offset} = window.app.canvas.ds;
+    const box = document.querySelector("#graph-canvas").getBoundingClientRect();
+    const {last_y} = node.widgets.find(w => w.name === name);
+    return [box.x + (node.pos[0] + offset[0] + 60) * scale,
+            box.y + (node.pos[1] + offset[1] + last_y + 10) * scale];
 }"""
 
 #: turns Nodes 2.0 on or off; whether the page has them (an older frontend hides what it began)
@@ -379,6 +396,13 @@ class Browser:
         widths = pictures.evaluate_all("all => all.map(picture => picture.naturalWidth)")
         return self.page.locator(".node-help-content h1").first.inner_text(), widths
 
+    def tooltip(self, node_type: str, widget: str) -> str:
+        """What appears when the mouse rests on a widget in the classic canvas."""
+        self.page.mouse.move(*self.page.evaluate(WIDGET, [node_type, widget]))
+        shown = self.page.locator(".node-tooltip")
+        shown.wait_for(timeout=1000 * LOAD_SECONDS)
+        return shown.inner_text()
+
     def press(self, keys: str, node_type: str, number: int = 0) -> None:
         """Click on a node's title, and press keys such as "Control+b"."""
         self.page.mouse.click(*self.page.evaluate(TITLE, [node_type, number]))
@@ -422,6 +446,12 @@ class Browser:
                 raise RuntimeError(f"refused: {self._refusal()}")
         raise TimeoutError(f"nothing came back in {RUN_SECONDS} s")
 
+    def send(self) -> Any:
+        """Queue what is on the canvas, and wait for no more than the server's answer."""
+        with self.page.expect_response("**/prompt") as answer:
+            self._queue()
+        return answer.value
+
     def _queue(self) -> None:
         self.page.evaluate("() => window.app.queuePrompt(0)")
 
@@ -456,6 +486,7 @@ class Browser:
 
     def picture_of_graph(self, path: Path) -> Path:
         """A picture of all nodes, without what lies around them."""
+        self.page.evaluate(CLOSE_PANEL)
         self.page.evaluate(FIT)
         self.page.wait_for_timeout(1000)
         return self._picture(path, clip=self.page.evaluate(AREA))

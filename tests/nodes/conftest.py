@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,14 @@ def needs_browser(report_note):
         message = f"BROWSER TESTS SKIPPED: {reason}"
         report_note.append(message)
         pytest.skip(message)
+
+
+@pytest.fixture
+def keep(tmp_path):
+    """Keep a screenshot of what is in sight."""
+    folder = Path(os.environ.get("LDCP_TEST_PICTURES") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda page, name: page.page.screenshot(path=str(folder / f"{name}.png"))
 
 
 @pytest.fixture(scope="session")

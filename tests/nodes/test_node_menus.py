@@ -6,7 +6,7 @@ The templates menu, the box that adds nodes, and the blueprints of the node libr
 from __future__ import annotations
 
 import io
-import os
+import json
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -21,6 +21,7 @@ from PIL import Image
 pytestmark = pytest.mark.comfyui
 REPOSITORY = Path(__file__).resolve().parents[2]
 PIXELS = 128
+APPLY = "LDCPApplyDynamicPruning"
 ESTIMATE, COMPARE = "Prune - Estimate, Save, Apply", "Prune - Compare with Full Model"
 
 
@@ -42,14 +43,6 @@ def page(server):
     with browser.Browser(server) as opened:
         opened.use_nodes_2(False)
         yield opened
-
-
-@pytest.fixture
-def keep(tmp_path):
-    """Keep a screenshot of what is in sight."""
-    folder = Path(os.environ.get("LDCP_TEST_PICTURES") or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda page, name: page.page.screenshot(path=str(folder / f"{name}.png"))
 
 
 def difference(one, other):
@@ -97,7 +90,7 @@ def blueprint(page, server):
 
     def place(name):
         page.drop(ui_workflow.FOLDER / "ldcp_basic.json")
-        page.remove("LDCPEstimateGates", "LDCPApplyDynamicPruning", "MarkdownNote")
+        page.remove("LDCPEstimateGates", APPLY, "MarkdownNote")
         assert name in page.search("prune")
         page.choose(name)
         page.connect(("CheckpointLoaderSimple", 0), "MODEL", (name, 0), "model")
@@ -157,11 +150,14 @@ def chinese(page):
     page.use_language("en")
 
 
-def test_names_and_help_are_chinese_in_a_chinese_comfyui(chinese, keep):
+def test_names_tooltips_and_help_are_chinese_in_a_chinese_comfyui(chinese, keep):
     assert "应用动态剪枝" in chinese.search("剪枝")
     chinese.keys("Escape")
-    chinese.add("LDCPApplyDynamicPruning")
-    chinese.open_help("LDCPApplyDynamicPruning")
+    chinese.add(APPLY)
+    texts = json.loads((REPOSITORY / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+    told = texts[APPLY]["inputs"]["full_weights"]["tooltip"]
+    assert chinese.tooltip(APPLY, "full_weights") == told
+    chinese.open_help(APPLY)
     title, pictures = chinese.help()
     keep(chinese, "help_zh")
     assert title == "应用动态剪枝" and pictures and all(width > 100 for width in pictures)
