@@ -98,4 +98,4 @@ def test_the_message_of_a_missing_gate_file_says_first_how_to_do_without_trainin
         page.queue()
     message = str(refused.value)
     without = message.index("make gates without training: put Estimate Gates from Model")
-    assert without < message.index("python -m training.fit")
+    assert without < message.index("put a gate file made by training.fit")
