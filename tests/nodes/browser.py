@@ -417,6 +417,10 @@ class Browser:
     def close_dialogs(self) -> None:
         """Close the messages of a refusal, and take its marks off the nodes."""
         self.keys("Escape")
+        self.forgive()
+
+    def forgive(self) -> None:
+        """Take the marks of errors off the nodes."""
         self.page.evaluate(FORGIVE)
 
     def queue(
