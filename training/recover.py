@@ -30,7 +30,7 @@ from training.errors import UserError
 from training.learning.corrections import corrections
 from training.model.encode import embed_prompts
 from training.model.gating import compacted, deviation
-from training.options import COUNT, POSITIVE, SEED, Bound, Options, Precision, option, parsed
+from training.options import COUNT, POSITIVE, SEED, Bound, Options, option, parsed
 from training.output import GATES, claimed, output_file
 from training.provenance import without_folders
 from training.sample import check_fits
@@ -63,7 +63,6 @@ class RecoverConfig(Options):
     batch_size: int = option("images per step", 8, COUNT)
     samples: int = option("held-out samples (images × timesteps) to compare on", 64, COUNT)
     resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
-    precision: Precision = option("of the frozen U-Net", "fp32")
     device: str = option("cpu, cuda, mps", "cpu")
     seed: int = option("of everything random", 0, SEED)
 
@@ -127,7 +126,7 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
     gates = load_gates(config.gates)
     data = open_dataset(config.data)
     seen, held_out = unseen(data, [Split.of_file(gates.info, config.gates)])
-    model = frozen_model(config.model, config.precision, config.device)
+    model = frozen_model(config.model, "fp32", config.device)
     check_fits(model, gates)
     fit_to(model, data, config.resolution)
     denoising, images = Denoising(model, config.seed), FreshImages(data, model)
