@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ldcp_core import DEFAULT_FLOOR, DEFAULT_SCOPE, RANK, SCOPES, Padding
+from ldcp_core import DEFAULT_FLOOR, DEFAULT_SCOPE, SCOPES, Padding
 from training.errors import UserError
 from training.learning.budget import BudgetKind
 from training.options import (
@@ -14,11 +14,11 @@ from training.options import (
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
-    RANKS,
     SEED,
     WITHIN_ONE,
     Options,
     Precision,
+    correction_rank,
     option,
 )
 
@@ -87,9 +87,7 @@ class FitConfig(Options):
     )
     padding: Padding = option("how constants meet the border", "zero")
     constant: Constant = option("stand-in of a pruned channel", "mean")
-    correction_rank: int = option(
-        "of the corrections of layers that read pruned channels; 0: none", RANK, RANKS
-    )
+    correction_rank: int = correction_rank()
     reconstruction: Reconstruction = option(
         "MSE against the dense output, or the true noise", "teacher"
     )

@@ -14,7 +14,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ldcp_core import MAX_RANK
+from ldcp_core import MAX_RANK, RANK
 from training.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -39,8 +39,6 @@ SEED = Bound(range(2**63).__contains__, "from 0 up to 2**63")
 NOT_NEGATIVE = Bound(lambda value: 0 <= value < inf, "0 or more")
 POSITIVE = Bound(lambda value: 0 < value < inf, "more than 0")
 FINITE = Bound(isfinite, "a finite number")
-#: of the corrections of a gate file
-RANKS = Bound(range(MAX_RANK + 1).__contains__, f"0 to {MAX_RANK}")
 BELOW_ONE = Bound(lambda value: 0 <= value < 1, "from 0 up to 1")
 WITHIN_ONE = Bound(lambda value: 0 < value < 1, "between 0 and 1")
 
@@ -55,6 +53,12 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
 def option(help: str, default: Any = MISSING, bound: Bound | None = None, **parsing: Any) -> Any:
     """A field that can be given on the command line; ``parsing`` goes to `add_argument`."""
     return field(default=default, metadata={"help": help, "bound": bound, "parsing": parsing})
+
+
+def correction_rank() -> Any:
+    """The option of the commands that write corrections."""
+    help = "of the corrections of layers that read pruned channels; 0: none"
+    return option(help, RANK, Bound(range(MAX_RANK + 1).__contains__, f"0 to {MAX_RANK}"))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from torch import Tensor
 from ldcp_core import (
     DEFAULT_FLOOR,
     DEFAULT_SCOPE,
-    RANK,
     SCOPES,
     Gates,
     Latent,
@@ -57,10 +56,10 @@ from training.model.gating import ChannelMeans
 from training.options import (
     BELOW_ONE,
     COUNT,
-    RANKS,
     SEED,
     Options,
     Precision,
+    correction_rank,
     option,
     parsed,
     require,
@@ -97,9 +96,7 @@ class ScoreConfig(Options):
     budget: BudgetKind = option("what the target is a share of", "channels")
     floor: float = option("share of each layer that stays", DEFAULT_FLOOR, BELOW_ONE)
     padding: Padding = option("how constants meet the border", "zero")
-    correction_rank: int = option(
-        "of the corrections of layers that read pruned channels; 0: none", RANK, RANKS
-    )
+    correction_rank: int = correction_rank()
     samples: int = option("images to measure on", 16, COUNT)
     timesteps: int = option("per image, evenly spread over the schedule", 20, COUNT)
     threshold: float | None = option(

@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import DEFAULT_SCOPE, RANK, GateFileError, Ranking, load_gates
+from ldcp_core import DEFAULT_SCOPE, GateFileError, Ranking, load_gates
 from training import evaluate, fit, score
 from training.config import FitConfig
 from training.console import explaining, log_progress
@@ -32,11 +32,11 @@ from training.evaluation.plots import Cell, heat_map
 from training.learning.budget import BudgetKind
 from training.options import (
     DEMO_SETTINGS,
-    RANKS,
     SEED,
     Options,
     add_demo,
     built,
+    correction_rank,
     option,
     parser_of,
     with_demo,
@@ -72,9 +72,7 @@ class SweepOptions(Options):
         metavar="CRITERION=VALUES",
     )
     budget: BudgetKind = option("what targets are shares of", "parameters")
-    correction_rank: int = option(
-        "of the corrections of layers that read pruned channels; 0: none", RANK, RANKS
-    )
+    correction_rank: int = correction_rank()
     steps: int | None = option("optimizer steps of a fit", None)
     samples: int = option("held-out samples of the evaluation", 48)
     seed: int = option("of everything random", 0, SEED)
