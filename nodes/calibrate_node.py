@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..ldcp_core import Calibration, Gates, Padding, Ranking
 from .choose import CRITERIA, Choice, Criterion, calibrate
-from .inputs import check_offered, how_to_prune
+from .inputs import check_offered, denoise, how_to_prune, how_to_sample
 from .shared import CATEGORY, CalibrationType, GatesType, schema, show_on_node
 
 log = logging.getLogger("ldcp")
@@ -31,8 +31,6 @@ def status(gates: Gates, given: bool) -> list[str]:
 class LDCPCalibrateGates(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from comfy.samplers import KSampler
-
         return schema(
             node_id="LDCPCalibrateGates",
             display_name="Calibrate Gates",
@@ -49,41 +47,14 @@ class LDCPCalibrateGates(io.ComfyNode):
                     "Pruning "
                     "connected before this node is left out: the full model is watched.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="The random seed of the noise. It stays as it is, so that the node "
+                *how_to_sample(
+                    seed="The random seed of the noise. It stays as it is, so that the node "
                     "samples once and keeps its gates until an input changes.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=10000,
-                    tooltip="The number of sampling steps; all of them are watched.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=7.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance, as in KSampler. At 1.0 the negative prompt "
+                    steps="The number of sampling steps; all of them are watched.",
+                    cfg="Classifier-free guidance, as in KSampler. At 1.0 the negative prompt "
                     "is not evaluated, and not watched.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=KSampler.SAMPLERS,
-                    tooltip="The sampler; best the one that the gates will be used with.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=KSampler.SCHEDULERS,
-                    tooltip="The noise schedule; best the one that the gates will be used with.",
+                    sampler="The sampler; best the one that the gates will be used with.",
+                    scheduler="The noise schedule; best the one that the gates will be used with.",
                 ),
                 io.Conditioning.Input(
                     "positive", tooltip="The prompt to watch the model with: one of your own."
@@ -94,14 +65,7 @@ class LDCPCalibrateGates(io.ComfyNode):
                     tooltip="The latent to sample, at the size that you use. A batch of several "
                     "shows more of the model.",
                 ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1.0 samples from pure noise; lower values start from the latent.",
-                ),
+                denoise(),
                 io.Combo.Input(
                     "criterion",
                     options=list(CRITERIA),

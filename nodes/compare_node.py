@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..ldcp_core import Gates
 from .compare import compare, remarks, summary, table
 from .grid import comparison_grid
-from .inputs import check_offered
+from .inputs import check_offered, denoise, how_to_sample
 from .queued import inputs_of
 from .shared import CATEGORY, GatesType, schema, show_on_node
 from .variants import parse_variants
@@ -36,8 +36,6 @@ def problem(shares: Any, schedules: Any, steps: Any) -> str | None:
 class LDCPCompareShares(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from comfy.samplers import KSampler
-
         return schema(
             node_id="LDCPCompareShares",
             display_name="Compare Pruning Shares",
@@ -79,38 +77,14 @@ class LDCPCompareShares(io.ComfyNode):
                     "steps such as '0-4, 10-19' or '5-' (to the end), 0-based and inclusive. "
                     "Empty: all steps.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="The random seed of the noise, the same for all.",
+                *how_to_sample(
+                    seed="The random seed of the noise, the same for all.",
+                    steps="The number of sampling steps.",
+                    cfg="Classifier-free guidance, as in KSampler.",
+                    sampler="The sampler.",
+                    scheduler="The noise schedule.",
                 ),
-                io.Int.Input(
-                    "steps", default=20, min=1, max=10000, tooltip="The number of sampling steps."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=7.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance, as in KSampler.",
-                ),
-                io.Combo.Input("sampler_name", options=KSampler.SAMPLERS, tooltip="The sampler."),
-                io.Combo.Input(
-                    "scheduler", options=KSampler.SCHEDULERS, tooltip="The noise schedule."
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1.0 samples from pure noise; lower values start from the latent.",
-                ),
+                denoise(),
             ],
             outputs=[
                 io.Image.Output(

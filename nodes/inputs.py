@@ -54,6 +54,38 @@ def how_to_prune(ranking: Ranking) -> list[Any]:
     ]
 
 
+def how_to_sample(seed: str, steps: str, cfg: str, sampler: str, scheduler: str) -> list[Any]:
+    """KSampler's widgets up to the scheduler, each with the tooltip that is given for it."""
+    from comfy.samplers import KSampler
+
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,
+            tooltip=seed,
+        ),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip=steps),
+        io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=cfg),
+        io.Combo.Input("sampler_name", options=KSampler.SAMPLERS, tooltip=sampler),
+        io.Combo.Input("scheduler", options=KSampler.SCHEDULERS, tooltip=scheduler),
+    ]
+
+
+def denoise() -> Any:
+    """KSampler's last widget."""
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="1.0 samples from pure noise; lower values start from the latent.",
+    )
+
+
 def check_how_to_prune(sparsity: Any, ranking: Any, padding: Any, scope: Any) -> None:
     """Raises ValueError where one of these widgets has a value that it does not offer."""
     check_share("sparsity", sparsity)

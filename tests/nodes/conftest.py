@@ -326,6 +326,27 @@ def layer(comfy, make_gates):
 
 
 @pytest.fixture
+def sampling(conditioning):
+    """The arguments of KSampler and of the nodes that sample as it does."""
+
+    def make(steps=2, cfg=3.0, batch=1, **changes):
+        return {
+            "seed": 3,
+            "steps": steps,
+            "cfg": cfg,
+            "sampler_name": "euler",
+            "scheduler": "normal",
+            "positive": conditioning(5),
+            "negative": conditioning(6),
+            "latent_image": {"samples": torch.zeros(batch, 4, 16, 16)},
+            "denoise": 1.0,
+            **changes,
+        }
+
+    return make
+
+
+@pytest.fixture
 def run(comfy, conditioning):
     """Sample three steps with a callback per step."""
 

@@ -21,27 +21,6 @@ PATHS = ["0.in_layers.2", "0.out_layers.3", "2.in_layers.2", "2.out_layers.3"]
 
 
 @pytest.fixture
-def sampling(conditioning):
-    """The arguments of KSampler and of Calibrate Gates alike."""
-
-    def make(steps=2, cfg=3.0, batch=1, **changes):
-        return {
-            "seed": 3,
-            "steps": steps,
-            "cfg": cfg,
-            "sampler_name": "euler",
-            "scheduler": "normal",
-            "positive": conditioning(5),
-            "negative": conditioning(6),
-            "latent_image": {"samples": torch.zeros(batch, 4, 16, 16)},
-            "denoise": 1.0,
-            **changes,
-        }
-
-    return make
-
-
-@pytest.fixture
 def run(comfy, sampling):
     """Execute the node: (gates, latent, calibration)."""
 

@@ -27,25 +27,6 @@ GAP, COLUMN = 16, 256
 
 
 @pytest.fixture
-def settings(conditioning):
-    def make(steps=3, batch=1, **changes):
-        return {
-            "seed": 3,
-            "steps": steps,
-            "cfg": 3.0,
-            "sampler_name": "euler",
-            "scheduler": "normal",
-            "positive": conditioning(5),
-            "negative": conditioning(6),
-            "latent_image": {"samples": torch.zeros(batch, 4, 16, 16)},
-            "denoise": 1.0,
-            **changes,
-        }
-
-    return make
-
-
-@pytest.fixture
 def node(comfy, tmp_path, monkeypatch):
     """The node, whose previews go into a folder of this test."""
     monkeypatch.setattr(comfy.folder_paths, "temp_directory", str(tmp_path))
@@ -53,11 +34,11 @@ def node(comfy, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def compare(node, settings):
+def compare(node, sampling):
     """Execute the node: (grid, images, text)."""
 
     def run(model, gates, shares="0.5", schedules="", vae=VAE, **changes):
-        chosen = settings(**changes)
+        chosen = sampling(**{"steps": 3, **changes})
         return node.execute(
             model=model, gates=gates, vae=vae, shares=shares, schedules=schedules, **chosen
         ).args
@@ -66,7 +47,7 @@ def compare(node, settings):
 
 
 @pytest.fixture
-def by_hand(comfy, settings):
+def by_hand(comfy, sampling):
     """The image of KSampler and VAE Decode, behind Apply Dynamic Pruning where gates are given."""
 
     def run(model, gates=None, share=None, steps="0-", **changes):
@@ -76,7 +57,7 @@ def by_hand(comfy, settings):
             channels = "as learned" if share is None else "a share"
             options = {"schedule": schedule, "channels": channels}
             (model,) = apply.execute(model, gates, share or 0.0, **options).args
-        (latent,) = comfy.nodes.KSampler().sample(model, **settings(**changes))
+        (latent,) = comfy.nodes.KSampler().sample(model, **sampling(**{"steps": 3, **changes}))
         return comfy.nodes.VAEDecode().decode(VAE, latent)[0]
 
     return run
