@@ -4,6 +4,14 @@ Depends on torch, numpy and safetensors alone; ComfyUI's nodes and the training 
 on this one definition, so that what is trained is what runs.
 """
 
+from .attention import (
+    HEADS,
+    Attend,
+    Attention,
+    AttentionWeights,
+    CompactAttention,
+    masked_attention,
+)
 from .blocks import (
     ALIGNMENT,
     PADDINGS,
@@ -15,6 +23,7 @@ from .blocks import (
     Site,
     SiteKind,
     SoftGate,
+    groups_of,
 )
 from .calibration import Calibration, Moments
 from .correction import MAX_RANK, RANK, Correction, Regression
@@ -25,6 +34,7 @@ from .criteria import (
     Magnitude,
     Ranking,
     column_norms,
+    expected_heads,
     expected_hidden,
     expected_output,
     fluctuation,
@@ -32,15 +42,7 @@ from .criteria import (
     scores_at,
     scores_by_rank,
 )
-from .feedforward import (
-    HIDDEN,
-    CompactFeedForward,
-    FeedForward,
-    FeedForwardGate,
-    LinearWeights,
-    geglu,
-    masked_feed_forward,
-)
+from .feedforward import HIDDEN, CompactFeedForward, FeedForward, geglu, masked_feed_forward
 from .files import remove_abandoned, write_atomically
 from .gatefile import GateFileError, content_digest, fingerprint, load_gates, save_gates
 from .gates import (
@@ -54,6 +56,7 @@ from .gates import (
     moving_cost,
     top_channels,
 )
+from .linear import LinearWeights
 from .pruning import Pruned, block_gates
 from .report import Report, ReportLayer, RunFacts, build_report, gates_report
 from .report_image import report_image
@@ -84,6 +87,7 @@ __all__ = [
     "ALWAYS",
     "DEFAULT_FLOOR",
     "DEFAULT_SCOPE",
+    "HEADS",
     "HIDDEN",
     "MAGNITUDES",
     "MAX_RANK",
@@ -94,17 +98,20 @@ __all__ = [
     "SCOPES",
     "SD15",
     "THRESHOLD",
+    "Attend",
+    "Attention",
+    "AttentionWeights",
     "Block",
     "BlockGate",
     "Calibration",
     "ChannelGate",
+    "CompactAttention",
     "CompactFeedForward",
     "CompactResBlock",
     "ConvWeights",
     "Correction",
     "Cost",
     "FeedForward",
-    "FeedForwardGate",
     "GateFileError",
     "Gates",
     "Latent",
@@ -137,18 +144,21 @@ __all__ = [
     "build_report",
     "column_norms",
     "content_digest",
+    "expected_heads",
     "expected_hidden",
     "expected_output",
     "fingerprint",
     "fluctuation",
     "gates_report",
     "geglu",
+    "groups_of",
     "keep_by_rank",
     "kind_of",
     "least_kept",
     "load_gates",
     "magnitude",
     "markdown",
+    "masked_attention",
     "masked_feed_forward",
     "masked_forward",
     "moving_cost",

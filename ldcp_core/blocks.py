@@ -7,7 +7,7 @@ what pruning them means and what that saves. `ldcp_core.sites` names the kinds t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -41,11 +41,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Latent:
-    """The input of one forward pass: latent height and width, and the batch with CFG included."""
+    """The input of one forward pass: latent height and width, the batch with CFG included, and the
+    tokens of each prompt.
+    """
 
     height: int = 64
     width: int = 64
     batch: int = 2
+    tokens: int = 77
 
     def positions(self, downsample: int) -> int:
         """Positions of the map at a depth, over the batch; each halving rounds up."""
@@ -101,7 +104,8 @@ class SiteKind:
     which each channel has ``rows`` rows of ``taps`` weights per input. ``reader`` is the layer
     that reads the channels, ``reader_taps`` weights per output; None where a sum reads them.
     ``axis`` is the dimension that counts them between the two. ``type_name`` is what tables call
-    the layer.
+    the layer. A constant replaces the output of ``layer``, or where not ``replaces_output`` what
+    ``reader`` gets.
     """
 
     name: str
@@ -113,6 +117,7 @@ class SiteKind:
     rows: int = 1
     taps: int = 1
     reader_taps: int = 1
+    replaces_output: bool = True
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """What each channel has of the owner's weight [rows·C, ...]: [C, ...]."""
@@ -135,9 +140,25 @@ class Site:
         return self.block.widths(self.kind)[1]
 
     @property
+    def group(self) -> int:
+        """How many channels in a row are kept or pruned together, and have one score."""
+        return self.block.group(self.kind)
+
+    @property
+    def multiple(self) -> int:
+        """What kept counts are a multiple of, but for that of all channels."""
+        return ALIGNMENT if self.group == 1 else self.group
+
+    def shared(self, values: Tensor) -> Tensor:
+        """Values [C] as they are for a whole group: in each channel of it the mean."""
+        if self.group == 1:
+            return values
+        return values.view(-1, self.group).mean(1).repeat_interleave(self.group)
+
+    @property
     def row_parameters(self) -> int:
         """Weights and biases in the rows of one channel."""
-        return self.kind.rows * (self.kind.taps * self.block.widths(self.kind)[0] + 1)
+        return self.block.row_parameters(self.kind)
 
     @property
     def weight(self) -> str:
@@ -148,6 +169,11 @@ class Site:
     def reader(self) -> str | None:
         """The name of the layer that reads the channels; None where a sum does."""
         return self.kind.reader and f"{self.block.name}.{self.kind.reader}"
+
+
+def groups_of(sites: Iterable[Site]) -> dict[str, int]:
+    """Site name -> how many channels in a row have one score, where these are more than one."""
+    return {site.name: site.group for site in sites if site.group > 1}
 
 
 @dataclass(frozen=True)
@@ -177,6 +203,14 @@ class Block(ABC):
     @abstractmethod
     def outputs(self) -> int:
         """How many outputs the layers have that read its sites."""
+
+    def group(self, kind: SiteKind) -> int:
+        """How many channels of a site are kept or pruned together."""
+        return 1
+
+    def row_parameters(self, kind: SiteKind) -> int:
+        """Weights and biases in the rows of one channel of a site."""
+        return kind.rows * (kind.taps * self.widths(kind)[0] + 1)
 
     @abstractmethod
     def cost(self, kept: Sequence[int], padding: Padding, latent: Latent) -> Cost:

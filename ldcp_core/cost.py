@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .attention import Attention
 from .blocks import Cost, Latent, Padding
 from .feedforward import FeedForward
 from .sites import Place, Topology
@@ -95,7 +96,7 @@ def savings(
     return Savings(tuple(rows), unet_cost(topology, latent))
 
 
-def unet_cost(topology: Topology, latent: Latent, context_tokens: int = 77) -> Cost:
+def unet_cost(topology: Topology, latent: Latent) -> Cost:
     """The whole U-Net, dense. SD1.5: 859,520,964 parameters, 1.61 TFLOP at the default latent."""
     w, full = topology.widths, latent.positions(1)
     embedding = 4 * w[0]
@@ -106,7 +107,7 @@ def unet_cost(topology: Topology, latent: Latent, context_tokens: int = 77) -> C
     for place in topology.places():
         total += _res_block(place, embedding, latent)
         if place.depth:
-            total += _transformer(place, topology.context_width, latent, context_tokens)
+            total += _transformer(place, latent)
     for level, width in enumerate(w[:-1]):
         # downsampler here, upsampler of the next deeper level
         total += _conv(width, width, latent.positions(2 ** (level + 1)))
@@ -136,18 +137,12 @@ def _res_block(place: Place, embedding: int, latent: Latent) -> Cost:
     return convs + _linear(embedding, o, latent.batch) + shortcut + Cost(2 * i + 2 * o, 0)
 
 
-def _transformer(place: Place, context: int, latent: Latent, tokens: int) -> Cost:
+def _transformer(place: Place, latent: Latent) -> Cost:
     """A spatial transformer: projections around blocks of attention and GEGLU feed-forward."""
     c, n = place.width, latent.positions(place.downsample)
-    per_image = n // latent.batch
-    square, to_context = _linear(c, c, n, bias=False), latent.batch * tokens
-    self_attention = square * 3 + _linear(c, c, n) + Cost(0, 4 * n * per_image * c)
-    cross_attention = (
-        square
-        + _linear(context, c, to_context, bias=False) * 2
-        + _linear(c, c, n)
-        + Cost(0, 4 * n * tokens * c)
-    )
-    feed_forward = FeedForward("", place.downsample, c, 4 * c).cost([4 * c], "zero", latent)
-    block = self_attention + cross_attention + feed_forward + Cost(3 * 2 * c, 0)
+    block = Cost(3 * 2 * c, 0)
+    for context in (None, place.context_width):
+        attention = Attention("", place.downsample, c, heads=1, context=context)
+        block += attention.cost([c], "zero", latent)
+    block += FeedForward("", place.downsample, c, 4 * c).cost([4 * c], "zero", latent)
     return _conv(c, c, n, taps=1) * 2 + Cost(2 * c, 0) + block * place.depth

@@ -16,8 +16,9 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
-from .feedforward import LinearWeights
+from .blocks import ALIGNMENT
 from .gates import THRESHOLD, keep_by_rank
+from .linear import LinearWeights
 from .resblock import ConvWeights
 
 Magnitude = Literal["l1", "l2"]
@@ -76,11 +77,16 @@ def column_norms(weight: Tensor) -> Tensor:
 
 
 def scores_at(
-    importances: Mapping[str, Tensor], sparsity: float, ranking: Ranking, floor: float = 0.0
+    importances: Mapping[str, Tensor],
+    sparsity: float,
+    ranking: Ranking,
+    floor: float = 0.0,
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Site -> scores, float32 [C] in [0, 1], that keep (score > 0.5) all but ``sparsity``.
 
-    ``importances[site]`` are float32 [C], finite and not negative. ``per layer`` prunes the same
+    ``importances[site]`` are float32 [C], finite and not negative, and the same for all channels of
+    a group (see `groups_of`). ``per layer`` prunes the same
     share of every site. ``global`` ranks all sites together, each site's importances divided by
     their mean (as Diff-Pruning does, Fang et al. 2023, arXiv:2305.10924): how large a layer's
     weights are says little about what it contributes, since a normalisation or a residual sum
@@ -106,20 +112,24 @@ def scores_at(
     relative = {
         site: i.double() / i.double().mean().clamp(min=1e-300) for site, i in importances.items()
     }
-    groups = [relative] if ranking == "global" else [{site: i} for site, i in relative.items()]
+    together = [relative] if ranking == "global" else [{site: i} for site, i in relative.items()]
     scores: dict[str, Tensor] = {}
-    for group in groups:
-        scores |= scores_by_rank(group, keep_by_rank(group, sparsity, floor=floor))
+    for part in together:
+        kept = keep_by_rank(part, sparsity, ALIGNMENT, floor, groups)
+        scores |= scores_by_rank(part, kept, groups)
     return scores
 
 
 def scores_by_rank(
-    ranked: Mapping[str, Tensor], keep_sets: Mapping[str, Tensor]
+    ranked: Mapping[str, Tensor],
+    keep_sets: Mapping[str, Tensor],
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Scores whose order is the common rank and whose cut at 0.5 is ``keep_sets``.
 
     Alignment may keep a few channels below the common cut of a site, or prune a few above it: they
-    take the score nearest to their rank on the right side of 0.5.
+    take the score nearest to their rank on the right side of 0.5. The channels of a group (see
+    `groups_of`) have the same: that of the first.
     """
     values, keep = torch.cat(list(ranked.values())), torch.cat(list(keep_sets.values()))
     channels = values.numel()
@@ -131,7 +141,11 @@ def scores_by_rank(
     below = THRESHOLD * share / max(cut, 1.0 / channels)
     scores = torch.where(keep, above.clamp(min=_JUST_KEPT), below.clamp(max=THRESHOLD)).float()
     widths = [value.numel() for value in ranked.values()]
-    return dict(zip(ranked, torch.split(scores, widths), strict=True))
+    found = {}
+    for site, part in zip(ranked, torch.split(scores, widths), strict=True):
+        group = (groups or {}).get(site, 1)
+        found[site] = part[::group].repeat_interleave(group)
+    return found
 
 
 def expected_output(conv: ConvWeights, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -150,6 +164,16 @@ def expected_output(conv: ConvWeights, gamma: Tensor, beta: Tensor) -> Tensor:
     if conv.bias is not None:
         mean = mean + conv.bias.detach().cpu().double()
     return mean.float()
+
+
+def expected_heads(value: LinearWeights, beta: Tensor) -> Tensor:
+    """What the heads of a self-attention give on average, float32 [C] on the CPU.
+
+    ``value`` [C, C] reads a LayerNorm of bias ``beta`` [C]. Attention takes a mean of what that
+    gives over the positions, so if the normalised inputs have mean 0, μ = W β + b.
+    """
+    mean = value.weight.detach().cpu().double() @ beta.detach().cpu().double()
+    return (mean if value.bias is None else mean + value.bias.detach().cpu().double()).float()
 
 
 def expected_hidden(proj: LinearWeights, gamma: Tensor, beta: Tensor) -> Tensor:

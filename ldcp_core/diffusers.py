@@ -15,7 +15,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,16 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .blocks import Block, Padding, SoftGate
-from .feedforward import (
-    CompactFeedForward,
-    FeedForward,
-    FeedForwardGate,
-    LinearWeights,
-    masked_feed_forward,
-)
+from .attention import HEADS, Attention, AttentionWeights, CompactAttention, masked_attention
+from .blocks import Block, Padding, PrunedSite, SoftGate
+from .feedforward import HIDDEN, CompactFeedForward, FeedForward, masked_feed_forward
 from .gatefile import load_gates
 from .gates import Gates
+from .linear import LinearWeights
 from .pruning import Pruned, block_gates
 from .resblock import (
     BlockGate,
@@ -47,11 +42,13 @@ from .resblock import (
 from .schedule import ALWAYS, Schedule, StepRange, step_index
 from .sites import Topology, blocks_of, kind_of
 
-CompactBlock = CompactResBlock | CompactFeedForward
+CompactBlock = CompactResBlock | CompactFeedForward | CompactAttention
 #: the forward of a block of the U-Net, in its own signature
 BlockForward = Callable[..., Tensor]
 #: the last of the timesteps that Stable Diffusion was trained on
 LAST_TIMESTEP = 999
+#: diffusers' classes that compute attention and nothing else
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor")
 
 
 class UnsupportedModel(ValueError):
@@ -210,8 +207,7 @@ def _check_fit(unet: Any, gates: Gates) -> None:
             f"{type(unet).__name__} is no U-Net of Stable Diffusion 1.5, 2 or XL ({error}); give "
             "the UNet2DConditionModel of such a pipeline, pipe.unet"
         ) from error
-    # inpainting models have more channels at the input, which no gate concerns
-    if replace(found, in_channels=gates.topology.in_channels) != gates.topology:
+    if not found.fits(gates.topology):
         raise UnsupportedModel(
             f"the gates were made for {gates.topology}, and this U-Net is {found}; choose gates "
             "that were made on a model of its architecture"
@@ -225,6 +221,8 @@ def topology_of(unet: Any) -> Topology:
     """
     middle = unet.mid_block
     pooled = getattr(unet, "add_embedding", None)
+    levels = list(zip(unet.down_blocks, reversed(unet.up_blocks), strict=True))
+    deepest = [*levels[-1], *([] if middle is None else [middle])]
     return Topology(
         widths=tuple(block.resnets[0].conv1.weight.shape[0] for block in unet.down_blocks),
         down=tuple(map(_depths, unet.down_blocks)),
@@ -235,7 +233,22 @@ def topology_of(unet: Any) -> Topology:
         linear_projections=bool(unet.config.use_linear_projection),
         in_channels=unet.conv_in.weight.shape[1],
         out_channels=unet.conv_out.weight.shape[0],
+        heads=tuple(map(_heads, (*levels[:-1], deepest))),
     )
+
+
+def _heads(blocks: Iterable[Any]) -> int:
+    """The heads of a level's attention, 0 where it has none."""
+    found = {
+        module.heads
+        for block in blocks
+        for attentions in getattr(block, "attentions", ())
+        for transformer in attentions.transformer_blocks
+        for module in (transformer.attn1, transformer.attn2)
+    }
+    if len(found) > 1:
+        raise ValueError(f"a level has attention of {sorted(found)} heads, expected one number")
+    return found.pop() if found else 0
 
 
 def _depths(block: Any) -> tuple[int, ...]:
@@ -387,7 +400,7 @@ class DiffusersFeedForward:
         proj, out = self.layers()
         return LinearWeights(*weights_of(proj, dtype)), LinearWeights(*weights_of(out, dtype))
 
-    def compact(self, gate: FeedForwardGate, dtype: torch.dtype | None) -> CompactFeedForward:
+    def compact(self, gate: PrunedSite, dtype: torch.dtype | None) -> CompactFeedForward:
         return CompactFeedForward(gate, *self.weights(dtype))
 
     def running(self, compact: Callable[..., Tensor]) -> BlockForward:
@@ -400,20 +413,100 @@ class DiffusersFeedForward:
         self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
     ) -> AbstractContextManager[None]:
         (hidden,) = gates
-        assert hidden is not None
+        return watch_linear(self.block.net[2], hidden, HIDDEN.axis, see)
 
-        def read(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            fed = hidden(inputs[0], axis=-1)
-            _, out = self.weights()
-            see(fed, output - F.linear(fed, *hidden.reader(out.weight, out.bias)))
 
-        return hooked(self.block.net[2].register_forward_hook(read))
+class DiffusersAttention:
+    """The weights of a diffusers Attention in a transformer.
+
+    PyTorch's own attention runs in the place of the module's processor, which must be one that
+    computes the same.
+    """
+
+    def __init__(self, name: str, block: Any) -> None:
+        self.name, self.block = name, block
+        plain = (
+            type(block).__name__ == "Attention"
+            and all(isinstance(_base(layer), nn.Linear) for layer in self.layers())
+            and all(getattr(block, part) is None for part in ("norm_q", "norm_k", "group_norm"))
+            and not (block.residual_connection or block.fused_projections)
+            and block.rescale_output_factor == 1.0
+        )
+        if not plain:
+            raise UnsupportedModel(
+                f"{name} is a {type(block).__name__} that Stable Diffusion does not have"
+            )
+        self._check()
+
+    def layers(self) -> list[nn.Module]:
+        block = self.block
+        return [block.to_q, block.to_k, block.to_v, block.to_out[0]]
+
+    def weights(self, dtype: torch.dtype | None = None) -> AttentionWeights:
+        return AttentionWeights(
+            *(LinearWeights(*weights_of(layer, dtype)) for layer in self.layers())
+        )
+
+    def compact(self, gate: PrunedSite, dtype: torch.dtype | None) -> CompactAttention:
+        return CompactAttention(gate, self.weights(dtype), self.block.heads)
+
+    def running(self, compact: Callable[..., Tensor]) -> BlockForward:
+        def forward(
+            x: Tensor,
+            encoder_hidden_states: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            self._check(attention_mask)
+            context = x if encoder_hidden_states is None else encoder_hidden_states
+            return compact(x, context, context)
+
+        return forward
+
+    def masked(self, gates: Sequence[SoftGate | None], padding: Padding) -> BlockForward:
+        (gate,) = gates
+
+        def masked(x: Tensor, context: Tensor, value: Tensor) -> Tensor:
+            return masked_attention(x, context, value, self.weights(), self.block.heads, gate)
+
+        return self.running(masked)
+
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
+    ) -> AbstractContextManager[None]:
+        (heads,) = gates
+        return watch_linear(self.block.to_out[0], heads, HEADS.axis, see)
+
+    def _check(self, attention_mask: Tensor | None = None) -> None:
+        """Raises UnsupportedModel where something else than plain attention is computed."""
+        processor = type(self.block.processor).__name__
+        if attention_mask is None and processor in PLAIN_PROCESSORS:
+            return
+        found = f"runs {processor}" if attention_mask is None else "is given a mask"
+        raise UnsupportedModel(
+            f"{self.name} {found}, which pruned heads do not understand; leave it out, or prune "
+            f"without heads. Plain processors are {', '.join(PLAIN_PROCESSORS)}"
+        )
+
+
+def watch_linear(
+    layer: nn.Module, gate: SoftGate | None, axis: int, see: Callable[..., None]
+) -> AbstractContextManager[None]:
+    """`Adapter.watch_reader` of a linear layer, whose inputs the gate prunes."""
+    assert gate is not None
+
+    def read(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        fed = gate(inputs[0], axis=axis)
+        see(fed, output - F.linear(fed, *gate.reader(*weights_of(layer))))
+
+    return hooked(layer.register_forward_hook(read))
 
 
 #: kind of block -> its adapter
 ADAPTERS: Mapping[type[Block], Callable[[str, Any], Adapter]] = {
     ResBlock: DiffusersResBlock,
     FeedForward: DiffusersFeedForward,
+    Attention: DiffusersAttention,
 }
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import Block, Cost, Latent, Padding, PrunedSite, SiteKind, SoftGate
-from .correction import Correction
+from .linear import LinearWeights
 
 HIDDEN = SiteKind("hidden", "net.0", "net.0.proj", "net.2", axis=-1, type_name="GEGLU", rows=2)
 
@@ -50,31 +50,9 @@ class FeedForward(Block):
         )
 
     @staticmethod
-    def gate(found: Sequence[PrunedSite | None], padding: Padding) -> FeedForwardGate:
+    def gate(found: Sequence[PrunedSite | None], padding: Padding) -> PrunedSite | None:
         (hidden,) = found
-        if hidden is None:
-            return FeedForwardGate()
-        return FeedForwardGate(hidden.keep, hidden.constant, hidden.correction)
-
-
-@dataclass(frozen=True)
-class LinearWeights:
-    """Weight [O, I] and bias [O] of a linear layer as it would run now, patches included."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class FeedForwardGate:
-    """What is kept of one feed-forward: bool keep-set [H] (None: not gated) and constants [H].
-
-    ``correction`` is that of the layer that reads the hidden channels.
-    """
-
-    hidden: Tensor | None = None
-    hidden_constant: Tensor | None = None
-    correction: Correction | None = None
+        return hidden
 
 
 def geglu(x: Tensor, proj: LinearWeights) -> Tensor:
@@ -101,37 +79,18 @@ class CompactFeedForward:
     prune something.
     """
 
-    def __init__(self, gate: FeedForwardGate, proj: LinearWeights, out: LinearWeights) -> None:
-        assert gate.hidden is not None
-        device, dtype = out.weight.device, out.weight.dtype
-        keep = gate.hidden.cpu()
-        kept, pruned = keep.nonzero()[:, 0].to(device), (~keep).nonzero()[:, 0].to(device)
-        rows = torch.cat([kept, kept + keep.numel()])
-        self.proj = LinearWeights(
-            proj.weight.index_select(0, rows),
-            None if proj.bias is None else proj.bias.index_select(0, rows),
-        )
-        bias = out.bias
-        if gate.hidden_constant is not None:
-            mu = gate.hidden_constant.to(device, torch.float32).index_select(0, pruned)
-            constant = out.weight.index_select(1, pruned).float() @ mu
-            bias = (constant if bias is None else bias.float() + constant).to(dtype)
-        elif bias is not None:
-            bias = bias.clone()
-        weight = out.weight.index_select(1, kept).contiguous()
-        if gate.correction is not None:
-            weight, bias = gate.correction.added_(weight, bias)
-        self.out = LinearWeights(weight, bias)
+    def __init__(self, gate: PrunedSite, proj: LinearWeights, out: LinearWeights) -> None:
+        keep = gate.keep.cpu()
+        kept = keep.nonzero()[:, 0].to(proj.weight.device)
+        self.proj = proj.rows(torch.cat([kept, kept + keep.numel()]))
+        self.out = out.reading(gate)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that has to stay on the compute device."""
-        found = [self.proj.weight, self.proj.bias, self.out.weight, self.out.bias]
-        return [t for t in found if t is not None]
+        return [*self.proj.tensors(), *self.out.tensors()]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., C] to [..., C], equal to `masked_feed_forward` of the same gate."""
-        weight, bias = self.out.weight, self.out.bias
-        if weight.shape[1] == 0:
-            alone = x.new_zeros(weight.shape[0]) if bias is None else bias
-            return alone.expand(*x.shape[:-1], -1)
-        return F.linear(geglu(x, self.proj), weight, bias)
+        if self.out.weight.shape[1] == 0:
+            return self.out.constant(x)
+        return F.linear(geglu(x, self.proj), self.out.weight, self.out.bias)

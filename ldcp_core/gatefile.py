@@ -2,9 +2,10 @@
 
 Tensors: for each site those of `PARTS`. Metadata: ``format``, ``version``, ``gates`` (a JSON object
 with the U-Net's topology, the padding rule, the floor and free-form provenance) and ``checksum``
-over that JSON and the tensors. Files of version 1 describe SD1.5's topologies alone, and have the
-floor in the provenance. A reader accepts a file whole or not at all; every refusal names the file,
-what was found, what was expected and what to do.
+over that JSON and the tensors. Files of version 2 do not say how many heads attention has; those of
+version 1 describe SD1.5's topologies alone, and have the floor in the provenance. A reader accepts
+a file whole or not at all; every refusal names the file, what was found, what was expected and what
+to do.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .sites import Topology
 from .text import PATH, QUOTED, one_line
 
 FORMAT = "ldcp.gates"
-VERSION, VERSIONS = 2, ("1", "2")
+VERSION, VERSIONS = 3, ("1", "2", "3")
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ SCORE = "score"
 #: safetensors' name of a dtype -> numpy's, and the dtype
 DTYPES = {"F32": ("<f4", torch.float32), "F16": ("<f2", torch.float16)}
 #: twice the file of an SDXL U-Net with every channel gated and corrections of rank 16
-MAX_BYTES = 48 * 2**20
+MAX_BYTES = 72 * 2**20
 #: of the description: its length as JSON, and how deep its lists and objects may be nested
 MAX_DESCRIPTION, MAX_DEPTH = 2**20, 64
-#: three times as many as an SDXL U-Net has sites and parts
-MAX_TENSORS = 1000
+#: twice as many as an SDXL U-Net has sites and parts
+MAX_TENSORS = 3000
 #: the description is JSON inside JSON, which at most doubles it; a tensor's entry is far shorter
 MAX_HEADER = 2 * MAX_DESCRIPTION + 256 * MAX_TENSORS
 #: weights sampled per layer for the fingerprint
@@ -249,7 +250,7 @@ def _description(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         raise _refused(
             path,
             f"gate file version {one_line(repr(version))}, this LDCP reads versions "
-            f"{' and '.join(VERSIONS)}; update the node pack or train the gates again",
+            f"{', '.join(VERSIONS)}; update the node pack or train the gates again",
         )
     text = metadata.get("gates", "")
     if len(text.encode()) > MAX_DESCRIPTION:
@@ -280,10 +281,9 @@ def _validated(
     entries: Mapping[str, dict[str, Any]], description: dict[str, Any], version: str, path: Path
 ) -> tuple[Gates, dict[str, Tensor]]:
     """The gates, and their tensors by their names in the file."""
-    version_1 = version == "1"
+    read = {"1": Topology.from_version_1, "2": Topology.from_version_2, "3": Topology.from_json}
     try:
-        read = Topology.from_version_1 if version_1 else Topology.from_json
-        topology = read(description.get("topology"))
+        topology = read[version](description.get("topology"))
     except ValueError as error:
         raise _damaged(path, one_line(error, 2 * QUOTED)) from error
     padding, info = description.get("padding"), description.get("info")
@@ -294,7 +294,7 @@ def _validated(
     if not isinstance(info, dict):
         raise _damaged(path, "the 'info' object is missing")
 
-    if version_1:
+    if version == "1":
         floor = info.get("floor")
         floor = floor if _is_floor(floor) else 0.0
     if not _is_floor(floor):
@@ -324,6 +324,8 @@ def _validated(
         sizes = _sizes(sites[site], {part: found[part].get(site) for part in PARTS})
         tensors[name] = _checked(entries[name], name, PARTS[ending], sizes, path)
         found[ending][site] = tensors[name]
+        if ending == SCORE and not _is_shared(tensors[name], sites[site].group):
+            raise _damaged(path, f"tensor {name!r} has several scores for one attention head")
     corrects = [found[ending] for ending, part in PARTS.items() if part.corrects]
     if any(part.keys() != corrects[0].keys() for part in corrects):
         raise _damaged(path, "it holds a part of a correction without the others")
@@ -346,6 +348,12 @@ def _validated(
         **fields,
     )
     return gates, tensors
+
+
+def _is_shared(score: Tensor, group: int) -> bool:
+    """Whether the channels of each group have one score."""
+    groups = score.view(-1, group)
+    return bool((groups == groups[:, :1]).all())
 
 
 def _parts_of(site: Site) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import ALIGNMENT, Padding, PrunedSite
+from .blocks import ALIGNMENT, Padding, PrunedSite, groups_of
 from .correction import Correction
 from .sites import SD15, Topology
 
@@ -28,16 +28,19 @@ class ChannelGate(nn.Module):
 
     ``logits`` is an `nn.Parameter` of shape [C]; the score is its sigmoid. The forward value is
     the hard 0/1 mask, the gradient that of the score (Bengio et al. 2013, arXiv:1308.3432, §3.1).
+    Where channels go by ``group`` (the head that they belong to), a logit is a whole group's, and
+    there are [C / group].
     """
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, logits: Tensor, group: int = 1) -> None:
         super().__init__()
         self.logits = nn.Parameter(logits.detach().clone().float())
+        self.group = group
 
     @property
     def score(self) -> Tensor:
         """Importance in [0, 1], shape [C]."""
-        return torch.sigmoid(self.logits)
+        return self.spread(torch.sigmoid(self.logits))
 
     @property
     def keep(self) -> Tensor:
@@ -47,15 +50,18 @@ class ChannelGate(nn.Module):
     def forward(self, noise: Tensor | None = None) -> Tensor:
         """The mask [C] of exact zeros and ones.
 
-        ``noise`` [C] is added to the logits before the threshold (not to the score): with
-        logistic noise a channel near the threshold is tried both ways, so that a kept channel
-        also feels what its removal would cost.
+        ``noise``, of the shape of the logits, is added to them before the threshold (not to the
+        score): with logistic noise a channel near the threshold is tried both ways, so that a kept
+        channel also feels what its removal would cost.
         """
         score = self.score
-        hard = (
-            score > THRESHOLD if noise is None else torch.sigmoid(self.logits + noise) > THRESHOLD
-        )
+        tried = score if noise is None else self.spread(torch.sigmoid(self.logits + noise))
+        hard = tried > THRESHOLD
         return hard.to(score.dtype).detach() + (score - score.detach())
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the logits as values [C] of the channels."""
+        return values if self.group == 1 else values.repeat_interleave(self.group)
 
 
 @dataclass(frozen=True)
@@ -117,23 +123,33 @@ class Gates:
 
         See `keep_by_rank`; the gates' own floor holds. Raises ValueError outside [0, 1].
         """
-        return keep_by_rank(self.scores, sparsity, multiple, self.floor)
+        groups = groups_of(self.topology.all_sites())
+        return keep_by_rank(self.scores, sparsity, multiple, self.floor, groups)
 
 
 def keep_by_rank(
-    scores: Mapping[str, Tensor], sparsity: float, multiple: int = ALIGNMENT, floor: float = 0.0
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    multiple: int = ALIGNMENT,
+    floor: float = 0.0,
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Site -> bool [C], false for the lowest-ranked ``sparsity`` of all channels of ``scores``.
 
     All sites are ranked together, ties broken by site and then by index (the earlier channel
     stays). Of every site at least the share ``floor`` stays (see `least_kept`). Per-site counts are
-    then aligned to ``multiple`` (see `aligned_counts`). 0 keeps and 1 prunes everything, whatever
-    the floor. Raises ValueError outside [0, 1].
+    then aligned to ``multiple`` (see `aligned_counts`), or where ``groups`` names the site (see
+    `groups_of`) to that many channels, which have one score. 0 keeps and 1 prunes everything,
+    whatever the floor. Raises ValueError outside [0, 1].
     """
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity {sparsity:g} is outside 0.0 to 1.0")
     widths = [score.numel() for score in scores.values()]
-    least = [0 if sparsity == 1.0 else least_kept(width, floor, multiple) for width in widths]
+    multiples = [(groups or {}).get(site, multiple) for site in scores]
+    least = [
+        0 if sparsity == 1.0 else least_kept(width, floor, of)
+        for width, of in zip(widths, multiples, strict=True)
+    ]
     ranked = torch.cat(list(scores.values()))
     total = max(round((1.0 - sparsity) * ranked.numel()), sum(least))
     safe = torch.cat([top_channels(s, n) for s, n in zip(scores.values(), least, strict=True)])
@@ -146,7 +162,7 @@ def keep_by_rank(
     cost = moving_cost(list(scores.values()), cut) if math.isfinite(cut) else None
     # the last few channels are not worth a costly step of a site whose width is no multiple
     counts = aligned_counts(
-        wanted, widths, total, multiple, least=least, cost=cost, slack=multiple / 2
+        wanted, widths, total, multiples, least=least, cost=cost, slack=multiple / 2
     )
     return {
         site: top_channels(score, k)
@@ -174,14 +190,14 @@ def aligned_counts(
     wanted: Sequence[int],
     widths: Sequence[int],
     total: float,
-    multiple: int = ALIGNMENT,
+    multiples: Sequence[int],
     *,
     least: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     cost: Callable[[int, int], float] | None = None,
     slack: float = 0.0,
 ) -> list[int]:
-    """Round per-site counts to multiples of ``multiple`` while holding their sum near ``total``.
+    """Round per-site counts to their ``multiples`` while holding their sum near ``total``.
 
     A site may also keep all of its channels, or as few as ``least`` says (default: none; a
     multiple). ``weights`` says what a channel of each site counts (default: 1, then ``total`` is
@@ -190,33 +206,29 @@ def aligned_counts(
     until the sum is within ``slack`` of ``total``, or as near as it gets: no single step brings it
     closer.
 
-    >>> aligned_counts([451, 445, 450, 446], [640] * 4, 1792)
+    >>> aligned_counts([451, 445, 450, 446], [640] * 4, 1792, [8] * 4)
     [448, 448, 448, 448]
     """
     floors = [0] * len(widths) if least is None else least
     shares: Sequence[float] = [1] * len(widths) if weights is None else weights
     bad = cost or (lambda site, count: abs(count - wanted[site]))
 
-    def up(count: int, width: int) -> int:
-        return min(count - count % multiple + multiple, width)
+    def up(site: int, count: int) -> int:
+        return min(count - count % multiples[site] + multiples[site], widths[site])
 
-    def down(count: int, floor: int) -> int:
-        return max((count - 1) // multiple * multiple, min(floor, count))
+    def down(site: int, count: int) -> int:
+        return max((count - 1) // multiples[site] * multiples[site], min(floors[site], count))
 
     def nearest(site: int, count: int) -> int:
         count = max(count, floors[site])
-        if count % multiple == 0 or count == widths[site]:
+        if count % multiples[site] == 0 or count == widths[site]:
             return count
-        around = (down(count, floors[site]), up(count, widths[site]))
-        return min(around, key=lambda c: bad(site, c))
+        return min((down(site, count), up(site, count)), key=lambda c: bad(site, c))
 
     counts = [nearest(site, count) for site, count in enumerate(wanted)]
     while True:
         gap = total - sum(c * share for c, share in zip(counts, shares, strict=True))
-        moves = [
-            (up(c, width) if gap > 0 else down(c, floor)) - c
-            for c, width, floor in zip(counts, widths, floors, strict=True)
-        ]
+        moves = [(up if gap > 0 else down)(site, c) - c for site, c in enumerate(counts)]
         useful = [
             i for i, move in enumerate(moves) if move and abs(gap - move * shares[i]) < abs(gap)
         ]

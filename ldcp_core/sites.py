@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from .attention import Attention
 from .blocks import Block, Site
 from .feedforward import FeedForward
 from .resblock import ResBlock
 from .text import one_line, quoted
 
 #: every kind of block there is
-BLOCK_KINDS: tuple[type[Block], ...] = (ResBlock, FeedForward)
+BLOCK_KINDS: tuple[type[Block], ...] = (ResBlock, FeedForward, Attention)
 
 #: part of the U-Net -> prefixes of the names of its blocks
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -29,7 +30,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "down": ("down_blocks.",),
     "all": ("down_blocks.", "mid_block.", "up_blocks."),
 }
-FEED_FORWARD = "ff"
+#: words of a scope -> the kind of block they add to its parts
+KINDS: Mapping[str, type[Block]] = {"ff": FeedForward, "heads": Attention}
 #: the scopes worth a name in a menu; `Topology.sites` takes more
 SCOPES: tuple[str, ...] = (
     "mid",
@@ -42,14 +44,16 @@ SCOPES: tuple[str, ...] = (
     "down+ff",
     "mid+up+ff",
     "all+ff",
+    "all+ff+heads",
     "ff",
+    "heads",
 )
 DEFAULT_SCOPE = "mid"
 LONGEST_SCOPE = 10_000  # characters: several times the names of all sites
 _SEPARATORS = re.compile(r"[\s+,;\"'`\u2018\u2019\u201c\u201d]+")  # quotes come with a copied text
 _KINDS_OF_SCOPE = (
-    f"a scope is {', '.join(PARTS)}, several of them joined by '+', '+ff' with them, or site names "
-    "such as 'mid_block.resnets.0.conv1' separated by commas"
+    f"a scope is {', '.join(PARTS)}, several of them joined by '+', '+ff' and '+heads' with them, "
+    "or site names such as 'mid_block.resnets.0.conv1' separated by commas"
 )
 
 
@@ -58,7 +62,8 @@ class Place:
     """A ResBlock of a U-Net, and how many transformer blocks come behind it.
 
     ``stage`` and ``number`` are those of diffusers' names. The map of ``downsample`` has
-    ``in_channels`` before and ``width`` channels behind the ResBlock.
+    ``in_channels`` before and ``width`` channels behind the ResBlock. Attention has ``heads``
+    heads, 0 where that is not known, and reads a text of ``context_width`` channels.
     """
 
     stage: str
@@ -67,26 +72,33 @@ class Place:
     in_channels: int
     width: int
     depth: int
+    heads: int
+    context_width: int
 
     def blocks(self) -> Iterator[Block]:
-        """The ResBlock and the feed-forwards, in the order in which they run."""
+        """The ResBlock, then attention and feed-forward in turn, in the order in which they run."""
         name = f"{self.stage}.resnets.{self.number}"
         yield ResBlock(name, self.downsample, self.in_channels, self.width)
         for depth in range(self.depth):
-            name = f"{self.stage}.attentions.{self.number}.transformer_blocks.{depth}.ff"
-            yield FeedForward(name, self.downsample, self.width, 4 * self.width)
+            name = f"{self.stage}.attentions.{self.number}.transformer_blocks.{depth}"
+            if self.heads:
+                sizes = self.downsample, self.width, self.heads
+                yield Attention(f"{name}.attn1", *sizes, context=None)
+                yield Attention(f"{name}.attn2", *sizes, context=self.context_width)
+            yield FeedForward(f"{name}.ff", self.downsample, self.width, 4 * self.width)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The shape of a Stable Diffusion U-Net; the defaults are SD1.5 itself.
+    """The shape of a Stable Diffusion U-Net; the defaults are SD1.5's.
 
     ``widths`` are the channels of the three or four levels. ``down``, ``mid`` and ``up`` say how
     many transformer blocks come behind each ResBlock, level by level in the order in which they
     run; ``mid`` is empty where there is no mid block. ``context_width`` is that of the text
     embeddings, ``pooled_width`` that of what joins the time embedding (SDXL: pooled text and
     sizes), 0 for nothing. ``linear_projections``: the transformers' projections are linear layers
-    (SD2 and later) instead of convolutions.
+    (SD2 and later) instead of convolutions. ``heads`` are those of a level's attention, 0 where it
+    has none; empty where nothing is known of them.
     """
 
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -98,9 +110,11 @@ class Topology:
     linear_projections: bool = False
     in_channels: int = 4
     out_channels: int = 4
+    heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not all(isinstance(level, tuple) for level in (self.widths, *self.down, self.mid)):
+        lists = (self.widths, *self.down, self.mid, self.heads)
+        if not all(isinstance(level, tuple) for level in lists):
             raise ValueError(f"widths and depths must be lists, found {one_line(vars(self))}")
         levels = len(self.widths)
         if levels not in (3, 4) or len(self.down) != levels or len(self.up) != levels:
@@ -127,6 +141,27 @@ class Topology:
         depths = [depth for level in (*self.down, self.mid, *self.up) for depth in level]
         if not all(type(depth) is int and 0 <= depth <= 24 for depth in depths):
             raise ValueError(f"depths must be integers from 0 to 24, found {one_line(depths)}")
+        if self.heads:
+            self._check_heads()
+
+    def _check_heads(self) -> None:
+        if len(self.heads) != len(self.widths):
+            raise ValueError(
+                f"heads must be none, or one number for each of {len(self.widths)} levels, found "
+                f"{one_line(self.heads)}"
+            )
+        for heads, width, attends in zip(self.heads, self.widths, self.attends, strict=True):
+            if (
+                type(heads) is not int
+                or heads < 0
+                or bool(heads) != attends
+                or width % (heads or 1)
+            ):
+                expected = "a divisor of the width" if attends else "0 where nothing attends"
+                raise ValueError(
+                    f"a level {width} channels wide can't have {one_line(heads)} heads, expected "
+                    f"{expected}"
+                )
 
     def __str__(self) -> str:
         depths = " | ".join(" ".join(map(str, d)) for d in (*self.down, self.mid, *self.up))
@@ -139,6 +174,23 @@ class Topology:
     def layers_per_block(self) -> int:
         """ResBlocks of a level on the way down; on the way up it has one more."""
         return len(self.down[0])
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Whether there is attention at a level, level by level."""
+        levels = zip(self.down, reversed(self.up), strict=True)
+        found = [any(down) or any(up) for down, up in levels]
+        return (*found[:-1], found[-1] or any(self.mid))
+
+    def fits(self, other: Topology) -> bool:
+        """Whether gates made for one are gates for the other.
+
+        Inpainting models have more channels at the input, which no gate concerns. Nor do heads,
+        where one of the two does not know them.
+        """
+        heads = other.heads if other.heads and self.heads else ()
+        known = replace(self, heads=self.heads if heads else ())
+        return known == replace(other, in_channels=self.in_channels, heads=heads)
 
     @property
     def family(self) -> str:
@@ -167,6 +219,16 @@ class Topology:
                 f"{one_line(value['family'], 60)}"
             )
         return found
+
+    @classmethod
+    def from_version_2(cls, value: Any) -> Topology:
+        """The topology that a gate file of version 2 describes, which does not say the heads.
+
+        Raises ValueError on anything that is not one.
+        """
+        if not isinstance(value, dict) or "heads" in value:
+            raise ValueError(f"not the description of a U-Net: {one_line(repr(value))}")
+        return cls.from_json({**value, "heads": []})
 
     @classmethod
     def from_version_1(cls, value: Any) -> Topology:
@@ -205,7 +267,9 @@ class Topology:
         found: list[Place] = []
 
         def place(stage: str, number: int, level: int, inputs: int, depth: int) -> None:
-            found.append(Place(stage, number, 2**level, inputs, w[level], depth))
+            heads = self.heads[level] if self.heads else 0
+            sizes = 2**level, inputs, w[level]
+            found.append(Place(stage, number, *sizes, depth, heads, self.context_width))
 
         for level, depths in enumerate(self.down):
             for number, depth in enumerate(depths):
@@ -224,7 +288,10 @@ class Topology:
         return found
 
     def blocks(self) -> list[Block]:
-        """All ResBlocks and feed-forwards in the order in which they run (22 and 16 for SD1.5)."""
+        """All blocks in the order in which they run.
+
+        SD1.5 has 22 ResBlocks, 32 attentions and 16 feed-forwards.
+        """
         return [block for place in self.places() for block in place.blocks()]
 
     def res_blocks(self) -> list[ResBlock]:
@@ -235,22 +302,22 @@ class Topology:
         """The sites of a scope in the order in which they run.
 
         A scope is ``mid``, ``up``, ``down`` or ``all`` (the ResBlocks of that part of the U-Net),
-        several of them, and ``ff`` with them for the feed-forwards of the same parts; ``ff`` alone
-        is all feed-forwards. It may hold names of sites as well, in which ``*`` stands for
-        anything. They are joined by ``+``, commas or spaces, in any case, quoted or not. Raises
-        ValueError for anything else, and for a name that no site has.
+        several of them, and with them ``ff`` and ``heads`` for the feed-forwards and the attention
+        of the same parts; these alone are those of all parts. It may hold names of sites as well,
+        in which ``*`` stands for anything. They are joined by ``+``, commas or spaces, in any case,
+        quoted or not. Raises ValueError for anything else, and for a name that no site has.
 
         >>> [len(SD15.sites(scope)) for scope in ("mid+up", "Mid, up", '"mid"', "ff, mid_block.*")]
-        [28, 28, 4, 20]
+        [28, 28, 4, 22]
         """
         if len(scope) > LONGEST_SCOPE:
             raise ValueError(f"a scope of {len(scope):,} characters is none; {_KINDS_OF_SCOPE}")
         items = [item for item in _SEPARATORS.split(scope.lower()) if item] or [scope]
-        words = {item for item in items if item in PARTS or item == FEED_FORWARD}
-        parts = [PARTS[word] for word in words if word != FEED_FORWARD] or [PARTS["all"]]
+        words = {item for item in items if item in PARTS or item in KINDS}
+        parts = [PARTS[word] for word in words if word in PARTS] or [PARTS["all"]]
         prefixes = tuple(prefix for part in parts for prefix in part)
-        kinds: set[type[Block]] = {FeedForward} if FEED_FORWARD in words else set()
-        kinds |= {ResBlock} if words - {FEED_FORWARD} else set()
+        kinds: set[type[Block]] = {KINDS[word] for word in words if word in KINDS}
+        kinds |= {ResBlock} if words - set(KINDS) else set()
         wanted: set[str] = set()
         for pattern in items:
             found = {s.name for s in self.all_sites() if fnmatchcase(s.name, pattern)}
@@ -268,7 +335,7 @@ class Topology:
         return [site for block in self.blocks() for site in block.sites]
 
 
-SD15 = Topology()
+SD15 = Topology(heads=(8, 8, 8, 8))
 
 
 def _tuples(value: Any, levels: int = 2) -> Any:
@@ -325,8 +392,8 @@ def short_name(site: str) -> str:
 
     >>> short_name("mid_block.attentions.0.transformer_blocks.0.ff.net.0")
     'mid_block.attentions.0.ff'
-    >>> short_name("mid_block.attentions.0.transformer_blocks.7.ff.net.0")
-    'mid_block.attentions.0.7.ff'
+    >>> short_name("mid_block.attentions.0.transformer_blocks.7.attn1.to_v")
+    'mid_block.attentions.0.7.attn1'
     """
-    short = re.sub(r"\.transformer_blocks(\.\d+\.ff)\.net\.0$", r"\1", site)
-    return short.replace(".0.ff", ".ff")
+    short = re.sub(r"\.transformer_blocks(\.\d+\.\w+)\.(net\.0|to_v)$", r"\1", site)
+    return re.sub(r"(attentions\.\d+)\.0\.(?=ff|attn)", r"\1.", short)

@@ -28,7 +28,7 @@ CHANNELS = ["as learned", "a share"]
 #: as a sparsity: what prompts and workflows say that were made before ``channels`` was there
 AS_LEARNED = -1.0
 #: has every site that a U-Net of any family has: what is checked before the model is known
-LARGEST = Topology(down=((10, 10),) * 4, mid=(10, 0), up=((10, 10, 10),) * 4)
+LARGEST = Topology(down=((10, 10),) * 4, mid=(10, 0), up=((10, 10, 10),) * 4, heads=(8, 8, 8, 8))
 SHOWN_NOTES = 3  # on the node
 #: seconds between two looks at a run that is going on
 EVERY = 0.5

@@ -16,6 +16,7 @@ from ..ldcp_core import (
     Gates,
     Padding,
     Ranking,
+    groups_of,
     magnitude,
     scores_at,
     sites_of,
@@ -48,8 +49,10 @@ class Choice:
 
     def gates(self, model: Any, importances: Mapping[str, Tensor]) -> Gates:
         """Gates of the ModelPatcher ``model`` by these importances [C] of its sites."""
-        scores = scores_at(importances, self.sparsity, self.ranking, DEFAULT_FLOOR)
         topology = model_topology(model.model)
+        sites = [site for site in topology.all_sites() if site.name in importances]
+        shared = {site.name: site.shared(importances[site.name]) for site in sites}
+        scores = scores_at(shared, self.sparsity, self.ranking, DEFAULT_FLOOR, groups_of(sites))
         made = Gates(scores, {}, self.padding, topology, floor=DEFAULT_FLOOR)
         info = {
             "criterion": self.criterion,

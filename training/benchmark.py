@@ -167,7 +167,7 @@ def chosen_prunings(
         prunings = [random_pruning(sites, share, config.seed) for share in config.sparsity]
         return prunings, config.padding or PADDINGS
     gates = load_gates(config.gates)
-    if gates.topology != topology_of(unet):
+    if not topology_of(unet).fits(gates.topology):
         raise UserError(
             f"{config.gates} was made for {gates.topology}.",
             f"gates for {topology_of(unet)}",

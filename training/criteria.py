@@ -98,7 +98,12 @@ def magnitudes(unet: nn.Module, sites: Sequence[Site], norm: Magnitude) -> Impor
 def random(sites: Sequence[Site], seed: int) -> Importances:
     """Uniform in [0, 1): what any criterion must beat."""
     generator = torch.Generator().manual_seed(seed)
-    return {site.name: torch.rand(site.channels, generator=generator) for site in sites}
+    return {
+        site.name: torch.rand(site.channels // site.group, generator=generator).repeat_interleave(
+            site.group
+        )
+        for site in sites
+    }
 
 
 def sensitivity(unet: nn.Module, sites: Sequence[Site]) -> Importances:
@@ -135,13 +140,22 @@ def gate_gradients(
     padding: Padding,
     loss: Callable[[Tensor], Tensor],
 ) -> Importances:
-    """∂ loss(output) / ∂ m of a unit gate per channel at m = 1: site -> float32 [C] on the CPU."""
+    """∂ loss(output) / ∂ m of a unit gate per channel at m = 1: site -> float32 [C] on the CPU.
+
+    Channels that go together have one gate, and each of them its gradient.
+    """
     device = problem.noisy.device
-    masks = {site.name: torch.ones(site.channels, device=device).requires_grad_() for site in sites}
-    gates = {name: SoftGate(mask, constants[name]) for name, mask in masks.items()}
+    masks = [torch.ones(s.channels // s.group, device=device).requires_grad_() for s in sites]
+    gates = {
+        site.name: SoftGate(mask.repeat_interleave(site.group), constants[site.name])
+        for site, mask in zip(sites, masks, strict=True)
+    }
     value = loss(denoising.gated(problem, gates, padding))
-    gradients = torch.autograd.grad(value, list(masks.values()))
-    return {name: g.float().cpu() for name, g in zip(masks, gradients, strict=True)}
+    gradients = torch.autograd.grad(value, masks)
+    return {
+        site.name: gradient.float().repeat_interleave(site.group).cpu()
+        for site, gradient in zip(sites, gradients, strict=True)
+    }
 
 
 def noise_loss(problem: Problem) -> Callable[[Tensor], Tensor]:
@@ -228,6 +242,7 @@ def own_effect(
 ) -> Importances:
     """E‖∂ε_θ/∂m‖²: what replacing a channel alone does to the output, to first order.
 
+    Of channels that go together each has its part of what replacing all of them does.
     The diagonal of the Gauss-Newton matrix of the reconstruction loss, a sum over the outputs of a
     batch, estimated with one random projection v of the output per batch (Hutchinson 1990):
     E_v (∂(v·ε_θ)/∂m)² = ‖∂ε_θ/∂m‖². For v each image's own noise serves, turned upside down so
@@ -246,7 +261,7 @@ def own_effect(
             found = gate_gradients(denoising, problem, sites, constants, padding, projection)
         sum_(list(found.values()))
         total = {name: total[name] + found[name].square() for name in total}
-    return {name: values / len(problems) for name, values in total.items()}
+    return {site.name: total[site.name] / (len(problems) * site.group) for site in sites}
 
 
 def diversity(

@@ -281,7 +281,8 @@ def _identity(
 
 def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
     """The target must leave every site its floor (and rule ``zero`` its pruned columns)."""
-    most = budget.most({site.name: least_kept(site.channels, config.floor) for site in sites})
+    least = {s.name: least_kept(s.channels, config.floor, s.multiple) for s in sites}
+    most = budget.most(least)
     if config.target_sparsity is not None and config.target_sparsity > most:
         raise UserError(
             f"--target-sparsity is {config.target_sparsity:g}, but with --floor {config.floor:g} "

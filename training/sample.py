@@ -165,7 +165,7 @@ class Runnable(Protocol):
 
 def check_fits(model: DiffusionModel, gates: Gates | None) -> None:
     """Raises UserError when there are gates, and not for this model's architecture."""
-    if gates is not None and gates.topology != topology_of(model.unet):
+    if gates is not None and not topology_of(model.unet).fits(gates.topology):
         raise UserError(
             f"The gates were made for {gates.topology}.",
             f"gates for {topology_of(model.unet)}",

@@ -36,6 +36,7 @@ from ldcp_core import (
     aligned_counts,
     fingerprint,
     gates_report,
+    groups_of,
     least_kept,
     save_gates,
     scores_at,
@@ -153,7 +154,7 @@ def checked_output(config: ScoreConfig) -> Path:
 def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gates:
     found = found or measure(config)
     budget = Budget(config.budget, found.sites, config.padding, found.latent)
-    scores = pruned_scores(config, found.importances, budget)
+    scores = pruned_scores(config, found.importances, found.sites, budget)
     gates = Gates(scores, found.constants, config.padding, found.topology, floor=config.floor)
     info = {
         **provenance(config.criterion, asdict(config), gates, budget),
@@ -191,7 +192,8 @@ def measure(config: ScoreConfig) -> Measurement:
     constants = means.constants()
     start = time.perf_counter()
     subject = Subject(ladders, sites, constants, config.padding, config.seed, config.options)
-    importances = CRITERIA[config.criterion].measure(subject)
+    measured = CRITERIA[config.criterion].measure(subject)
+    importances = {site.name: site.shared(measured[site.name]) for site in sites}
     weights = {site.name: model.unet.get_parameter(site.weight) for site in sites}
     facts = subject.facts | {
         "seconds": round(time.perf_counter() - start, 2),
@@ -220,34 +222,41 @@ def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list
 
 
 def pruned_scores(
-    config: ScoreConfig, importances: Mapping[str, Tensor], budget: Budget
+    config: ScoreConfig, importances: Mapping[str, Tensor], sites: Sequence[Site], budget: Budget
 ) -> dict[str, Tensor]:
     """Scores whose cut at 0.5 meets the target in the budget, or the criterion's own threshold."""
+    groups = groups_of(sites)
+
+    def ranked(sparsity: float) -> dict[str, Tensor]:
+        return scores_at(importances, sparsity, config.ranking, config.floor, groups)
+
     if config.threshold is not None:
-        return scores_by_rank(importances, thresholded(config, importances))
+        return scores_by_rank(importances, thresholded(config, importances, sites), groups)
     if config.budget == "channels":
-        return scores_at(importances, config.target_sparsity, config.ranking, config.floor)
+        return ranked(config.target_sparsity)
     # the share of channels whose removal comes nearest to the budget
     low, high = 0.0, 0.999
     for _ in range(20):
         middle = (low + high) / 2
-        found = scores_at(importances, middle, config.ranking, config.floor)
+        found = ranked(middle)
         pruned = budget.pruned({site: values > 0.5 for site, values in found.items()})
         low, high = (middle, high) if pruned < config.target_sparsity else (low, middle)
-    return scores_at(importances, high, config.ranking, config.floor)
+    return ranked(high)
 
 
-def thresholded(config: ScoreConfig, importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def thresholded(
+    config: ScoreConfig, importances: Mapping[str, Tensor], sites: Sequence[Site]
+) -> dict[str, Tensor]:
     """Keep-sets of the channels that reach the criterion's threshold, with aligned counts."""
     assert config.threshold is not None
     cut = THRESHOLDS[config.criterion].cut
     keep = {site: values >= cut(values, config.threshold) for site, values in importances.items()}
-    widths = [values.numel() for values in importances.values()]
-    wanted = [int(kept.sum()) for kept in keep.values()]
-    least = [least_kept(width, config.floor) for width in widths]
-    counts = aligned_counts(wanted, widths, sum(wanted), least=least)
-    pairs = zip(importances.items(), counts, strict=True)
-    return {site: top_channels(values, count) for (site, values), count in pairs}
+    widths, multiples = [site.channels for site in sites], [site.multiple for site in sites]
+    wanted = [int(keep[site.name].sum()) for site in sites]
+    least = [least_kept(site.channels, config.floor, site.multiple) for site in sites]
+    counts = aligned_counts(wanted, widths, sum(wanted), multiples, least=least)
+    pairs = zip(sites, counts, strict=True)
+    return {site.name: top_channels(importances[site.name], count) for site, count in pairs}
 
 
 def layer_table(gates: Gates) -> str:

@@ -6,7 +6,7 @@ kind; `nodes.host.model` names the kinds there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -52,11 +52,12 @@ class Compact:
 class Watched:
     """Where the channels of one site can be seen.
 
-    A constant would replace the output of ``output``. ``reader`` is the layer that reads the
-    channels, each with one column of its weights; None where a residual sum reads them.
+    A constant would replace the output of ``output``, or where that is None what ``reader`` gets.
+    That is the layer that reads the channels, each with one column of its weights; None where a
+    residual sum reads them.
     """
 
-    output: nn.Module
+    output: nn.Module | None
     reader: nn.Module | None
 
 
@@ -74,6 +75,12 @@ class HostBlock(Protocol):
 
     def judge(self) -> Judgement:
         """Look at everything that pruning may leave out, but for the block's own ``forward``."""
+
+    def passed_over(self, options: Mapping[str, Any]) -> str:
+        """What in an evaluation's ``transformer_options`` makes the host go past the block.
+
+        In words that follow "has"; empty where it runs.
+        """
 
     def compact(
         self, gate: Any, device: torch.device, dtype: torch.dtype, rows_only: str = ""

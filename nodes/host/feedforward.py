@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ...ldcp_core import (
     HIDDEN,
     CompactFeedForward,
     FeedForward,
-    FeedForwardGate,
+    PrunedSite,
     SiteKind,
     expected_hidden,
 )
@@ -57,11 +58,18 @@ class ComfyFeedForward:
         watch = Watch([block.net, *layers], [type(block)], functions)
         return Judgement(first_of(bypassed), "", layers, watch.holds)
 
+    def passed_over(self, options: Mapping[str, Any]) -> str:
+        return ""
+
     def compact(
-        self, gate: FeedForwardGate, device: torch.device, dtype: torch.dtype, rows_only: str = ""
+        self,
+        gate: PrunedSite | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows_only: str = "",
     ) -> Compact | None:
         block = self.module
-        if not prunes(gate.hidden):
+        if gate is None or not prunes(gate.keep):
             return None
         layers = [block.net[0].proj, block.net[2]]
         weights = [captured_linear(layer, device, dtype) for layer in layers]

@@ -8,11 +8,13 @@ gates, before anything is patched.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ...ldcp_core import (
+    Attention,
     Block,
     FeedForward,
     Gates,
@@ -20,9 +22,11 @@ from ...ldcp_core import (
     Topology,
     block_of,
     blocks_of,
+    groups_of,
     kind_of,
     one_line,
 )
+from .attention import ComfyAttention
 from .blocks import HostBlock
 from .feedforward import ComfyFeedForward
 from .resblock import ComfyResBlock
@@ -31,6 +35,7 @@ from .resblock import ComfyResBlock
 HOST_BLOCKS: Mapping[type[Block], type[HostBlock]] = {
     ResBlock: ComfyResBlock,
     FeedForward: ComfyFeedForward,
+    Attention: ComfyAttention,
 }
 FAMILIES = "Stable Diffusion 1.5, Stable Diffusion 2 and SDXL"
 #: transformer blocks behind each ResBlock, down and up, where ComfyUI does not say
@@ -125,7 +130,7 @@ def _topology(config: Mapping[str, Any]) -> Topology:
     depths = config.get("transformer_depth", SD15_DEPTHS[0])
     above = config.get("transformer_depth_output", SD15_DEPTHS[1])[::-1]
     mid = config.get("transformer_depth_middle", 1)
-    return Topology(
+    found = Topology(
         widths=tuple(config["model_channels"] * m for m in config["channel_mult"]),
         down=tuple(tuple(depths[layers * b : layers * (b + 1)]) for b in range(levels)),
         # ComfyUI's marks: -1 for a ResBlock alone, -2 for no mid block
@@ -137,6 +142,12 @@ def _topology(config: Mapping[str, Any]) -> Topology:
         in_channels=config["in_channels"],
         out_channels=config["out_channels"],
     )
+    size = config.get("num_head_channels", -1)
+    heads = [
+        attends and (config["num_heads"] if size == -1 else width // size)
+        for width, attends in zip(found.widths, found.attends, strict=True)
+    ]
+    return replace(found, heads=tuple(map(int, heads)))
 
 
 def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
@@ -151,8 +162,9 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
             f"{topology.family}; choose gates that were made for this family"
         )
     widths = {site.name: site.channels for site in topology.all_sites()}
+    theirs, ours = (groups_of(known.all_sites()) for known in (gates.topology, topology))
     for site, score in gates.scores.items():
-        if widths.get(site) != score.numel():
+        if widths.get(site) != score.numel() or theirs.get(site) != ours.get(site):
             raise ModelError(
                 f"LDCP: the gates have {score.numel()} channels at {site}, the model has "
                 f"{widths.get(site, 'no such layer')}; gates and model must be of the same "

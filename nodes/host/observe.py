@@ -81,7 +81,8 @@ class Observer:
         handles = []
         try:
             for site, place in self._places.items():
-                handles.append(place.output.register_forward_hook(self._output(site)))
+                if place.output is not None:
+                    handles.append(place.output.register_forward_hook(self._output(site)))
                 if place.reader is not None:
                     handles.append(place.reader.register_forward_hook(self._input(site)))
             yield
@@ -98,6 +99,8 @@ class Observer:
     def _input(self, site: Site) -> Hook:
         def see(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.seen.saw_input(site.name, inputs[0], site.kind.axis)
+            if not site.kind.replaces_output:
+                self.seen.saw_output(site.name, inputs[0], site.kind.axis)
 
         return see
 

@@ -143,7 +143,7 @@ class DynamicPruning:
         options = {} if transformer_options is None else transformer_options
         run = self._runs.get(model) or self._new_run(model)
         active = run.active(model, t, options)
-        forwards = run.forwards(model, x.device, active) if any(active) else []
+        forwards = run.forwards(model, x.device, options, active) if any(active) else []
         with _installed(forwards):
             output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         run.count(t, options, wanted=bool(forwards))

@@ -7,7 +7,8 @@ alone and runs the host's own modules otherwise; one with other changes is left 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,9 @@ class ComfyResBlock:
             [(conv, name) for conv in convs for name in (CONVOLVE, *BORDER)],
         )
         return Judgement(first_of(bypassed), first_of(folded), layers, watch.holds)
+
+    def passed_over(self, options: Mapping[str, Any]) -> str:
+        return ""
 
     def compact(
         self, gate: BlockGate, device: torch.device, dtype: torch.dtype, rows_only: str = ""

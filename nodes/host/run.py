@@ -136,7 +136,7 @@ class Run:
         return [self._prunes_at(model, layer, step, sigma) for layer in self.layers]
 
     def forwards(
-        self, model: Any, device: torch.device, active: list[bool]
+        self, model: Any, device: torch.device, options: Mapping[str, Any], active: list[bool]
     ) -> list[tuple[nn.Module, Forward]]:
         """Blocks and their forwards for one evaluation; selects weights where still missing."""
         for layer in self.layers if not self._blocks else ():
@@ -144,8 +144,10 @@ class Run:
         self._evaluated = ref(model), device
         found = []
         for key in self._owners(active).items():
-            block, judgement = self._blocks[key[0]].module, self._judgement(key[0])
-            selected = self._suitable(key, judgement, changed_attribute(block, "forward"))
+            host, judgement = self._blocks[key[0]], self._judgement(key[0])
+            block = host.module
+            changed = changed_attribute(block, "forward") or host.passed_over(options)
+            selected = self._suitable(key, judgement, changed)
             if selected is not None:
                 found.append((block, self._forward(key, selected, judgement)))
         return found
@@ -192,25 +194,25 @@ class Run:
         if known is not None and known[0] is selected and known[1] is judgement:
             return known[2]
 
-        def forward(*inputs: Tensor) -> Tensor:
+        def forward(*inputs: Tensor, **options: Any) -> Tensor:
             if not judgement.holds():
-                return self._changed_meanwhile(key, *inputs)
+                return self._changed_meanwhile(key, *inputs, **options)
             self._pruned = True
-            return selected.forward(*inputs)
+            return selected.forward(*inputs, **options)
 
         self._forwards[key] = selected, judgement, forward
         return forward
 
     @torch.compiler.disable
-    def _changed_meanwhile(self, key: Key, *inputs: Tensor) -> Tensor:
+    def _changed_meanwhile(self, key: Key, *inputs: Tensor, **options: Any) -> Tensor:
         """The output of a block that an extension has changed since the evaluation began."""
         block, judgement = self._blocks[key[0]].module, self._judgement(key[0])
         self._reached = True
         selected = self._suitable(key, judgement)
         if selected is None:
-            return type(block).forward(block, *inputs)
+            return type(block).forward(block, *inputs, **options)
         self._pruned = True
-        return selected.forward(*inputs)
+        return selected.forward(*inputs, **options)
 
     def count(self, t: Tensor, options: Mapping[str, Any], wanted: bool) -> None:
         """Count the evaluation that has ended; which step it was is worked out at the end.

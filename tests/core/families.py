@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ PARAMETERS = {
     "Stable Diffusion 2": 865_910_724,
     "SDXL": 2_567_463_684,
 }
-SD2 = Topology(context_width=1024, linear_projections=True)
+SD2 = Topology(context_width=1024, linear_projections=True, heads=(5, 10, 20, 20))
 SDXL = Topology(
     widths=(320, 640, 1280),
     down=((0, 0), (2, 2), (10, 10)),
@@ -24,6 +25,7 @@ SDXL = Topology(
     context_width=2048,
     pooled_width=2816,
     linear_projections=True,
+    heads=(0, 10, 20),
 )
 REFINER = Topology(
     widths=(384, 768, 1536, 1536),
@@ -33,6 +35,7 @@ REFINER = Topology(
     context_width=1280,
     pooled_width=2560,
     linear_projections=True,
+    heads=(0, 12, 24, 24),
 )
 #: Segmind's SSD-1B: SDXL with fewer transformers, and half a mid block
 SSD_1B = Topology(
@@ -43,9 +46,10 @@ SSD_1B = Topology(
     context_width=2048,
     pooled_width=2816,
     linear_projections=True,
+    heads=(0, 10, 20),
 )
-INPAINTING = Topology(in_channels=9)
-SMALL = Topology(widths=(32, 64, 96, 160), context_width=48)
+INPAINTING = replace(SD15, in_channels=9)
+SMALL = Topology(widths=(32, 64, 96, 160), context_width=48, heads=(4, 4, 4, 4))
 SMALL_XL = Topology(
     widths=(32, 64, 96),
     down=((0, 0), (1, 1), (3, 3)),
@@ -54,6 +58,7 @@ SMALL_XL = Topology(
     context_width=48,
     pooled_width=80,
     linear_projections=True,
+    heads=(0, 4, 4),
 )
 NO_MID = Topology(
     widths=(32, 32, 64),
@@ -63,11 +68,13 @@ NO_MID = Topology(
     context_width=16,
     pooled_width=64,
     linear_projections=True,
+    heads=(0, 4, 4),
 )
 NO_ATTENTION = Topology(
     widths=(32, 32, 64, 64),
     down=((0,),) * 4,
     up=((0, 0),) * 4,
+    heads=(0, 0, 0, 8),
 )
 FAMILIES = (SD15, SD2, SDXL, REFINER, SSD_1B, INPAINTING, SMALL, SMALL_XL, NO_MID, NO_ATTENTION)
 
@@ -99,7 +106,8 @@ def diffusers_unet(topology: Topology, device: str = "meta") -> UNet2DConditionM
         "transformer_layers_per_block": depths(topology.down),
         "reverse_transformer_layers_per_block": depths(topology.up),
         "use_linear_projection": topology.linear_projections,
-        "attention_head_dim": 8,
+        # what diffusers calls the size of a head is their number; a level without has some, too
+        "attention_head_dim": tuple(heads or 1 for heads in topology.heads),
     }
     if mid:
         settings["mid_block_type"] = "UNetMidBlock2DCrossAttn" if any(mid) else "UNetMidBlock2D"

@@ -39,7 +39,7 @@ MEMORY = 200 * 2**20
 SECONDS = 5
 MESSAGE = 500  # characters of a refusal
 #: of the format, see docs/gate_file.md
-DESCRIPTION, DEPTH, HEADER = 2**20, 64, 2 * 2**20 + 256_000
+DESCRIPTION, DEPTH, HEADER = 2**20, 64, 2 * 2**20 + 768_000
 
 
 # --- the originals --------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def costly(data: bytes, rng: random.Random) -> bytes:
     if kind == 2:
         entry = b',"more":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":' + items + b"}}"
         return prefixed(data[8:end].rstrip()[:-1] + entry, data[end:])
-    return data + bytes(rng.choice([10**5, 10**5, 10**5, 48 * 2**20]))
+    return data + bytes(rng.choice([10**5, 10**5, 10**5, 72 * 2**20]))
 
 
 def missing_parts(data: bytes, rng: random.Random) -> bytes:
@@ -490,12 +490,12 @@ def _read(data: bytes) -> Contents | None:
     if depth(description) > DEPTH:
         return None
     version, info = metadata["version"], description["info"]
-    if metadata["format"] != "ldcp.gates" or version not in ("1", "2"):
+    if metadata["format"] != "ldcp.gates" or version not in ("1", "2", "3"):
         return None
     topology = plain_topology(version, description["topology"])
     floor = info.get("floor", 0.0) if version == "1" else description["floor"]
     if type(floor) not in (int, float) or not 0 <= floor < 1:
-        if version == "2":
+        if version != "1":
             return None
         floor = 0.0
     if description["padding"] not in ("zero", "extend") or not isinstance(info, dict):
@@ -577,7 +577,7 @@ def has_16_channels(site: str, topology: dict[str, Any]) -> bool:
 
 
 def plain_topology(version: str, topology: dict[str, Any]) -> dict[str, Any] | None:
-    """In the words of version 2, as far as the mutations go: with the widths the tensors have."""
+    """In the words of version 3, as far as the mutations go: with the widths the tensors have."""
     known = ("widths", "context_width", "in_channels", "out_channels")
     if version == "1":
         layers, attention = topology["layers_per_block"], topology["attention"]
@@ -593,7 +593,13 @@ def plain_topology(version: str, topology: dict[str, Any]) -> dict[str, Any] | N
             "pooled_width": 0,
             "linear_projections": False,
         }
-    rest = ("family", "down", "mid", "up", "pooled_width", "linear_projections")
+    if version != "3":
+        if "heads" in topology:
+            return None
+        topology = {**topology, "heads": []}
+    if topology["heads"] != []:
+        return None
+    rest = ("family", "down", "mid", "up", "pooled_width", "linear_projections", "heads")
     if set(topology) != {*known, *rest} or topology["family"] != "Stable Diffusion 1.5":
         return None
     pooled, linear = topology["pooled_width"], topology["linear_projections"]

@@ -17,7 +17,6 @@ from torch import Tensor
 from ldcp_core import (
     CompactFeedForward,
     Correction,
-    FeedForwardGate,
     LinearWeights,
     PrunedSite,
     SoftGate,
@@ -103,7 +102,7 @@ def test_compact_equals_masked(
         left = torch.randn(WIDTH, 3, generator=g).half()
         right = (torch.randn(3, int(keep.sum()), generator=g) / 8).half()
         correction = Correction(left, right, torch.randn(WIDTH, generator=g))
-    gate = FeedForwardGate(keep, mu if constant else None, correction)
+    gate = PrunedSite(keep, mu if constant else None, correction=correction)
     compact = CompactFeedForward(gate, *pair)(x)
     assert compact.dtype == dtype and compact.shape == x.shape
 
@@ -122,7 +121,7 @@ def test_compact_equals_masked(
 def test_the_pruned_rows_and_columns_are_gone_and_the_originals_are_not_held() -> None:
     pair = weights(3)
     keep = torch.arange(HIDDEN) % 4 != 0  # 48 of 64 stay
-    compact = CompactFeedForward(FeedForwardGate(keep, torch.ones(HIDDEN)), *pair)
+    compact = CompactFeedForward(PrunedSite(keep, torch.ones(HIDDEN)), *pair)
     numbers = sum(t.numel() for t in compact.tensors())
     assert numbers == 2 * 48 * (WIDTH + 1) + WIDTH * 48 + WIDTH
     held = {t.untyped_storage().data_ptr() for t in compact.tensors()}
@@ -138,5 +137,5 @@ def test_feed_forwards_and_res_blocks_are_told_apart_by_their_sites() -> None:
         {f"{ff}.net.0": PrunedSite(keep, mu), "mid_block.resnets.0.conv2": PrunedSite(conv)}
     )
     gate, other = found[ff], found["mid_block.resnets.0"]
-    assert isinstance(gate, FeedForwardGate) and gate.hidden is keep and gate.hidden_constant is mu
+    assert isinstance(gate, PrunedSite) and gate.keep is keep and gate.constant is mu
     assert other.inner is None and other.residual is conv

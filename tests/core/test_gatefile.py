@@ -54,6 +54,7 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden" / "gates_v1.safetensors"
 TINY = Topology(widths=(8, 8, 16, 16), context_width=8)
 SITE, OTHER = "mid_block.resnets.0.conv1", "mid_block.resnets.1.conv2"
+HEADS_SITE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 
@@ -295,13 +296,32 @@ GOLDEN_2 = GOLDEN.with_name("gates_v2.safetensors")
 def test_the_golden_file_of_version_2_keeps_loading() -> None:
     """Never regenerate it: a change that breaks this test needs a new version."""
     gates = load_gates(GOLDEN_2)
-    assert gates.topology == SMALL_XL and gates.padding == "extend" and gates.floor == 0.05
+    assert gates.topology == replace(SMALL_XL, heads=()) and gates.topology.fits(SMALL_XL)
+    assert gates.padding == "extend" and gates.floor == 0.05
     assert dict(gates.info) == {"criterion": "golden", "note": "größer als ½"}
     hidden = "mid_block.attentions.0.transformer_blocks.2.ff.net.0"
     assert list(gates.scores) == ["mid_block.resnets.0.conv1", hidden]
     assert torch.equal(gates.scores[hidden], torch.arange(384) / 383)
     assert gates.constants[hidden].tolist() == [c / 8 for c in range(-192, 192)]
     assert torch.equal(gates.importances[hidden], torch.arange(384) / 4)
+
+
+GOLDEN_3 = GOLDEN.with_name("gates_v3.safetensors")
+
+
+def test_the_golden_file_of_version_3_keeps_loading() -> None:
+    """Never regenerate it: a change that breaks this test needs a new version."""
+    gates = load_gates(GOLDEN_3)
+    assert gates.topology == SMALL_XL and gates.padding == "zero" and gates.floor == 0.05
+    assert dict(gates.info) == {"criterion": "golden", "note": "größer als ½"}
+    heads = "mid_block.attentions.0.transformer_blocks.2.attn2.to_v"
+    assert list(gates.scores) == [heads]
+    assert gates.scores[heads].tolist() == [0.25] * 24 + [0.75] * 48 + [0.5] * 24
+    assert gates.constants[heads].tolist() == [c / 8 for c in range(-48, 48)]
+    correction = gates.corrections[heads]
+    assert torch.equal(correction.left, (torch.arange(96 * 2).view(96, 2) / 64).half())
+    assert torch.equal(correction.right, (torch.arange(2 * 48).view(2, 48) / 32).half())
+    assert torch.equal(correction.bias, torch.arange(96) / 4)
 
 
 # --- atomic writing -------------------------------------------------------------------------------
@@ -544,7 +564,7 @@ def crafted(
     if description is None:
         description = {"topology": TINY.to_json(), "padding": "zero", "floor": 0, "info": {}}
     text = description if isinstance(description, str) else json.dumps(description)
-    found = {"format": FORMAT, "version": "2", "gates": text, "checksum": "0" * 64, **metadata}
+    found = {"format": FORMAT, "version": "3", "gates": text, "checksum": "0" * 64, **metadata}
     return save(tensors, {k: v for k, v in found.items() if v is not None})
 
 
@@ -552,6 +572,14 @@ def described(**changes: Any) -> bytes:
     fields = {"topology": TINY.to_json(), "padding": "zero", "floor": 0, "info": {}}
     description = {**fields, **changes}
     return crafted(description={k: v for k, v in description.items() if v is not None})
+
+
+def described_scores(scores: dict[str, Tensor]) -> bytes:
+    """Scores of a U-Net that says how many heads its attention has."""
+    topology = replace(TINY, heads=(4, 4, 4, 4)).to_json()
+    tensors = {f"{site}.score": score for site, score in scores.items()}
+    description = {"topology": topology, "padding": "zero", "floor": 0, "info": {}}
+    return crafted(tensors, description)
 
 
 def saved() -> bytes:
@@ -579,8 +607,14 @@ REFUSALS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "pickle": (lambda: pickle.dumps({SITE: [1.0]}), "not a readable .safetensors", "copy it again"),
     "no metadata": (lambda: save({S: torch.rand(16)}), "format None", repr(FORMAT)),
     "a model": (lambda: crafted(format="pt"), "format 'pt'", "made by training.fit"),
-    "another version": (lambda: crafted(version="3"), "version '3'", "update the node pack"),
-    "no version": (lambda: crafted(version=None), "version None", "reads versions 1 and 2"),
+    "another version": (lambda: crafted(version="4"), "version '4'", "update the node pack"),
+    "no version": (lambda: crafted(version=None), "version None", "reads versions 1, 2, 3"),
+    "heads in version 2": (lambda: crafted(version="2"), "'heads': []", "train the gates again"),
+    "a part of a head": (
+        lambda: described_scores({HEADS_SITE: torch.arange(16) / 15}),
+        "several scores for one attention head",
+        "train the gates again",
+    ),
     "no description": (lambda: crafted(gates=None), "not valid JSON", "train the gates again"),
     "bad JSON": (lambda: crafted(description="{"), "not valid JSON", "train the gates again"),
     "nested JSON": (lambda: crafted(description=NESTED), "not valid JSON", "copy the file again"),
@@ -707,7 +741,7 @@ from ldcp_core import SD15, GateFileError, Gates, load_gates, save_gates
 
 torch.set_num_threads(1)
 path = Path(sys.argv[1])
-save_gates(Gates({s.name: torch.rand(s.channels) for s in SD15.all_sites()}), path)
+save_gates(Gates({s.name: torch.rand(s.channels) for s in SD15.sites("all+ff")}), path)
 data, end = path.read_bytes(), time.monotonic() + 1.5
 
 def download() -> None:
@@ -893,7 +927,7 @@ def test_large_weights_are_sampled_over_their_whole_length() -> None:
 
 
 def test_the_topology_of_a_full_model_fits_the_size_limit(tmp_path: Path) -> None:
-    full = {site.name: torch.rand(site.channels) for site in SD15.all_sites()}
+    full = {site.name: site.shared(torch.rand(site.channels)) for site in SD15.all_sites()}
     path = tmp_path / "gates.safetensors"
     save_gates(Gates(full, {name: t - 0.5 for name, t in full.items()}), path)
     assert path.stat().st_size * 10 < MAX_BYTES

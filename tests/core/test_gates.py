@@ -272,7 +272,7 @@ def test_the_cost_of_a_count_is_how_far_the_moved_channels_are_from_the_cut() ->
 def test_counts_by_hand(
     wanted: list[int], widths: list[int], total: int, counts: list[int]
 ) -> None:
-    assert aligned_counts(wanted, widths, total) == counts
+    assert aligned_counts(wanted, widths, total, [ALIGNMENT] * len(widths)) == counts
 
 
 @quick
@@ -286,10 +286,13 @@ def test_aligned_counts_come_within_half_a_step_of_any_total(
     wanted = [min(pair) for pair in pairs]
     total = data.draw(st.integers(0, sum(widths)))
     multiple = data.draw(st.sampled_from([1, 4, 8, 16]))
-    counts = aligned_counts(wanted, widths, total, multiple)
+    counts = aligned_counts(wanted, widths, total, [multiple] * len(widths))
     for count, width in zip(counts, widths, strict=True):
         assert 0 <= count <= width and (count % multiple == 0 or count == width)
     assert abs(sum(counts) - total) <= multiple // 2
+
+
+LINE = torch.linspace(0.0, 1.0, 64)
 
 
 class TestFloor:
@@ -322,9 +325,40 @@ class TestFloor:
 
 def test_aligned_counts_hold_a_weighted_total() -> None:
     # a channel of the second site counts three times as much
-    counts = aligned_counts([30, 30], [64, 64], 30 + 3 * 30, weights=[1, 3])
+    counts = aligned_counts([30, 30], [64, 64], 30 + 3 * 30, [8, 8], weights=[1, 3])
     assert counts == [24, 32] and 24 + 3 * 32 == 120
 
 
 def test_aligned_counts_never_fall_below_the_least() -> None:
-    assert aligned_counts([3, 61], [64, 64], 64, least=[8, 8]) == [8, 56]
+    assert aligned_counts([3, 61], [64, 64], 64, [8, 8], least=[8, 8]) == [8, 56]
+
+
+class TestGroups:
+    """A site of four heads of 12 channels, which go as a whole, beside one of 64 channels."""
+
+    SCORES = {"heads": torch.tensor([0.9, 0.1, 0.6, 0.2]).repeat_interleave(12), "b": LINE}
+    GROUPS = {"heads": 12}
+
+    @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.4, 0.6, 0.9, 1.0])
+    @pytest.mark.parametrize("floor", [0.0, 0.3])
+    def test_heads_are_kept_as_a_whole(self, sparsity: float, floor: float) -> None:
+        found = keep_by_rank(self.SCORES, sparsity, floor=floor, groups=self.GROUPS)
+        heads = found["heads"].view(4, 12)
+        assert torch.equal(heads.any(1), heads.all(1)) and int(found["b"].sum()) % 8 == 0
+        kept = sum(int(keep.sum()) for keep in found.values())
+        least = 0 if sparsity == 1.0 else 24 * (floor > 0)
+        assert abs(kept - 112 * (1 - sparsity)) <= 12 or kept <= least + 24
+
+    def test_the_lowest_heads_go_first(self) -> None:
+        keep = keep_by_rank(self.SCORES, 0.4, groups=self.GROUPS)["heads"]
+        assert keep.view(4, 12).any(1).tolist() == [True, False, True, False]
+
+    def test_a_head_has_one_logit_and_its_channels_one_score(self) -> None:
+        gate = ChannelGate(torch.tensor([2.0, -1.0]), group=3)
+        assert gate.score.shape == (6,) and gate.keep.tolist() == [True] * 3 + [False] * 3
+        mask = gate(torch.tensor([-3.0, 0.0]))
+        assert mask.tolist() == [0.0] * 6
+        mask[:3].sum().backward()
+        slope = torch.sigmoid(torch.tensor(2.0)) * torch.sigmoid(torch.tensor(-2.0))
+        assert gate.logits.grad is not None
+        assert torch.allclose(gate.logits.grad, torch.tensor([3 * slope, 0.0]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from families import (
     FAMILIES,
+    INPAINTING,
     REFINER,
     SD2,
     SDXL,
@@ -21,7 +23,6 @@ from ldcp_core import (
     DEFAULT_SCOPE,
     SCOPES,
     SD15,
-    FeedForward,
     ResBlock,
     Topology,
     block_of,
@@ -32,11 +33,12 @@ from ldcp_core.diffusers import topology_of
 every_family = pytest.mark.parametrize("topology", FAMILIES, ids=name_of)
 
 
-def test_sd15_has_22_res_blocks_16_feed_forwards_and_60_sites() -> None:
-    assert len(SD15.res_blocks()) == 22
-    assert len([b for b in SD15.blocks() if isinstance(b, FeedForward)]) == 16
-    assert len(SD15.all_sites()) == 60
-    assert len({site.name for site in SD15.all_sites()}) == 60
+def test_sd15_has_22_res_blocks_32_attentions_16_feed_forwards_and_92_sites() -> None:
+    kinds = [type(block).__name__ for block in SD15.blocks()]
+    counts = [kinds.count(kind) for kind in ("ResBlock", "Attention", "FeedForward")]
+    assert counts == [22, 32, 16]
+    assert len(SD15.all_sites()) == 92
+    assert len({site.name for site in SD15.all_sites()}) == 92
 
 
 def modules_parameter(modules: dict[str, Any], name: str) -> Any:
@@ -55,13 +57,20 @@ def test_names_and_widths_are_those_of_diffusers(topology: Topology) -> None:
     ours = {b.name: (b.in_channels, b.out_channels) for b in topology.res_blocks()}
     assert ours == theirs
     feed_forwards = {n for n, m in modules.items() if type(m).__name__ == "FeedForward"}
-    assert {b.name for b in topology.blocks()} == {*theirs, *feed_forwards}
+    attentions = {n for n, m in modules.items() if type(m).__name__ == "Attention"}
+    assert {b.name for b in topology.blocks()} == {*theirs, *feed_forwards, *attentions}
     for site in topology.all_sites():
         layer = modules[site.name]
         if site.kind.name == "hidden":
             assert type(layer).__name__ == "GEGLU"
             assert layer.proj.weight.shape == (2 * site.channels, site.block.channels)
             assert layer.proj.weight is modules_parameter(modules, site.weight)
+        elif site.kind.name == "heads":
+            attention = modules[site.block.name]
+            assert (attention.heads, layer.out_features) == (site.block.heads, site.channels)
+            assert site.group == layer.out_features // attention.heads
+            assert layer.in_features == site.block.widths(site.kind)[0]
+            assert layer.weight is modules_parameter(modules, site.weight)
         else:
             assert (layer.out_channels, layer.kernel_size) == (site.channels, (3, 3))
             assert layer.weight is modules_parameter(modules, site.weight)
@@ -101,28 +110,33 @@ def test_the_mid_scope_is_exactly_the_four_convolutions_of_the_mid_block() -> No
 
 
 @pytest.mark.parametrize(
-    ("scope", "inner", "residual", "hidden"),
+    ("scope", "inner", "residual", "hidden", "heads"),
     [
-        ("mid", 2, 2, 0),
-        ("up", 12, 12, 0),
-        ("down", 8, 8, 0),
-        ("mid+up", 14, 14, 0),
-        ("all", 22, 22, 0),
-        ("mid+ff", 2, 2, 1),
-        ("up+ff", 12, 12, 9),
-        ("all+ff", 22, 22, 16),
-        ("ff + down", 8, 8, 6),
-        ("ff", 0, 0, 16),
-        ("mid_block.resnets.1.conv2", 0, 1, 0),
-        ("mid_block.*.conv1, up_blocks.3.attentions.*", 2, 0, 3),
+        ("mid", 2, 2, 0, 0),
+        ("up", 12, 12, 0, 0),
+        ("down", 8, 8, 0, 0),
+        ("mid+up", 14, 14, 0, 0),
+        ("all", 22, 22, 0, 0),
+        ("mid+ff", 2, 2, 1, 0),
+        ("up+ff", 12, 12, 9, 0),
+        ("all+ff", 22, 22, 16, 0),
+        ("ff + down", 8, 8, 6, 0),
+        ("ff", 0, 0, 16, 0),
+        ("all+ff+heads", 22, 22, 16, 32),
+        ("mid+heads", 2, 2, 0, 2),
+        ("heads, ff", 0, 0, 16, 32),
+        ("*.attn2.to_v", 0, 0, 0, 16),
+        ("mid_block.resnets.1.conv2", 0, 1, 0, 0),
+        ("mid_block.*.conv1, up_blocks.3.attentions.*", 2, 0, 3, 6),
     ],
 )
-def test_a_scope_is_parts_feed_forwards_or_names(
-    scope: str, inner: int, residual: int, hidden: int
+def test_a_scope_is_parts_kinds_or_names(
+    scope: str, inner: int, residual: int, hidden: int, heads: int
 ) -> None:
     sites = SD15.sites(scope)
     kinds = [site.kind.name for site in sites]
-    assert [kinds.count(k) for k in ("inner", "residual", "hidden")] == [inner, residual, hidden]
+    counts = [kinds.count(kind) for kind in ("inner", "residual", "hidden", "heads")]
+    assert counts == [inner, residual, hidden, heads]
     order = [site.name for site in SD15.all_sites()]
     assert [site.name for site in sites] == [n for n in order if n in {s.name for s in sites}]
 
@@ -231,10 +245,29 @@ def test_a_topology_is_read_off_the_modules_of_diffusers(topology: Topology) -> 
     assert topology_of(diffusers_unet(topology)) == topology
 
 
-def test_sdxl_has_17_res_blocks_70_feed_forwards_and_104_sites() -> None:
+def test_sdxl_has_17_res_blocks_140_attentions_70_feed_forwards_and_244_sites() -> None:
     kinds = [type(block).__name__ for block in SDXL.blocks()]
-    assert (kinds.count("ResBlock"), kinds.count("FeedForward")) == (17, 70)
-    assert len(SDXL.all_sites()) == len({site.name for site in SDXL.all_sites()}) == 104
+    counts = [kinds.count(kind) for kind in ("ResBlock", "Attention", "FeedForward")]
+    assert counts == [17, 140, 70]
+    assert len(SDXL.all_sites()) == len({site.name for site in SDXL.all_sites()}) == 244
+
+
+@pytest.mark.parametrize(
+    "heads", [(8, 8, 8), (8, 8, 8, 7), (8, 8, 8, 0), (0, 8, 8, 8), (True, 8, 8, 8), (-8, 8, 8, 8)]
+)
+def test_a_level_has_heads_that_divide_its_width_and_none_without_attention(
+    heads: tuple[int, ...],
+) -> None:
+    with pytest.raises(ValueError, match="heads"):
+        Topology(heads=heads)
+
+
+def test_gates_fit_where_inputs_differ_or_one_side_does_not_know_the_heads() -> None:
+    unknown = Topology()
+    assert SD15.fits(SD15) and SD15.fits(INPAINTING) and SD15.fits(unknown) and unknown.fits(SD15)
+    assert not SD15.fits(replace(SD15, heads=(4, 8, 8, 8)))
+    assert not SD15.fits(SD2) and not unknown.fits(SD2)
+    assert not unknown.sites("heads")
 
 
 VERSION_1 = {

@@ -128,12 +128,18 @@ def make_gates(comfy):
     """
 
     def make(sites=SITES, padding="zero", seed=1, constants=1.0, topology=None, info=(), power=1):
-        topology = topology or comfy.core.Topology((32, 64, 128, 128), context_width=64)
+        topology = topology or comfy.core.Topology(
+            (32, 64, 128, 128), context_width=64, heads=(8, 8, 8, 8)
+        )
         known = {site.name: site for site in topology.all_sites()}
-        widths = {name: site.channels for name, site in known.items()}
         generator = torch.Generator().manual_seed(seed)
-        scores = {s: torch.rand(widths[s], generator=generator) ** power for s in sites}
-        mu = {s: constants * torch.randn(widths[s], generator=generator) for s in sites}
+
+        def score(site):  # of a head one
+            drawn = torch.rand(site.channels // site.group, generator=generator) ** power
+            return drawn.repeat_interleave(site.group)
+
+        scores = {s: score(known[s]) for s in sites}
+        mu = {s: constants * torch.randn(known[s].channels, generator=generator) for s in sites}
         corrections = {}
         for name in sites:
             site, kept = known[name], int((scores[name] > 0.5).sum())
@@ -164,11 +170,22 @@ def masked(comfy):
 
             handles.append(conv.register_forward_hook(timed, **options))
 
+        def add_before(linear, hook):
+            def timed(layer, inputs):
+                return hook(layer, (), *inputs) if when() else None
+
+            handles.append(linear.register_forward_pre_hook(timed))
+
         for site, keep in (keep_sets or gates.keep_sets()).items():
             layer = unet.get_submodule(comfy.model.layer_path(site, layers).removesuffix(".proj"))
-            add(layer, replacer(keep, gates.constant(site)))
+            if site.endswith("to_v"):  # of whole heads what is read
+                reader = unet.get_submodule(reader_path(comfy, site, layers))
+                add_before(reader, replacer(keep, gates.constant(site)))
+            else:
+                add(layer, replacer(keep, gates.constant(site)))
             correction = gates.corrections.get(site)
-            if correction is not None and torch.equal(keep, gates.keep_sets()[site]):
+            as_learned = torch.equal(keep, gates.keep_sets()[site]) and not keep.all()
+            if correction is not None and as_learned:
                 reader = unet.get_submodule(reader_path(comfy, site, layers))
                 # before a residual gate replaces its rows
                 add(reader, corrected(keep, correction), prepend=True)
@@ -187,7 +204,7 @@ def masked(comfy):
 
 def replacer(keep, constant):
     def hook(layer, inputs, output):
-        shape = (-1, 1, 1) if output.dim() == 4 else (-1,)  # a feed-forward's channels come last
+        shape = (-1, 1, 1) if output.dim() == 4 else (-1,)  # a transformer's channels come last
         mask, values = keep.to(output.device), constant.to(output)
         return torch.where(mask.view(shape), output, values.view(shape))
 
@@ -198,6 +215,8 @@ def reader_path(comfy, site, layers):
     """The host's path of the layer that reads a site's channels."""
     if site.endswith("net.0"):
         return comfy.model.layer_path(site, layers).removesuffix("0.proj") + "2"
+    if site.endswith("to_v"):
+        return comfy.model.layer_path(site, layers).removesuffix("to_v") + "to_out.0"
     return comfy.model.layer_path(site[:-1] + "2", layers)
 
 

@@ -383,7 +383,7 @@ def test_a_layer_of_a_class_that_computes_more_runs_as_it_is(comfy, small_model,
 
 
 def test_one_cause_is_told_once_a_run_for_all_blocks(comfy, unpruned, make_gates, sample, caplog):
-    topology = comfy.core.Topology((32, 64, 128, 128), context_width=64)
+    topology = comfy.core.Topology((32, 64, 128, 128), context_width=64, heads=(8, 8, 8, 8))
     gates = make_gates([site.name for site in topology.sites("all")])
     model = comfy.patch.attach(unpruned, comfy.patch.Layer(gates, gates.keep_sets()))
     with caplog.at_level(logging.WARNING, "ldcp"), replaced(nn.Conv2d, "forward", louder):

@@ -149,7 +149,9 @@ def test_globally_the_sites_compete_against_their_own_mean(small_model, estimate
 def test_the_gates_say_how_they_came_about(comfy, model, estimate):
     gates = estimate(model, sparsity=0.3, padding="extend")
     assert gates.padding == "extend"
-    assert gates.topology == comfy.core.Topology((32, 64, 128, 128), context_width=64)
+    assert gates.topology == comfy.core.Topology(
+        (32, 64, 128, 128), context_width=64, heads=(8, 8, 8, 8)
+    )
     # round(0.7 * 128) = 90 of each site, aligned to 88: 160 of 512 channels pruned
     assert dict(gates.info) == {
         "criterion": "l1",

@@ -14,6 +14,8 @@ from model_families import FAMILIES
 
 pytestmark = pytest.mark.comfyui
 TOLERANCE = 2e-6
+LAYERS = ("in_layers.2", "out_layers.3", "ff.net.0.proj", "ff.net.2")
+LAYERS += ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def rms(x):
@@ -30,7 +32,7 @@ def small(comfy):
 def gates_of(comfy, make_gates):
     """Random gates of every site of a model."""
 
-    def make(model, padding="zero", scope="all+ff"):
+    def make(model, padding="zero", scope="all+ff+heads"):
         topology = comfy.model.model_topology(model.model)
         sites = [site.name for site in topology.sites(scope)]
         # three quarters kept, so that what is left of the deep ones is not only their constants
@@ -55,6 +57,7 @@ def test_sdxl_is_described_by_its_widths_and_depths(comfy, small):
         context_width=64,
         pooled_width=2816,
         linear_projections=True,
+        heads=(0, 1, 2),
     )
 
 
@@ -67,7 +70,8 @@ def test_every_site_is_a_layer_of_the_model(comfy, small, family):
         layer = unet.get_submodule(comfy.model.layer_path(site.name, topology.layers_per_block))
         assert layer.weight.shape[0] == site.channels * site.kind.rows
     named = {name for name, m in unet.named_modules() if type(m).__name__ == "ResBlock"}
-    named |= {name for name, m in unet.named_modules() if type(m).__name__ == "FeedForward"}
+    transformer = ("FeedForward", "CrossAttention")
+    named |= {name for name, m in unet.named_modules() if type(m).__name__ in transformer}
     paths = {comfy.model.module_path(b.name, topology.layers_per_block) for b in topology.blocks()}
     assert paths == named
 
@@ -83,10 +87,10 @@ def test_gates_of_another_family_are_refused_with_both_named(comfy, small, gates
 
 
 def lora(unet, seed=0):
-    """A LoRA of every ResBlock convolution and feed-forward, in the layout of kohya's trainer."""
+    """A LoRA of every layer that is pruned, in the layout of kohya's trainer."""
     g, found = torch.Generator().manual_seed(seed), {}
     for name, module in unet.named_modules():
-        if name.endswith(("in_layers.2", "out_layers.3", "ff.net.0.proj", "ff.net.2")):
+        if name.endswith(LAYERS):
             key, weight = f"lora_unet_{name.replace('.', '_')}", module.weight
             down = torch.randn(4, *weight.shape[1:], generator=g) * weight[0].numel() ** -0.5
             up = torch.randn(weight.shape[0], 4, *[1] * (weight.dim() - 2), generator=g)
@@ -131,7 +135,7 @@ def test_gates_are_estimated_and_calibrated_from_the_model(
 ):
     model = small(family)
     nodes = comfy.nodes.NODE_CLASS_MAPPINGS
-    how = {"sparsity": 0.3, "ranking": "per layer", "padding": "zero", "scope": "all+ff"}
+    how = {"sparsity": 0.3, "ranking": "per layer", "padding": "zero", "scope": "all+ff+heads"}
     (estimated,) = nodes["LDCPEstimateGates"].execute(model, criterion="l1", **how).args
     assert estimated.topology.family in (family, f"Stable Diffusion {family[-1]}")
     assert abs(estimated.sparsity - 0.3) < 0.05

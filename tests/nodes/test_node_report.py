@@ -38,7 +38,7 @@ def gated(comfy):
 
     def make(kept, site=CONV2, padding="zero"):
         scores = torch.where(torch.arange(128) < kept, 0.9, 0.1)
-        topology = comfy.core.Topology((32, 64, 128, 128), context_width=64)
+        topology = comfy.core.Topology((32, 64, 128, 128), context_width=64, heads=(8, 8, 8, 8))
         return comfy.core.Gates({site: scores}, {}, padding, topology)
 
     return make

@@ -49,7 +49,7 @@ def test_the_examples_in_the_site_map_are_right(comfy):
 def test_the_blocks_run_in_the_order_of_the_topology(comfy, model):
     order, handles = [], []
     unet = model.model.diffusion_model
-    blocks = comfy.core.Topology((32, 64, 128, 128), context_width=64).blocks()
+    blocks = comfy.core.Topology((32, 64, 128, 128), context_width=64, heads=(8, 8, 8, 8)).blocks()
     for block in blocks:
         module = unet.get_submodule(comfy.model.module_path(block.name))
         handles.append(module.register_forward_hook(lambda *_, name=block.name: order.append(name)))
@@ -60,7 +60,7 @@ def test_the_blocks_run_in_the_order_of_the_topology(comfy, model):
 
 
 def test_the_topology_is_read_from_the_model(comfy, model):
-    expected = comfy.core.Topology((32, 64, 128, 128), context_width=64)
+    expected = comfy.core.Topology((32, 64, 128, 128), context_width=64, heads=(8, 8, 8, 8))
     assert comfy.model.model_topology(model.model) == expected
 
 

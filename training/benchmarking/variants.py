@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ldcp_core import ALIGNMENT, Padding, PrunedSite, Site, aligned_counts, blocks_of, top_channels
+from ldcp_core import Padding, PrunedSite, Site, aligned_counts, blocks_of, top_channels
 from ldcp_core.diffusers import CompactBlock, compact_blocks, gated_layers
 from training.benchmarking.timing import DENSE, Variant
 from training.model.configs import SD15
@@ -143,9 +143,9 @@ def random_pruning(sites: Sequence[Site], sparsity: float, seed: int) -> Pruning
     generator = torch.Generator().manual_seed(seed)
     widths = [site.channels for site in sites]
     wanted = [round((1 - sparsity) * width) for width in widths]
-    counts = aligned_counts(wanted, widths, sum(wanted), ALIGNMENT)
+    counts = aligned_counts(wanted, widths, sum(wanted), [site.multiple for site in sites])
     keep_sets = {
-        site.name: top_channels(torch.rand(site.channels, generator=generator), count)
+        site.name: top_channels(site.shared(torch.rand(site.channels, generator=generator)), count)
         for site, count in zip(sites, counts, strict=True)
     }
     return Pruning(f"{sparsity:.0%}", keep_sets, {})

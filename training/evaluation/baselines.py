@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ldcp_core import Gates, top_channels
+from ldcp_core import Gates, groups_of, top_channels
 from training.console import progress
 from training.criteria import Importances, magnitudes, own_effect, random
 from training.data.encoding import Images
@@ -42,6 +42,7 @@ def baselines(
     """
     gates, found = beside.gates, {}
     assert gates is not None
+    groups = groups_of(gates.topology.all_sites())
     stream = images.batches(seen, BATCH, seed=seed, epochs=None)
     count = progress(range(SAMPLES // BATCH), "baselines: images", unit="batch")
     problems = [denoising.problem(next(stream)) for _ in count]
@@ -49,7 +50,7 @@ def baselines(
     for way, importances in measured(gates, denoising, problems, seed).items():
         for how, keep_sets in (
             ("per site", ranked_per_site(importances, gates.keep_sets())),
-            ("together", ranked_together(importances, gates.keep_sets())),
+            ("together", ranked_together(importances, gates.keep_sets(), groups)),
         ):
             info = {"criterion": f"{way}, {how}", "scope": gates.info.get("scope", "")}
             scores = {site: keep.float() for site, keep in keep_sets.items()}
@@ -76,20 +77,33 @@ def measured(
     with watched(unet, sites) as what:
         for problem in progress(problems, "baselines: FLAP", unit="batch"):
             denoising.dense(problem)
-    return {
+    ways = {
         "own-effect": own_effect(denoising, problems, sites, constants, gates.padding),
         "FLAP": {site: values / values.mean() for site, values in what.importances().items()},
         "L1 magnitude": magnitudes(unet, sites, "l1"),
         "random": random(sites, seed),
     }
+    return {
+        way: {site.name: site.shared(found[site.name]) for site in sites}
+        for way, found in ways.items()
+    }
 
 
-def ranked_together(importances: Importances, keep_sets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As many of the most important channels of all sites as ``keep_sets`` keeps."""
+def ranked_together(
+    importances: Importances, keep_sets: Mapping[str, Tensor], groups: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """As many of the most important channels of all sites as ``keep_sets`` keeps.
+
+    Of ``groups`` (see `groups_of`) the one that the cut goes through stays as a whole.
+    """
     kept = sum(int(keep.sum()) for keep in keep_sets.values())
     keep = top_channels(torch.cat([importances[site] for site in keep_sets]), kept)
     widths = [importances[site].numel() for site in keep_sets]
-    return dict(zip(keep_sets, keep.split(widths), strict=True))
+    found = {}
+    for site, part in zip(keep_sets, torch.split(keep, widths), strict=True):
+        group = groups.get(site, 1)
+        found[site] = part.view(-1, group).any(1).repeat_interleave(group)
+    return found
 
 
 def ranked_per_site(importances: Importances, keep_sets: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -72,13 +72,16 @@ class GateLearner(nn.Module):
         floor: float = 0.0,
     ) -> None:
         super().__init__()
+        self.sites = sites
         self.budget = budget or Budget("channels", sites)
-        self.least = {site.name: least_kept(site.channels, floor) for site in sites}
+        self.least = {site.name: least_kept(site.channels, floor, site.multiple) for site in sites}
         self.generator = torch.Generator().manual_seed(seed)
         low, high = START_LOGITS
         self.gate_of = {
             site.name: ChannelGate(
-                low + (high - low) * torch.rand(site.channels, generator=self.generator)
+                low
+                + (high - low) * torch.rand(site.channels // site.group, generator=self.generator),
+                site.group,
             )
             for site in sites
         }
@@ -89,9 +92,10 @@ class GateLearner(nn.Module):
         """Begin at what each channel does alone (site name -> [C], of any scale).
 
         All are kept, the cheapest nearest to the threshold; those below ``price`` (see `price_of`)
-        by their rank, since equal logits would fall together.
+        by their rank, since equal logits would fall together. In a group all do the same.
         """
-        worth = torch.cat(list(worths(effects, self.budget).values()))
+        found = worths(effects, self.budget)
+        worth = torch.cat([found[site][:: gate.group] for site, gate in self.gate_of.items()])
         below = int((worth < price).sum())
         rank = torch.empty_like(worth)
         rank[worth.argsort()] = torch.arange(len(worth), dtype=worth.dtype)
@@ -151,13 +155,15 @@ class GateLearner(nn.Module):
 
     def pruned_by(self, cut: Tensor) -> float:
         """The pruned share of the budget if channels up to the logit ``cut`` were pruned."""
-        above = {site: int((gate.logits > cut).sum()) for site, gate in self.gate_of.items()}
+        above = {
+            site: gate.group * int((gate.logits > cut).sum()) for site, gate in self.gate_of.items()
+        }
         counts = {site: max(count, self.least[site]) for site, count in above.items()}
         return 1.0 - self.budget.remaining(counts)
 
     def _keep_floor_(self) -> None:
         for site, gate in self.gate_of.items():
-            best = torch.topk(gate.logits, self.least[site]).indices
+            best = torch.topk(gate.logits, self.least[site] // gate.group).indices
             gate.logits[best] = gate.logits[best].clamp(min=FLOOR_LOGIT)
 
     def _noise(self, gate: ChannelGate, scale: float) -> Tensor | None:
@@ -279,12 +285,14 @@ def aligned_scores(
     scores: dict[str, Tensor],
     target: float | None,
     budget: Budget,
+    sites: Sequence[Site],
     least: Mapping[str, int] | None = None,
 ) -> Alignment:
     """Move the channels nearest to the threshold across it until every kept count is aligned.
 
-    Counts are balanced over the sites so that the target (without one: the learned sparsity) holds
-    in the unit of the budget. The order of the scores within a site does not change.
+    Counts are balanced over the ``sites``, those of the scores, so that the target (without one:
+    the learned sparsity) holds in the unit of the budget. The order of the scores within a site
+    does not change.
     """
     wanted = {site: int((score > THRESHOLD).sum()) for site, score in scores.items()}
     widths = [score.numel() for score in scores.values()]
@@ -298,6 +306,7 @@ def aligned_scores(
         list(wanted.values()),
         widths,
         total,
+        [site.multiple for site in sites],
         least=None if least is None else [least[site] for site in scores],
         weights=weights,
         slack=ALIGNMENT_SLACK,

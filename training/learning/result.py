@@ -63,7 +63,9 @@ def finish(
     learning.finish()
     history, learner, unet = learning.history, learning.learner, denoising.model.unet
     budget = learner.budget
-    alignment = aligned_scores(learner.scores(), config.target_sparsity, budget, learner.least)
+    alignment = aligned_scores(
+        learner.scores(), config.target_sparsity, budget, learner.sites, learner.least
+    )
     gates = Gates(
         alignment.scores,
         learning.calibration.constants if config.constant == "mean" else {},

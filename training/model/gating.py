@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ldcp_core import (
     Calibration,
@@ -72,6 +73,18 @@ def hard_gates(pruned: Pruned) -> dict[str, SoftGate]:
     return found
 
 
+def replaced_seen(
+    unet: UNet2DConditionModel, site: Site, see: Callable[[Tensor], None]
+) -> RemovableHandle:
+    """Hook that calls ``see`` with what a constant of the site would replace."""
+    if site.kind.replaces_output:
+        layer = unet.get_submodule(site.name)
+        return layer.register_forward_hook(lambda module, inputs, output: see(output))
+    assert site.reader is not None
+    reader = unet.get_submodule(site.reader)
+    return reader.register_forward_pre_hook(lambda module, inputs: see(*inputs))
+
+
 class ChannelMeans:
     """Mean output of the gated layers per channel, over all evaluations within the context.
 
@@ -80,26 +93,23 @@ class ChannelMeans:
     """
 
     def __init__(self, unet: UNet2DConditionModel, sites: Sequence[Site]) -> None:
-        self._modules = {site.name: unet.get_submodule(site.name) for site in sites}
+        self._unet, self._sites = unet, sites
         self._sums = {site.name: torch.zeros(site.channels, dtype=torch.float64) for site in sites}
-        self._axis = {site.name: site.kind.axis for site in sites}
         self._count = {site.name: torch.zeros((), dtype=torch.float64) for site in sites}
 
     def __enter__(self) -> ChannelMeans:
-        self._hooks = [
-            module.register_forward_hook(self._hook(site)) for site, module in self._modules.items()
-        ]
+        self._hooks = [replaced_seen(self._unet, site, self._adding(site)) for site in self._sites]
         return self
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, site: str) -> Callable[[Any, Any, Tensor], None]:
-        def add(module: Any, inputs: Any, output: Tensor) -> None:
-            rows = output.detach().float().movedim(self._axis[site], 0).flatten(1)
-            self._sums[site] += rows.sum(1).double().cpu()
-            self._count[site] += rows.shape[1]
+    def _adding(self, site: Site) -> Callable[[Tensor], None]:
+        def add(output: Tensor) -> None:
+            rows = output.detach().float().movedim(site.kind.axis, 0).flatten(1)
+            self._sums[site.name] += rows.sum(1).double().cpu()
+            self._count[site.name] += rows.shape[1]
 
         return add
 
@@ -117,8 +127,8 @@ def watched(unet: UNet2DConditionModel, sites: Iterable[Site]) -> Iterator[Calib
     """What the channels of the sites do in all evaluations within the context."""
     seen = Calibration()
 
-    def output_of(site: Site) -> Callable[..., None]:
-        return lambda module, inputs, output: seen.saw_output(site.name, output, site.kind.axis)
+    def output_of(site: Site) -> Callable[[Tensor], None]:
+        return lambda output: seen.saw_output(site.name, output, site.kind.axis)
 
     def input_of(site: Site) -> Callable[..., None]:
         def see(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -130,7 +140,7 @@ def watched(unet: UNet2DConditionModel, sites: Iterable[Site]) -> Iterator[Calib
     hooks = []
     try:
         for site in sites:
-            hooks.append(unet.get_submodule(site.name).register_forward_hook(output_of(site)))
+            hooks.append(replaced_seen(unet, site, output_of(site)))
             if site.reader is not None:
                 reader = unet.get_submodule(site.reader)
                 hooks.append(reader.register_forward_hook(input_of(site)))
