@@ -196,9 +196,10 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="Prune only this part of what the gates have: mid, up, down, all, ff "
-                    "(the feed-forward layers), several joined by +, or site names such as "
-                    "mid_block.resnets.0.conv1 separated by commas. Empty: everything. With two "
-                    "Apply nodes in a row, each part can have its own schedule.",
+                    "(the feed-forward layers), heads (of attention), several joined by +, or site "
+                    "names such as mid_block.resnets.0.conv1 separated by commas. Empty: "
+                    "everything. With two Apply nodes in a row, each part can have its own "
+                    "schedule.",
                 ),
                 io.Combo.Input(
                     "channels",

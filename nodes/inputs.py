@@ -49,7 +49,8 @@ def how_to_prune(ranking: Ranking) -> list[Any]:
             default=DEFAULT_SCOPE,
             tooltip="Which layers are gated. mid: the four 3x3 convolutions of the middle "
             "block; up, down, all: those of these parts of the U-Net; +ff: also the "
-            "feed-forward layers of the transformers there.",
+            "feed-forward layers of the transformers there; +heads: also the heads of their "
+            "attention.",
         ),
     ]
 

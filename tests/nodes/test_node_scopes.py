@@ -1,4 +1,4 @@
-"""Beyond the mid block, inside ComfyUI: every ResBlock and the feed-forwards of the transformers.
+"""Beyond the mid block, inside ComfyUI: every ResBlock, feed-forward and attention.
 
 Each evaluation of a sampler is compared with the same call on the unpatched model where the
 schedule is off and with the masked reference where it is on. Tolerances are the RMS of the
@@ -29,7 +29,7 @@ def gates_of(comfy, model, make_gates):
 
 
 @pytest.mark.parametrize("padding", ["zero", "extend"])
-@pytest.mark.parametrize("scope", ["up", "down", "ff", "mid+ff", "all+ff"])
+@pytest.mark.parametrize("scope", ["up", "down", "ff", "heads", "mid+ff", "all+ff+heads"])
 def test_every_scope_in_float32(check_exact, model, gates_of, scope, padding):
     check_exact(model, gates_of(scope, padding))
 
@@ -37,7 +37,7 @@ def test_every_scope_in_float32(check_exact, model, gates_of, scope, padding):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_that_the_host_casts(check_exact, small_model, gates_of, dtype):
     check_exact(
-        small_model(dtype=dtype, manual_cast=torch.float32), gates_of("all+ff", constants=2)
+        small_model(dtype=dtype, manual_cast=torch.float32), gates_of("all+ff+heads", constants=2)
     )
 
 
@@ -67,6 +67,8 @@ def lora(comfy, model, sites):
     for site in sites:
         path = comfy.model.layer_path(site)
         paths = [path, path.replace("net.0.proj", "net.2")] if "net.0" in path else [path]
+        if path.endswith("to_v"):
+            paths = [path.replace("to_v", layer) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
         for path in paths:
             key = f"diffusion_model.{path}.weight"
             noise = torch.randn(state[key].shape, generator=generator)
@@ -81,7 +83,7 @@ def lora(comfy, model, sites):
 def test_lora_on_the_pruned_layers(
     comfy, small_model, gates_of, sample, unpatched, masked, order, loading, monkeypatch
 ):
-    base, gates = small_model(), gates_of("all+ff")
+    base, gates = small_model(), gates_of("all+ff+heads")
     if loading == "low_vram":
         load = type(base).load
         monkeypatch.setattr(
@@ -175,7 +177,7 @@ def test_a_linear_layer_with_an_own_computation_runs_unpruned_and_says_so(
 
 
 def test_gates_for_everything_keep_the_model_as_it_was(comfy, model, gates_of, sample):
-    gates = gates_of("all+ff")
+    gates = gates_of("all+ff+heads")
     plain = sample(model, 2)
     attributes = {name: set(vars(m)) for name, m in model.model.named_modules()}
     pruned = sample(comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets())), 2)
@@ -187,8 +189,8 @@ def test_gates_for_everything_keep_the_model_as_it_was(comfy, model, gates_of, s
 @pytest.mark.parametrize("ranking", ["per layer", "global"])
 def test_gates_are_estimated_for_every_scope(comfy, model, sample, ranking):
     node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPEstimateGates"]
-    gates = node.execute(model, "l1", 0.5, ranking, "zero", "all+ff").args[0]
-    assert len(gates.scores) == 60 and gates.sparsity == pytest.approx(0.5, abs=0.01)
+    gates = node.execute(model, "l1", 0.5, ranking, "zero", "all+ff+heads").args[0]
+    assert len(gates.scores) == 92 and gates.sparsity == pytest.approx(0.5, abs=0.01)
     floor = comfy.core.DEFAULT_FLOOR
     assert all(keep.float().mean() >= floor for keep in gates.keep_sets().values())
     apply = comfy.apply_node.LDCPApplyDynamicPruning

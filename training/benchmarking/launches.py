@@ -271,7 +271,7 @@ ASSUMPTIONS = (
 class LaunchOptions(Options):
     """What to count."""
 
-    scope: tuple[str, ...] = option("which layers", ("mid", "all", "all+ff"))
+    scope: tuple[str, ...] = option("which layers", ("mid", "all", "all+ff", "all+ff+heads"))
     sparsity: tuple[float, ...] = option("shares pruned at random", (0.4,), BELOW_ONE)
     padding: tuple[Padding, ...] = option("how constants meet the border", ("zero",))
     resolution: int = option("pixels, a multiple of 64", 512, COUNT)
