@@ -15,13 +15,15 @@ from training.benchmarking.launches import CARDS, Count, Operation, Operations, 
 MOST_LAUNCHES = {
     "all+ff 40%, zero": 1190,
     "all+ff 40%, zero, Triton": 816,
+    "all+ff+heads 40%, zero": 1134,
+    "all+ff+heads 40%, zero, Triton": 777,
     "mid 40%, zero": 970,
 }
 
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Count]:
-    return count(["all+ff", "mid"])
+    return count(["all+ff", "all+ff+heads", "mid"])
 
 
 def test_a_launch_and_its_bytes_are_counted_by_hand() -> None:

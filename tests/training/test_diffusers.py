@@ -48,11 +48,11 @@ def pipe(pipeline: Path) -> StableDiffusionPipeline:
     return found
 
 
-def gates_of(unet: UNet2DConditionModel, scope: str = "all+ff", seed: int = 0) -> Gates:
+def gates_of(unet: UNet2DConditionModel, scope: str = "all+ff+heads", seed: int = 0) -> Gates:
     generator = torch.Generator().manual_seed(seed)
     topology = topology_of(unet)
     sites = topology.sites(scope)
-    scores = {s.name: torch.rand(s.channels, generator=generator) for s in sites}
+    scores = {s.name: s.shared(torch.rand(s.channels, generator=generator)) for s in sites}
     constants = {s.name: torch.randn(s.channels, generator=generator) for s in sites}
     corrections = {}
     for site in sites:
@@ -64,7 +64,7 @@ def gates_of(unet: UNet2DConditionModel, scope: str = "all+ff", seed: int = 0) -
     return Gates(scores, constants, "zero", topology, corrections=corrections)
 
 
-SMALL_2 = Topology((32, 64, 64, 64), context_width=24, linear_projections=True)
+SMALL_2 = Topology((32, 64, 64, 64), context_width=24, linear_projections=True, heads=(4, 4, 4, 4))
 
 
 @pytest.mark.parametrize("topology", [SMALL_2, SMALL_XL, NO_MID], ids=name_of)
@@ -253,7 +253,8 @@ def test_lora_is_pruned_with_the_weights_whenever_it_is_loaded_or_changed(
 def add_lora(unet: UNet2DConditionModel, **options: Any) -> None:
     from peft import LoraConfig
 
-    layers = ["conv1", "conv2", "ff.net.0.proj", "ff.net.2", "to_q", "conv_shortcut"]
+    layers = ["conv1", "conv2", "ff.net.0.proj", "ff.net.2", "conv_shortcut"]
+    layers += ["to_q", "to_k", "to_v", "to_out.0"]
     config = LoraConfig(
         r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False, **options
     )
@@ -302,7 +303,7 @@ def test_of_two_prunings_the_later_counts_and_either_may_go_first(
     pipe: StableDiffusionPipeline,
 ) -> None:
     unet = pipe.unet
-    first, second = gates_of(unet), gates_of(unet, seed=7)
+    first, second = (gates_of(unet, "all+ff", seed) for seed in (0, 7))  # no site as a whole
     dense, expected = evaluated(unet), reference(unet, second)
     outer, inner = pruned(unet, first), pruned(unet, second)
     assert far(evaluated(unet), expected) < TOLERANCE
@@ -357,3 +358,34 @@ def test_an_inpainting_unet_is_accepted(pipe: StableDiffusionPipeline) -> None:
     sizes = {"norm_num_groups": 8, "attention_head_dim": 2, "block_out_channels": (16, 16, 32, 32)}
     inpainting = UNet2DConditionModel(in_channels=9, cross_attention_dim=16, **sizes)
     pruned(inpainting, gates_of(pipe.unet)).remove()
+
+
+def test_attention_that_is_not_plain_is_refused_where_heads_are_pruned(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet, "heads")
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+
+    class IPAdapterAttnProcessor:
+        """One by its name."""
+
+    with pruned(unet, gates):
+        monkeypatch.setattr(attention, "processor", IPAdapterAttnProcessor())
+        with pytest.raises(UnsupportedModel, match="attn2 runs IPAdapterAttnProcessor.*without"):
+            evaluated(unet)
+    with pytest.raises(UnsupportedModel, match="IPAdapterAttnProcessor"):
+        pruned(unet, gates)
+    with pruned(unet, gates_of(unet, "all+ff")):  # heads left alone: whatever they compute
+        monkeypatch.undo()
+        evaluated(unet)
+    with pruned(unet, gates), pytest.raises(UnsupportedModel, match="attn2 is given a mask"):
+        unet(
+            torch.zeros(1, 4, 16, 16),
+            500,
+            encoder_hidden_states=torch.zeros(1, 7, 16),
+            encoder_attention_mask=torch.ones(1, 7),
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "heads", 2 * attention.heads)
+        with pytest.raises(UnsupportedModel, match="heads"):
+            pruned(unet, gates)

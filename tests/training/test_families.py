@@ -151,7 +151,7 @@ def source(pipeline_xl: Path, images: Path) -> list[str]:
 def half(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gates of SDXL that prune half of all layers."""
     path = tmp_path_factory.mktemp("gates") / "half.safetensors"
-    options = ["--criterion", "taylor", "--scope", "all+ff", "--target-sparsity", "0.5"]
+    options = ["--criterion", "taylor", "--scope", "all+ff+heads", "--target-sparsity", "0.5"]
     assert score.main([*source, *QUICK, *options, "--output", str(path)]) == 0
     return path
 
@@ -164,7 +164,7 @@ def test_a_fit_meets_its_target_and_a_resumed_one_ends_with_its_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     steps = ["--batch-size", "2", "--gradient-accumulation", "1", "--max-steps", "6"]
-    target = ["--scope", "all+ff", "--target-sparsity", "0.4", "--checkpoint-every", "3"]
+    target = ["--scope", "all+ff+heads", "--target-sparsity", "0.4", "--checkpoint-every", "3"]
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     given = [*source, *steps, *target, "--output"]
     assert fit.main([*given, str(whole)]) == 0
@@ -182,7 +182,7 @@ def test_a_fit_meets_its_target_and_a_resumed_one_ends_with_its_bits(
 @pytest.mark.parametrize("criterion", ["diff-pruning", "diversity", "flap", "own-effect"])
 def test_criteria_measure_sdxl(source: list[str], tmp_path: Path, criterion: str) -> None:
     output = tmp_path / "gates.safetensors"
-    options = ["--criterion", criterion, "--scope", "mid+ff", "--directions", "1"]
+    options = ["--criterion", criterion, "--scope", "mid+ff+heads", "--directions", "1"]
     assert score.main([*source, *QUICK, *options, "--output", str(output)]) == 0
     assert load_gates(output).topology.family == "SDXL"
 
@@ -241,6 +241,7 @@ def test_derivatives_with_fewer_blocks_are_learned_on(
         context_width=48,
         pooled_width=64,
         linear_projections=True,
+        heads=(0, 4, 4),
     )
     folder, output = tmp_path / "derivative", tmp_path / "gates.safetensors"
     shutil.copytree(pipeline_xl, folder)

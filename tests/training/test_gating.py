@@ -18,7 +18,12 @@ def keep_sets(
 ) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sites = topology_of(model.unet).sites(scope)
-    return {s.name: torch.rand(s.channels, generator=generator) >= share for s in sites}
+    return {
+        s.name: (
+            torch.rand(s.channels, generator=generator)[:: s.group] >= share
+        ).repeat_interleave(s.group)
+        for s in sites
+    }
 
 
 def evaluate(model: DiffusionModel) -> torch.Tensor:
@@ -50,7 +55,7 @@ def test_the_site_map_names_every_resblock_of_diffusers_with_its_widths(
     assert {b.name: (b.in_channels, b.out_channels) for b in blocks} == found
 
 
-@pytest.mark.parametrize("scope", ["mid", "up", "down", "ff", "all+ff"])
+@pytest.mark.parametrize("scope", ["mid", "up", "down", "ff", "heads", "all+ff+heads"])
 @pytest.mark.parametrize("padding", PADDINGS)
 @torch.no_grad()
 def test_compact_equals_masked_in_the_whole_unet_and_differs_from_dense(
@@ -68,7 +73,7 @@ def test_compact_equals_masked_in_the_whole_unet_and_differs_from_dense(
 
 @torch.no_grad()
 def test_all_gates_open_is_bit_identical_to_dense(model: DiffusionModel) -> None:
-    keep = keep_sets(model, 0.0, scope="all+ff")
+    keep = keep_sets(model, 0.0, scope="all+ff+heads")
     dense = evaluate(model)
     with masked(model.unet, hard_gates(of(keep)), "zero"):
         assert torch.equal(evaluate(model), dense)
@@ -91,7 +96,7 @@ def test_nothing_is_left_on_the_modules_also_after_an_error(model: DiffusionMode
 def test_constants_are_the_mean_outputs_of_the_gated_layers(
     model: DiffusionModel, kind: str
 ) -> None:
-    sites = topology_of(model.unet).sites("all+ff")
+    sites = topology_of(model.unet).sites("all+ff+heads")
     site = next(site for site in sites if site.kind.name == kind)
     seen: list[torch.Tensor] = []
     layer = model.unet.get_submodule(site.name)
@@ -108,7 +113,8 @@ def test_the_gradient_reaches_every_mask_and_no_weight(model: DiffusionModel) ->
     with torch.no_grad():
         dense = evaluate(model)
     masks = {
-        k: v.float().requires_grad_() for k, v in keep_sets(model, 0.5, scope="all+ff").items()
+        k: v.float().requires_grad_()
+        for k, v in keep_sets(model, 0.5, scope="all+ff+heads").items()
     }
     gates = {k: SoftGate(m, torch.zeros(m.numel())) for k, m in masks.items()}
     with masked(model.unet, gates, "zero"):

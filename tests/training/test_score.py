@@ -23,11 +23,11 @@ def test_every_criterion_writes_a_gate_file_with_its_importances(
     source: list[str], tmp_path: Path, criterion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "gates.safetensors"
-    options = ["--criterion", criterion, "--scope", "mid+ff", "--output", str(output)]
+    options = ["--criterion", criterion, "--scope", "mid+ff+heads", "--output", str(output)]
     assert score.main([*source, *options, *QUICK, "--target-sparsity", "0.5"]) == 0
     gates = load_gates(output)
     assert gates.sparsity == pytest.approx(0.5, abs=0.05)
-    assert gates.info["criterion"] == criterion and len(gates.scores) == 5
+    assert gates.info["criterion"] == criterion and len(gates.scores) == 7
     assert set(gates.importances) == set(gates.scores) == set(gates.constants)
     for site, values in gates.importances.items():  # within a site the order is the criterion's
         order = gates.scores[site][values.argsort()]
@@ -41,7 +41,7 @@ def test_every_criterion_writes_a_gate_file_with_its_importances(
 @pytest.mark.parametrize("budget", ["parameters", "flops"])
 def test_a_budget_is_met(source: list[str], tmp_path: Path, budget: str) -> None:
     output = tmp_path / "gates.safetensors"
-    options = ["--criterion", "random", "--scope", "all+ff", "--budget", budget]
+    options = ["--criterion", "random", "--scope", "all+ff+heads", "--budget", budget]
     assert score.main([*source, *options, *QUICK, "--output", str(output)]) == 0
     assert load_gates(output).info["achieved_budget"] == pytest.approx(0.3, abs=0.03)
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ldcp_core import ConvWeights, LinearWeights
 from ldcp_core.diffusers import CompactBlock, gated_layers
 from training.errors import UserError
 from training.model.gating import overridden, running
@@ -154,9 +155,8 @@ def _with_weights(
 ) -> Any:
     """A copy of the block whose weights and biases went through the functions."""
     found: Any = copy(block)
-    for name in ("conv1", "conv2", "proj", "out"):
-        of = getattr(block, name, None)
-        if of is not None:
+    for name, of in vars(block).items():
+        if isinstance(of, (ConvWeights, LinearWeights)):
             new = None if of.bias is None else bias(of.bias)
             setattr(found, name, replace(of, weight=weight(of.weight), bias=new))
     if getattr(block, "columns", None) is not None:
