@@ -810,7 +810,7 @@ def test_the_size_that_counts_is_that_of_what_was_read(
     os.truncate(path, MAX_BYTES + 1)
     monkeypatch.setattr(os, "fstat", lambda _: before)  # a size of 0, as long as nobody reads
     monkeypatch.setattr(Path, "stat", lambda *_, **__: before)
-    with pytest.raises(GateFileError, match="50,331,649 bytes is too large"):
+    with pytest.raises(GateFileError, match="75,497,473 bytes is too large"):
         load_gates(path)
 
 
