@@ -164,7 +164,11 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="A Stable Diffusion model (1.5, 2 or XL), LoRA included."
                 ),
-                GatesType.Input("gates", tooltip="Which channels to prune: Load Pruning Gates."),
+                GatesType.Input(
+                    "gates",
+                    tooltip="Which channels to prune: Load Pruning Gates, Estimate Gates from "
+                    "Model or Calibrate Gates.",
+                ),
                 io.Float.Input(
                     "sparsity",
                     default=0.3,
