@@ -43,7 +43,7 @@ STATE = """() => {
     const graph = window.app.graph;
     return {
         nodes: graph.nodes.map(n => ({
-            id: n.id, type: n.type, mode: n.mode,
+            id: n.id, type: n.type, title: n.title, mode: n.mode,
             red: !!n.has_errors || n.id in (window.app.lastNodeErrors ?? {}),
             known: n.type in window.LiteGraph.registered_node_types,
             widgets: Object.fromEntries((n.widgets ?? []).map(w => [w.name, w.value])),
@@ -107,7 +107,7 @@ AREA = """() => {
     const {scale, offset} = window.app.canvas.ds, {nodes} = window.app.graph;
     const box = document.querySelector("#graph-canvas").getBoundingClientRect();
     const left = Math.min(...nodes.map(n => n.pos[0])) - 30;
-    const top = Math.min(...nodes.map(n => n.pos[1])) - 80;
+    const top = Math.min(...nodes.map(n => n.pos[1])) - 70;
     const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 30;
     const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 50;
     return {x: box.x + (left + offset[0]) * scale, y: box.y + (top + offset[1]) * scale,
@@ -123,14 +123,20 @@ TITLE = """([type, number]) => {
             box.y + (node.pos[1] + offset[1] - 15) * scale];
 }"""
 
-#: where a widget of a class's first node is on the screen, in the classic canvas
+#: where a widget of a class's first node is on the screen
 WIDGET = """([type, name]) => {
     const node = window.app.graph.nodes.find(n => n.type === type);
+    const number = node.widgets.findIndex(w => w.name === name);
+    if (window.LiteGraph.vueNodesMode) {
+        const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
+        const row = drawn.querySelectorAll('[data-testid="node-widget"]')[number];
+        const {x, y, height} = row.getBoundingClientRect();
+        return [x + 30, y + height / 2];
+    }
     const {scale, offset} = window.app.canvas.ds;
     const box = document.querySelector("#graph-canvas").getBoundingClientRect();
-    const {last_y} = node.widgets.find(w => w.name === name);
     return [box.x + (node.pos[0] + offset[0] + 60) * scale,
-            box.y + (node.pos[1] + offset[1] + last_y + 10) * scale];
+            box.y + (node.pos[1] + offset[1] + node.widgets[number].last_y + 10) * scale];
 }"""
 
 #: turns Nodes 2.0 on or off; whether the page has them (an older frontend hides what it began)
@@ -290,6 +296,10 @@ class Browser:
         found = self.page.evaluate(TEXT, [start])
         return found["lines"] if found else []
 
+    def show(self, text: str) -> None:
+        """Scroll a text into sight."""
+        self.page.get_by_text(text).last.scroll_into_view_if_needed()
+
     def add(self, node_type: str) -> None:
         """Empty the canvas, and put one node on it."""
         self.page.evaluate(ADD, [node_type])
@@ -333,6 +343,7 @@ class Browser:
             self.page.wait_for_timeout(500)
             width = tile.locator("img").first.evaluate("picture => picture.naturalWidth")
             found[tile.get_attribute("data-testid").removeprefix(TILE)] = width
+        self._tiles().first.scroll_into_view_if_needed()
         return found
 
     def _tiles(self) -> Any:
@@ -356,7 +367,8 @@ class Browser:
         """Choose a name that the search has found; its node is then on the canvas."""
         self.page.locator("[role=option]").filter(has_text=name).first.click()
         self.page.wait_for_timeout(500)
-        self.page.mouse.click(700, 450)  # a newer frontend puts it where one clicks
+        self.page.mouse.click(240, 250)  # a newer frontend puts it where one clicks
+        self.page.mouse.move(240, 130)  # no tooltip
         self.page.wait_for_timeout(1000)
 
     def open_app(self) -> None:
@@ -397,9 +409,9 @@ class Browser:
         return self.page.locator(".node-help-content h1").first.inner_text(), widths
 
     def tooltip(self, node_type: str, widget: str) -> str:
-        """What appears when the mouse rests on a widget in the classic canvas."""
+        """What appears when the mouse rests on a widget."""
         self.page.mouse.move(*self.page.evaluate(WIDGET, [node_type, widget]))
-        shown = self.page.locator(".node-tooltip")
+        shown = self.page.locator(".node-tooltip:visible, .p-tooltip:visible")
         shown.wait_for(timeout=1000 * LOAD_SECONDS)
         return shown.inner_text()
 

@@ -87,7 +87,12 @@ def test_a_shipped_workflow_runs_to_its_images_with_nothing_chosen_but_the_check
         assert pixels(images[node["widgets_values"][0]]).shape == (PIXELS, PIXELS, 3)
 
 
-def test_the_message_of_a_missing_gate_file_says_first_how_to_do_without_training(page, tmp_path):
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+def test_the_message_of_a_missing_gate_file_says_first_how_to_do_without_training(
+    page, keep, tmp_path, nodes_2
+):
+    if not page.use_nodes_2(nodes_2):
+        pytest.skip("this frontend has no Nodes 2.0")
     workflow = ui_workflow.with_gate_file(
         ui_workflow.read(ui_workflow.FOLDER / "ldcp_report.json")  # no image without gates
     )
@@ -97,6 +102,8 @@ def test_the_message_of_a_missing_gate_file_says_first_how_to_do_without_trainin
     choose_checkpoint(page)
     with pytest.raises(RuntimeError, match="no gate file 'gates.safetensors'") as refused:
         page.queue()
+    page.show("no gate file 'gates.safetensors'")
+    keep(page, f"missing_gate_file_{'nodes_2' if nodes_2 else 'classic'}")
     message = str(refused.value)
     without = message.index("make gates without training: put Estimate Gates from Model")
     assert without < message.index("put a gate file made by training.fit")

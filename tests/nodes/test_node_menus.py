@@ -80,6 +80,14 @@ def test_the_search_finds_the_node_that_prunes(page, keep):
         page.keys("Escape")
 
 
+@pytest.fixture(params=["classic", "nodes_2"])
+def drawn(request, page):
+    """How nodes are drawn, for the names of pictures."""
+    if not page.use_nodes_2(request.param == "nodes_2"):
+        pytest.skip("this frontend has no Nodes 2.0")
+    return request.param
+
+
 @pytest.fixture
 def blueprint(page, server):
     """Put a blueprint between the checkpoint and the images of the basic workflow."""
@@ -99,18 +107,20 @@ def blueprint(page, server):
     return place
 
 
-def test_the_blueprint_that_estimates_saves_and_applies_runs(page, keep, blueprint, base):
+def test_the_blueprint_that_estimates_saves_and_applies_runs(page, keep, drawn, blueprint, base):
     blueprint(ESTIMATE)
     page.connect((ESTIMATE, 0), "MODEL", ("KSampler", 0), "model")
     page.set_all("KSampler", steps=1)
-    page.set_widgets(ESTIMATE, sparsity=0.9, scope="all", filename_prefix="mine/gates")
+    page.set_widgets(ESTIMATE, sparsity=0.9, scope="all", filename_prefix=f"{drawn}/gates")
     images = page.images(page.queue())
-    keep(page, "blueprint_estimate")
+    keep(page, f"blueprint_estimate_{drawn}")
     assert difference(images["LDCP_pruned"], images["LDCP_full"]) > 0
-    assert (base / "models/ldcp_gates/mine/gates_00001.safetensors").is_file()
+    assert (base / "models/ldcp_gates" / drawn / "gates_00001.safetensors").is_file()
 
 
-def test_the_blueprint_that_compares_samples_the_same_but_for_the_pruning(page, keep, blueprint):
+def test_the_blueprint_that_compares_samples_the_same_but_for_the_pruning(
+    page, keep, drawn, blueprint
+):
     blueprint(COMPARE)
     page.remove("KSampler", "VAEDecode")
     page.connect(("CheckpointLoaderSimple", 0), "VAE", (COMPARE, 0), "vae")
@@ -124,7 +134,7 @@ def test_the_blueprint_that_compares_samples_the_same_but_for_the_pruning(page, 
     assert difference(images["LDCP_pruned"], images["LDCP_full"]) == 0
     page.set_widgets(COMPARE, sparsity=0.9)
     images = page.images(page.queue())
-    keep(page, "blueprint_compare")
+    keep(page, f"blueprint_compare_{drawn}")
     assert difference(images["LDCP_pruned"], images["LDCP_full"]) > 0
 
 
@@ -150,14 +160,24 @@ def chinese(page):
     page.use_language("en")
 
 
-def test_names_tooltips_and_help_are_chinese_in_a_chinese_comfyui(chinese, keep):
+def test_names_tooltips_and_help_are_chinese_in_a_chinese_comfyui(chinese, keep, drawn):
     assert "应用动态剪枝" in chinese.search("剪枝")
+    keep(chinese, f"search_zh_{drawn}")
     chinese.keys("Escape")
     chinese.add(APPLY)
     texts = json.loads((REPOSITORY / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
     told = texts[APPLY]["inputs"]["full_weights"]["tooltip"]
     assert chinese.tooltip(APPLY, "full_weights") == told
+    keep(chinese, f"tooltip_zh_{drawn}")
     chinese.open_help(APPLY)
     title, pictures = chinese.help()
-    keep(chinese, "help_zh")
+    keep(chinese, f"help_zh_{drawn}")
     assert title == "应用动态剪枝" and pictures and all(width > 100 for width in pictures)
+
+
+def test_a_shipped_workflow_is_chinese_in_a_chinese_comfyui(chinese, keep, drawn):
+    chinese.drop(ui_workflow.FOLDER / "ldcp_basic.json")
+    keep(chinese, f"dropped_zh_{drawn}")
+    titles = {node["type"]: node["title"] for node in chinese.state()["nodes"]}
+    assert titles[APPLY] == "应用动态剪枝" and titles["LDCPEstimateGates"] == "从模型估算门控"
+    assert chinese.lines("采样时对 Stable Diffusion 剪枝")
