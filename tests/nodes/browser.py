@@ -365,9 +365,12 @@ class Browser:
 
     def choose(self, name: str) -> None:
         """Choose a name that the search has found; its node is then on the canvas."""
+        nodes = len(self.state()["nodes"])
         self.page.locator("[role=option]").filter(has_text=name).first.click()
+        self.page.wait_for_function("n => window.app.graph.nodes.length > n", arg=nodes)
         self.page.wait_for_timeout(500)
         self.page.mouse.click(240, 250)  # a newer frontend puts it where one clicks
+        self.page.wait_for_function("() => !window.app.graph.nodes.some(n => n.flags.ghost)")
         self.page.mouse.move(240, 130)  # no tooltip
         self.page.wait_for_timeout(1000)
 
