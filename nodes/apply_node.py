@@ -133,6 +133,7 @@ class Status:
         """Show how far the run has come, now and then."""
         if time.monotonic() - self._shown < EVERY:
             return
+        self._forget_other_prompts()
         now = "pruned" if record.pruning else "in full"
         counted = f"{record.pruned_evaluations} of {record.evaluations} evaluations pruned so far"
         self.run = [f"now {now}; {counted}, {record.seconds:.1f} s", *bytes_lines(record)]
@@ -140,13 +141,17 @@ class Status:
 
     def ended(self, record: RunRecord) -> None:
         """Show what a run did and noticed; a prompt may sample several times with one model."""
-        prompt = getattr(server(), "last_prompt_id", None)
-        if prompt is None or prompt != self.prompt:
-            self.prompt, self.notes = prompt, []
+        self._forget_other_prompts()
         new = [note for note in record.notes if note not in self.notes]
         self.notes += new
         self.run = [f"{run_line(record)}, {record.seconds:.1f} s", *bytes_lines(record)]
         self.show(new)
+
+    def _forget_other_prompts(self) -> None:
+        """Forget what runs of an earlier prompt noticed."""
+        prompt = getattr(server(), "last_prompt_id", None)
+        if prompt is None or prompt != self.prompt:
+            self.prompt, self.notes = prompt, []
 
 
 class LDCPApplyDynamicPruning(io.ComfyNode):

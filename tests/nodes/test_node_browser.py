@@ -277,6 +277,7 @@ def test_every_line_on_a_node_is_seen_also_what_the_run_noticed(page, keep, load
     assert {line.split(";")[0] for line in steps} == {"now pruned", "now in full"}, live
     assert all(re.search(r" evaluations pruned so far, [\d.]+ s$", line) for line in steps), live
     assert any(re.fullmatch(RESIDENT, line) for line in live), live
+    assert not any("this run has" in line for line in live), live  # nor what an earlier run noticed
     text = page.text("4 sites")
     assert [line.split(" ", 2)[:2] for line in text["lines"][:2]] == [
         ["4", "sites,"],

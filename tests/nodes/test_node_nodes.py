@@ -590,6 +590,18 @@ def test_the_node_shows_what_the_run_does_while_it_goes_and_what_it_did(
     assert after[1].startswith("gated layers on cpu: ")
 
 
+def test_what_an_earlier_prompt_noticed_is_gone_once_the_next_one_samples(
+    comfy, model, make_gates, apply, sample, screen, monkeypatch
+):
+    monkeypatch.setattr(comfy.apply_node, "EVERY", 0.0)
+    patched = apply(model, make_gates(), -1.0, comfy.core.Schedule.steps("0, 9-"))
+    sample(patched, 2)
+    assert "lies past the last one" in screen.shown[-1][0][-1]
+    screen.server.last_prompt_id, first = "b", len(screen.shown)
+    sample(patched, 12)
+    assert not any("lies past" in line for lines, *_ in screen.shown[first:] for line in lines)
+
+
 def test_the_node_is_not_told_more_often_than_one_can_read(
     comfy, model, make_gates, apply, sample, screen, monkeypatch
 ):
