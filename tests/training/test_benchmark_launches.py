@@ -71,7 +71,7 @@ def test_pruning_everything_is_estimated_below_dense_on_every_card(
 
 
 def test_the_command_prints_a_table_and_the_same_as_json(capsys: pytest.CaptureFixture) -> None:
-    options = "--scope mid --sparsity 0.5 --padding extend --resolution 64 --batch 1"
+    options = "--family sdxl --scope mid --sparsity 0.5 --padding extend --resolution 64 --batch 1"
     assert benchmark.main(["launches", *options.split()]) == 0
     printed = capsys.readouterr().out
     assert "estimated, not measured" in printed

@@ -672,6 +672,31 @@ def test_an_sdxl_file_loads_into_the_right_modules(
 
 
 @pytest.mark.usefixtures("tiny_configs")
+def test_a_derivative_of_sdxl_with_fewer_blocks_loads_with_its_own_depths(
+    tiny_xl: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """As SSD-1B: fewer transformers, and half a mid block."""
+    gone = ("middle_block.1.", "middle_block.2.")
+    gone += tuple(f"output_blocks.{n}.1.transformer_blocks.1." for n in (0, 1))
+    gone += ("input_blocks.8.1.transformer_blocks.1.",)
+    fewer = {
+        key: value
+        for key, value in tiny_xl.items()
+        if not key.removeprefix(single_file.UNET).startswith(gone)
+    }
+    assert len(fewer) < len(tiny_xl)
+    path = tmp_path / "model.safetensors"
+    save_file(fewer, path)
+    unet = load_model(str(path)).unet
+    topology = topology_of(unet)
+    assert (topology.family, topology.mid) == ("SDXL", (0,))
+    assert topology.down == ((0, 0), (1, 1), (2, 1)) and topology.up[0] == (1, 1, 2)
+    ours = "up_blocks.0.attentions.2.transformer_blocks.1.attn1.to_q.weight"
+    theirs = f"{single_file.UNET}output_blocks.2.1.transformer_blocks.1.attn1.to_q.weight"
+    assert torch.equal(unet.get_parameter(ours), fewer[theirs].float())
+
+
+@pytest.mark.usefixtures("tiny_configs")
 @pytest.mark.parametrize("layout", [TINY, TINY_XL])
 @pytest.mark.parametrize("keys", [(), ("v_pred",), ("v_pred", "ztsnr")])
 def test_a_file_says_by_two_keys_that_it_predicts_v(

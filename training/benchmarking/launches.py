@@ -1,7 +1,7 @@
-"""What an evaluation of SD1.5's U-Net asks of a GPU, counted without one: launches, bytes, FLOPs.
+"""What an evaluation of a U-Net asks of a GPU, counted without one: launches, bytes, FLOPs.
 
     python -m training.benchmark launches
-    python -m training.benchmark launches --scope mid --sparsity 0.3 0.5 --resolution 768
+    python -m training.benchmark launches --family sdxl --resolution 1024 --sparsity 0.3 0.5
 
 A fast card computes an operation sooner than the host can launch the next, so that pruning which
 saves arithmetic but needs more operations is slower than the dense model. The U-Net runs on tensors
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -33,11 +33,12 @@ from ldcp_core.diffusers import CompactBlock, compact_blocks, topology_of
 from training.benchmarking.timing import DENSE
 from training.benchmarking.variants import TEXT_TOKENS, random_pruning
 from training.console import explaining
-from training.model.configs import SD15
+from training.model.configs import NAMES, config_of
 from training.model.gating import running
 from training.model.load import DTYPES, check_resolution
 from training.options import BELOW_ONE, COUNT, Options, Precision, option, parsed
 
+Family = Literal["sd15", "sd2", "sdxl"]
 PIXELS_PER_LATENT = 8
 GIGA, TERA = 1e9, 1e12
 #: seconds the host needs to launch a kernel, and the least a kernel takes
@@ -185,9 +186,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return total
 
 
-def meta_unet(dtype: torch.dtype) -> UNet2DConditionModel:
-    """SD1.5's U-Net without weights."""
-    config = UNet2DConditionModel.load_config(SD15 / "unet", local_files_only=True)
+def meta_unet(dtype: torch.dtype, family: Family = "sd15") -> UNet2DConditionModel:
+    """A family's U-Net without weights."""
+    config = UNet2DConditionModel.load_config(config_of(family, "unet"), local_files_only=True)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     nn.Module.to(unet, dtype)  # diffusers' own warns about weights that are not there
@@ -206,6 +207,13 @@ def operations(
     latents = torch.empty(batch, unet.config.in_channels, side, side, **like)
     context = torch.empty(batch, TEXT_TOKENS, unet.config.cross_attention_dim, **like)
     timesteps = torch.empty(batch, dtype=torch.int64, device=unet.device)
+    added = None
+    if unet.config.addition_embed_type:  # SDXL: pooled text, and six numbers
+        pooled = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
+        added = {
+            "text_embeds": torch.empty(batch, pooled, **like),
+            "time_ids": torch.empty(batch, 6, **like),
+        }
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(running(unet, blocks))
@@ -213,7 +221,7 @@ def operations(
         stack.enter_context(_OneAttention(counted))
         if triton:
             stack.enter_context(_triton(counted))
-        unet(latents, timesteps, encoder_hidden_states=context)
+        unet(latents, timesteps, encoder_hidden_states=context, added_cond_kwargs=added)
     return counted.found
 
 
@@ -224,12 +232,13 @@ def count(
     resolution: int = 512,
     batch: int = 2,
     dtype: torch.dtype = torch.float16,
+    family: Family = "sd15",
 ) -> dict[str, Count]:
-    """Dense and each pruned form of SD1.5, with random keep-sets of aligned counts.
+    """Dense and each pruned form of a family, with random keep-sets of aligned counts.
 
     Each once from PyTorch's own operations and once with the Triton kernels.
     """
-    unet = meta_unet(dtype)
+    unet = meta_unet(dtype, family)
     found = {DENSE: Count.of(operations(unet, {}, resolution, batch))}
     for scope, share, rule in product(scopes, sparsity, padding):
         pruning = random_pruning(topology_of(unet).sites(scope), share, seed=0)
@@ -271,6 +280,7 @@ ASSUMPTIONS = (
 class LaunchOptions(Options):
     """What to count."""
 
+    family: Family = option("whose U-Net", "sd15")
     scope: tuple[str, ...] = option("which layers", ("mid", "all", "all+ff", "all+ff+heads"))
     sparsity: tuple[float, ...] = option("shares pruned at random", (0.4,), BELOW_ONE)
     padding: tuple[Padding, ...] = option("how constants meet the border", ("zero",))
@@ -290,9 +300,10 @@ def main(argv: Sequence[str]) -> int:
         given.resolution,
         given.batch,
         DTYPES[given.precision],
+        given.family,
     )
     facts = f"{given.resolution} pixels, batch {given.batch}, {given.precision}"
-    print(f"SD1.5's U-Net, {facts}, on a CUDA device.\n")
+    print(f"{NAMES[given.family]}'s U-Net, {facts}, on a CUDA device.\n")
     print(render(found))
     print(f"\n{ASSUMPTIONS}\n")
     counts = {name: asdict(form) for name, form in found.items()}

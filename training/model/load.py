@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,7 +217,8 @@ def _load_single_file(path: Path, source: str, dtype: torch.dtype) -> DiffusionM
     family = single_file.check_single_file(path, header)
     second = family == "sdxl"
     settings = single_file.scheduler_settings(header)
-    unet = _convert(path, family, "unet", dtype)
+    depths = single_file.unet_depths(header) if family == "sdxl" else {}
+    unet = _convert(path, family, "unet", dtype, depths)
     if family == "sd2" and _looks_like_v(unet):
         settings["prediction_type"] = "v_prediction"
         unet.register_to_config(sample_size=96)
@@ -245,13 +246,18 @@ def _looks_like_v(unet: UNet2DConditionModel) -> bool:
     return float(bias.detach().float().std(correction=0)) > 0.09
 
 
-def _convert(path: Path, family: str, part: str, dtype: torch.dtype) -> Any:
-    """Build U-Net or VAE from its shipped config and fill all of it with the file's weights."""
+def _convert(
+    path: Path, family: str, part: str, dtype: torch.dtype, changes: Mapping[str, Any] | None = None
+) -> Any:
+    """Build U-Net or VAE from its shipped config and fill all of it with the file's weights.
+
+    ``changes`` are what the file has otherwise than the config.
+    """
     cls, prefix, convert = {
         "unet": (UNet2DConditionModel, single_file.UNET, convert_ldm_unet_checkpoint),
         "vae": (AutoencoderKL, single_file.VAE, convert_ldm_vae_checkpoint),
     }[part]
-    config = cls.load_config(config_of(family, part), local_files_only=True)
+    config = cls.load_config(config_of(family, part), local_files_only=True) | (changes or {})
     with torch.device("meta"):
         module = cls.from_config(config)
     try:
@@ -315,7 +321,7 @@ def _incomplete(path: Path, family: str, part: str, wrong: Sequence[str]) -> Use
         f"{path} is no complete {NAMES[family]} checkpoint: {len(wrong)} tensor(s) of the "
         f"{part.replace('_', ' ')} are missing or differ: {'; '.join(sorted(wrong)[:3])}.",
         single_file.EXPECTED,
-        f"{single_file.FETCH_AGAIN}; of a derivative with fewer blocks pass the diffusers folder",
+        single_file.FETCH_AGAIN,
     )
 
 

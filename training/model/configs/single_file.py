@@ -295,6 +295,39 @@ def scheduler_settings(header: Header) -> dict[str, Any]:
     return found
 
 
+def unet_depths(header: Header) -> dict[str, Any]:
+    """How many ResBlocks and transformers an SDXL U-Net has, as diffusers' config says it.
+
+    Derivatives have fewer of them: SSD-1B, Vega, KOALA.
+    """
+    keys = [key.removeprefix(UNET) for key in header.shapes if key.startswith(UNET)]
+    found: dict[str, set[str]] = {}
+    for key in keys:
+        block, inside, number = key.partition(".1.transformer_blocks.")
+        if inside:
+            found.setdefault(block, set()).add(number.partition(".")[0])
+
+    def depth(path: str, number: int) -> int:  # where there is none diffusers wants a number, too
+        return len(found.get(f"{path}.{number}", ())) or 1
+
+    down = (n for n in range(1, 9) if f"input_blocks.{n}.0.op.weight" in keys)
+    stride = next(down, 3)  # the ResBlocks of a level, and what makes the map smaller
+    middle = {key.split(".")[1] for key in keys if key.startswith("middle_block.")}
+    kinds = {"1": "UNetMidBlock2DCrossAttn", "0": "UNetMidBlock2D"}
+    return {
+        "layers_per_block": stride - 1,
+        "mid_block_type": next((kind for n, kind in kinds.items() if n in middle), None),
+        "transformer_layers_per_block": [
+            [depth("input_blocks", stride * level + n) for n in range(1, stride)]
+            for level in range(3)
+        ],
+        "reverse_transformer_layers_per_block": [
+            [depth("output_blocks", stride * level + n) for n in range(stride)]
+            for level in range(3)
+        ],
+    }
+
+
 def _text_width(header: Header) -> int:
     """Width of the text embeddings that the U-Net's first transformer takes; 0 where none is."""
     ends = ".1.transformer_blocks.0.attn2.to_k.weight"
