@@ -1,7 +1,7 @@
 """Pruning inside graphs of ComfyUI's own nodes, against the same graph with a masked model.
 
 Every feature of `features.py` is sampled three times: pruned from the second step on; with full
-convolutions whose output is masked from the second step on, by the step that the sampler reports;
+layers whose output is masked from the second step on, by the step that the sampler reports;
 and dense. The first step must be bit for bit the dense one, the others the masked ones to the
 feature's tolerance, and at least a hundred times as far from dense.
 """
@@ -20,6 +20,8 @@ from features import FEATURES, FULL, NONE, PART, Kit
 
 pytestmark = pytest.mark.comfyui
 SITES = tuple(f"mid_block.resnets.{r}.conv{c}" for r in (0, 1) for c in (1, 2))
+#: before the mid block, where guidance nodes replace attention
+HEADS = tuple(f"down_blocks.2.attentions.1.transformer_blocks.0.attn{n}.to_v" for n in (1, 2))
 ROWS_ALONE = tuple(f"mid_block.resnets.{r}.conv2" for r in (0, 1))
 FIRST_PRUNED = 1
 GATED = tuple(f"middle_block.{b}.{c}" for b in (0, 2) for c in ("in_layers.2", "out_layers.3"))
@@ -167,7 +169,7 @@ def test_it_equals_the_same_graph_with_full_convolutions_and_masked_output(
     assert (more > 0) - (more < 0) == feature.evaluations
 
     errors = {}
-    for rows, sites in (("rows", ROWS_ALONE), ("all", SITES)):
+    for rows, sites in (("rows", ROWS_ALONE), ("all", SITES + HEADS)):
         # large constants: in a random U-Net the mid block alone hardly reaches the image
         topology = comfy.model.model_topology(base.model)
         gates = make_gates(sites, constants=20.0, topology=topology)
