@@ -66,6 +66,40 @@ def test_a_compiled_model_is_pruned_as_an_uncompiled_one(comfy, kit, make_gates,
 
 
 @whole
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_compiled_model_whose_evaluations_easycache_leaves_out_is_pruned_in_the_others(
+    comfy, kit, make_gates, masked, order
+):
+    base, gates = kit.small_model(), make_gates(constants=20.0)
+    layer = comfy.patch.Layer(gates, gates.keep_sets())
+
+    def cached(model):
+        options = {"reuse_threshold": 0.5, "start_percent": 0.0, "end_percent": 1.0}
+        return kit.model_node("EasyCache", model, **options)
+
+    def sampled(model):
+        graph = kit.graph(model)
+        graph.settings.update(steps=8)
+        return kit.sample(graph)
+
+    if order == "before":
+        model = compiled(kit, cached(comfy.patch.attach(base, layer)))
+    else:
+        model = comfy.patch.attach(cached(compiled(kit, base)), layer)
+    found = sampled(model)
+    record = comfy.patch.attached(model).record
+    assert 0 < record.pruned_evaluations < 8
+    dense = sampled(cached(base))
+    with masked(base, gates):
+        expected = sampled(cached(base))
+        whole = sampled(base)
+    assert apart(expected, whole) > 1e-3  # EasyCache leaves something out
+    rounding = apart(sampled(cached(compiled(kit, base))), dense)
+    assert apart(found, expected) <= max(2e-6, 2 * rounding) and rounding <= 1e-5
+    assert apart(dense, expected) >= 100 * apart(found, expected)
+
+
+@whole
 def test_of_a_whole_model_too_a_second_run_and_another_schedule_compile_nothing_anew(
     comfy, kit, make_gates
 ):

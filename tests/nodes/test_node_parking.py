@@ -327,3 +327,35 @@ def test_a_hundred_runs_with_alternating_gates_leave_everything_where_it_was(
     assert sum(1 for o in gc.get_objects() if isinstance(o, torch.Tensor)) <= tensors
     assert state(model) == before
     assert torch.equal(run(model), plain)
+
+
+def test_memory_reserved_for_others_changes_no_number(
+    comfy, small_model, make_gates, run, memory, device, monkeypatch
+):
+    """As with --reserve-vram: ComfyUI then loads a part of the model, 128 MiB at the least."""
+    management = comfy.root.model_management
+    model = small_model(model_channels=96)  # 0.3 GB
+    model.load_device = device
+    gates = make_gates(topology=comfy.model.model_topology(model.model))
+    patched = comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
+
+    def outcomes():
+        found = [run(variant, steps=1, side=16) for variant in (patched, model)]
+        return found, loaded_bytes(model, device)
+
+    usual, whole = outcomes()
+    assert whole == loaded_bytes(model, device) > 2**28
+    unload(comfy, device)
+    with monkeypatch.context() as patch:
+        patch.setattr(management, "EXTRA_RESERVED_VRAM", 2**34)
+        patch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)  # as with a GPU
+        reserved, part = outcomes()
+        assert 0 < part < whole / 2
+        assert model.model.model_loaded_weight_memory == part
+    unload(comfy, device)
+    again, all_of_it = outcomes()
+    assert all_of_it == whole
+    for found in (reserved, again):
+        assert all(map(torch.equal, found, usual))
+    unload(comfy, device)
+    assert loaded_bytes(model, device) == 0

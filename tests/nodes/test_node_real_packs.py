@@ -1,7 +1,8 @@
 """Other packs themselves, where they are at hand; `test_node_changes.py` has stand-ins for them.
 
 ``LDCP_TEST_PACKS`` names the folder that holds ``ComfyUI-AnimateDiff-Evolved`` (with a motion model
-of random weights in the layout of v1) and ``ComfyUI-deepcache``.
+of random weights in the layout of v1), ``ComfyUI-deepcache``, and two packs of Spectrum
+(arXiv:2603.01623): ``ComfyUI-Spectrum-sdxl`` and ``ComfyUI-Spectrum-SDXL-Proper``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import full_checkpoint
+import model_families
 import pytest
 import torch
 from features import Kit
@@ -146,3 +148,68 @@ def test_deepcache_prunes_nothing_and_the_run_says_so(
     (note,) = comfy.patch.attached(cached).record.notes
     assert note.startswith("this run never asked the model, so nothing was pruned")
     assert [record.getMessage() for record in caplog.records] == ["LDCP: " + note]
+
+
+STEPS = 14
+SPECTRUM = {
+    "ComfyUI-Spectrum-sdxl": (
+        "SpectrumSDXL",
+        {
+            "w": 0.6,
+            "m": 4,
+            "lam": 0.1,
+            "window_size": 3,
+            "flex_window": 0.75,
+            "warmup_steps": 5,
+            "stop_caching_step": -1,
+        },
+    ),
+    "ComfyUI-Spectrum-SDXL-Proper": (
+        "SpectrumApplySDXL",
+        {
+            "enabled": True,
+            "blend_weight": 0.5,
+            "degree": 4,
+            "ridge_lambda": 0.1,
+            "window_size": 2.0,
+            "flex_window": 0.75,
+            "warmup_steps": 5,
+            "tail_actual_steps": 3,
+            "min_fit_points": 4,
+            "debug": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("pack", SPECTRUM)
+@pytest.mark.parametrize("steps", ["0-", "6-"], ids=["every step", "the later steps"])
+def test_what_spectrum_forecasts_from_pruned_steps_is_what_it_forecasts_from_masked_ones(
+    comfy, kit, make_gates, masked, load_pack, pack, steps
+):
+    load_pack(pack)
+    node, settings = SPECTRUM[pack]
+    base = model_families.make(comfy.root, "SDXL")
+    topology = comfy.model.model_topology(base.model)
+    sites = [site.name for site in topology.sites("mid+ff+heads")]
+    gates = make_gates(sites, topology=topology, constants=0.3, power=0.5)
+    schedule = comfy.core.Schedule.steps(steps)
+    pruned = comfy.patch.attach(base, comfy.patch.Layer(gates, gates.keep_sets(), schedule))
+
+    def sampled(model, forecast=True):
+        graph = kit.graph(kit.model_node(node, model, **settings) if forecast else model)
+        graph.settings.update(steps=STEPS, cfg=1.0)
+        return kit.sample(graph)
+
+    found, dense = sampled(pruned), sampled(base)
+    record = comfy.patch.attached(pruned).record
+    assert apart(dense, sampled(base, forecast=False)) > 1e-3  # it forecasts something
+    assert 0 < record.pruned_evaluations < STEPS
+    assert record.evaluations < STEPS or "did not reach the pruned layers" in record.notes[0]
+    if steps == "0-":
+        with masked(base, gates):
+            expected = sampled(base)
+        assert apart(found, expected) <= 10 * TOLERANCE  # a forecast makes a difference larger
+        assert apart(dense, expected) > 100 * apart(found, expected)
+    assert bool(torch.isfinite(found).all())
+    assert torch.equal(sampled(base), dense)  # no trace of pruning
