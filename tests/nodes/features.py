@@ -360,6 +360,21 @@ OTHERS = (
         "test_a_compiled_model_is_pruned_as_an_uncompiled_one",
     ),
     Other(
+        "EasyCache on a compiled model",
+        "`eager`: within 2e-06 of the masked one; the evaluations that are left are pruned",
+        "test_a_compiled_model_whose_evaluations_easycache_leaves_out_is_pruned_in_the_others",
+    ),
+    Other(
+        "Spectrum's nodes (ComfyUI-Spectrum-sdxl, ComfyUI-Spectrum-SDXL-Proper)",
+        "within 1e-05 of the masked one; the evaluations that are left are pruned",
+        "test_what_spectrum_forecasts_from_pruned_steps_is_what_it_forecasts_from_masked_ones",
+    ),
+    Other(
+        "Attention that another node replaces (IPAdapter, PAG, SAG), where heads are pruned",
+        "that attention runs unpruned, and the node says so",
+        "test_attention_that_another_node_replaces_runs_as_it_is_and_the_run_says_so",
+    ),
+    Other(
         "Model merging, a pruned model as *model2*",
         "not carried over: merging takes weights alone; put the node behind the merge",
         "test_merging_takes_no_pruning_from_the_second_model",

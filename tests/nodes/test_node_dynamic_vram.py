@@ -123,6 +123,23 @@ def test_the_full_weights_of_pruned_layers_are_never_brought_in_nor_pinned(
         assert pages - (with_copies - dense) >= 0.95 * weights_left_out(one)
 
 
+def test_nor_are_those_of_an_attention_whose_heads_are_pruned(
+    comfy, dynamic, classic, aimdo, make_gates, run
+):
+    transformer = "mid_block.attentions.0.transformer_blocks.0"
+    sites = [f"{transformer}.attn1.to_v", f"{transformer}.attn2.to_v", f"{transformer}.ff.net.0"]
+    gates = make_gates(sites, constants=5.0)
+    layer = comfy.patch.Layer(gates, gates.keep_sets())
+    model = dynamic()
+    found = run(comfy.patch.attach(model, layer))
+    block = model.model.diffusion_model.get_submodule("middle_block.1.transformer_blocks.0")
+    linear = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == 10 and not any(_was(m, aimdo) for m in linear)
+    assert torch.equal(found, run(comfy.patch.attach(classic, layer)))
+    assert not torch.equal(found, run(model))
+    assert all(_was(m, aimdo) for m in linear)
+
+
 def test_one_block_is_selected_at_a_time(comfy, dynamic, aimdo, memory, layer, run):
     patched = comfy.patch.attach(dynamic(), layer())
     run(patched, steps=1, side=8)
