@@ -68,8 +68,8 @@ PARTS: Mapping[str, Part] = {
 SCORE = "score"
 #: safetensors' name of a dtype -> numpy's, and the dtype
 DTYPES = {"F32": ("<f4", torch.float32), "F16": ("<f2", torch.float16)}
-#: twice the file of an SDXL U-Net with every channel gated and corrections of rank 16
-MAX_BYTES = 72 * 2**20
+#: an SDXL U-Net with every channel and head gated and corrections of rank 16 takes 34 MiB
+MAX_BYTES = 48 * 2**20
 #: of the description: its length as JSON, and how deep its lists and objects may be nested
 MAX_DESCRIPTION, MAX_DEPTH = 2**20, 64
 #: twice as many as an SDXL U-Net has sites and parts
@@ -107,6 +107,12 @@ def save_gates(gates: Gates, path: str | Path, overwrite: bool = True) -> None:
     metadata = {"format": FORMAT, "version": str(VERSION), "gates": _strict_json(description)}
     metadata["checksum"] = _checksum(metadata["gates"], tensors)
     data = _serialized(tensors, metadata)
+    if len(data) > MAX_BYTES:
+        raise _refused(
+            path,
+            f"{len(data):,} bytes is too large for a gate file (at most {MAX_BYTES:,}); make "
+            "corrections of a lower rank",
+        )
     _gates(data, path)
     write_atomically(path, data, overwrite)
 

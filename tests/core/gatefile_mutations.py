@@ -360,7 +360,7 @@ def costly(data: bytes, rng: random.Random) -> bytes:
     if kind == 2:
         entry = b',"more":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":' + items + b"}}"
         return prefixed(data[8:end].rstrip()[:-1] + entry, data[end:])
-    return data + bytes(rng.choice([10**5, 10**5, 10**5, 72 * 2**20]))
+    return data + bytes(rng.choice([10**5, 10**5, 10**5, 48 * 2**20]))
 
 
 def missing_parts(data: bytes, rng: random.Random) -> bytes:

@@ -801,6 +801,15 @@ def test_a_file_of_a_models_size_is_refused_unread(tmp_path: Path) -> None:
         load_gates(path)
 
 
+def test_gates_too_large_to_be_read_back_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldcp_core.gatefile.MAX_BYTES", 100)
+    with pytest.raises(GateFileError, match="too large for a gate file .* of a lower rank"):
+        save_gates(small_gates(), tmp_path / "gates.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_size_that_counts_is_that_of_what_was_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -810,7 +819,7 @@ def test_the_size_that_counts_is_that_of_what_was_read(
     os.truncate(path, MAX_BYTES + 1)
     monkeypatch.setattr(os, "fstat", lambda _: before)  # a size of 0, as long as nobody reads
     monkeypatch.setattr(Path, "stat", lambda *_, **__: before)
-    with pytest.raises(GateFileError, match="75,497,473 bytes is too large"):
+    with pytest.raises(GateFileError, match="50,331,649 bytes is too large"):
         load_gates(path)
 
 
