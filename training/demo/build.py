@@ -2,6 +2,11 @@
 
     python -m training.demo.build --output training/demo/pipeline --work demo-work
 
+With `--emoji` a model of captioned emoji is built instead, from the demo's autoencoder and U-Net:
+
+    npm pack emoji-datasource-google@16.0.0
+    python -m training.demo.build --emoji emoji-datasource-google-16.0.0.tgz --output emoji-model
+
 The work folder keeps every stage, so an interrupted build continues where it stopped. With
 `--images` the sample images are written too. Threads are limited to `--threads` for the denoiser.
 """
@@ -12,6 +17,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -35,11 +41,12 @@ from .autoencoder import (
     train_autoencoder,
     weakest_channel,
 )
-from .check import FIRST_SEED, MID, effect, losses, noisy_probe
-from .denoiser import WIDTHS, Recipe, State, new_scheduler, train_denoiser
+from .check import FIRST_SEED, MID, PIPELINE, Draw, effect, losses, noisy_probe
+from .denoiser import CONTINUED, WIDTHS, Recipe, State, new_scheduler, new_unet, train_denoiser
 from .draw import METADATA, file_name, has_faces
+from .emoji import EmojiPictures, read_emoji
 from .faces import draw_face
-from .text import new_text_encoder, tokenize, write_tokenizer
+from .text import WIDTH, new_text_encoder, tokenize, write_tokenizer
 from .traits import draw_traits
 
 log = logging.getLogger("training.demo")
@@ -57,6 +64,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--work", type=Path, default=Path("demo-work"), help="intermediate results")
     parser.add_argument("--images", type=Path, help="write the sample images into this folder")
+    parser.add_argument("--emoji", type=Path, help="train on the emoji of this npm package")
     parser.add_argument("--autoencoder-minutes", type=float, default=10.0)
     parser.add_argument("--denoiser-minutes", type=float, default=108.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -66,10 +74,17 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.images:
         write_sample_images(args.images)
-    captions = draw_training_set(args.work)
+    draw: Draw = EmojiPictures(read_emoji(args.emoji)) if args.emoji else draw_face
+    captions = draw_training_set(args.work, draw)
+    if args.emoji and not (args.work / "vae").exists():
+        shutil.copytree(PIPELINE / "vae", args.work / "vae")
     vae, latents = autoencoder_stage(args.work, 60 * args.autoencoder_minutes)
     torch.set_num_threads(args.threads)
-    denoiser_stage(args.work, args.output, vae, latents, captions, 60 * args.denoiser_minutes)
+    recipe, unet = Recipe(), new_unet(WIDTH)
+    if args.emoji:
+        recipe, unet = CONTINUED, UNet2DConditionModel.from_pretrained(PIPELINE / "unet")
+    recipe = replace(recipe, seconds=60 * args.denoiser_minutes)
+    denoiser_stage(args.work, args.output, vae, latents, captions, unet, recipe, draw)
     return 0
 
 
@@ -83,7 +98,7 @@ def check_folders(output: Path, work: Path) -> None:
         raise UserError(f"{output} holds no pipeline that was built here.", "", "change --output")
 
 
-def draw_training_set(work: Path) -> list[str]:
+def draw_training_set(work: Path, draw: Draw) -> list[str]:
     """Draw `images.npy` and `captions.json` once, return the captions."""
     captions_path = work / "captions.json"
     if not captions_path.exists():
@@ -92,8 +107,8 @@ def draw_training_set(work: Path) -> list[str]:
         )
         captions = []
         with Pool() as pool:
-            for i, (pixels, caption) in enumerate(pool.imap(_draw, range(TRAIN_COUNT), 64)):
-                images[i] = pixels
+            for i, (pixels, caption) in enumerate(pool.imap(draw, range(TRAIN_COUNT), 64)):
+                images[i] = np.asarray(pixels)
                 captions.append(caption)
         captions_path.write_text(json.dumps(captions))
     return json.loads(captions_path.read_text())
@@ -131,12 +146,13 @@ def denoiser_stage(
     vae: AutoencoderKL,
     latents: Tensor,
     captions: list[str],
-    seconds: float,
+    unet: UNet2DConditionModel,
+    recipe: Recipe,
+    draw: Draw,
 ) -> None:
     """Train U-Net and text encoder, watching the mid block, and export their moving averages."""
     tokenizer = write_tokenizer(captions, work / "tokenizer")
-    recipe = Recipe(seconds=seconds)
-    state = State.fresh(new_text_encoder(tokenizer))
+    state = State.fresh(new_text_encoder(tokenizer), unet)
     checkpoint = work / "denoiser.pt"
     if checkpoint.exists():
         state.load(checkpoint)
@@ -150,14 +166,16 @@ def denoiser_stage(
         tokenize(tokenizer, captions),
         tokenize(tokenizer, [""]),
         recipe,
-        {200.0: save, 600.0: mid_monitor(vae, tokenizer)},
+        {200.0: save, 600.0: mid_monitor(vae, tokenizer, draw)},
     )
     save(state)
 
 
-def mid_monitor(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Callable[[State], None]:
+def mid_monitor(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, draw: Draw
+) -> Callable[[State], None]:
     """A callback that logs by how much the held-out loss depends on the mid block."""
-    drawn = [draw_face(FIRST_SEED - 1 - i) for i in range(MONITOR_COUNT)]
+    drawn = [draw(FIRST_SEED - 1 - i) for i in range(MONITOR_COUNT)]
     latents = encode_all(vae, np.stack([np.asarray(image) for image, _ in drawn]))
     ids = tokenize(tokenizer, [caption for _, caption in drawn])
 
@@ -240,11 +258,6 @@ def write_sample_images(folder: Path) -> None:
         path = folder / file_name(i)
         path.parent.mkdir(exist_ok=True)
         draw_face(SAMPLE_SEED + i)[0].quantize(96).save(path, optimize=True)
-
-
-def _draw(seed: int) -> tuple[np.ndarray, str]:
-    image, caption = draw_face(seed)
-    return np.asarray(image), caption
 
 
 if __name__ == "__main__":

@@ -1,30 +1,35 @@
-"""Does every layer of the demo's U-Net matter? (`python -m training.demo.check`)
+"""Does every layer of the demo's U-Net matter, and does the text? (`python -m training.demo.check`)
 
 A pruning experiment means nothing on a layer that the model ignores: removing channels there is
 free, whatever the criterion. So the output of every ResBlock's residual branch and of every
-transformer's attn1, attn2 and ff is replaced by zero in turn, and the noise-prediction loss on
-portraits never seen in training is compared with the intact model's. Both use the same images,
-noise and timesteps, so the difference is far more precise than the losses themselves.
+transformer's attn1, attn2 and ff is replaced by zero in turn, then each half of an attention's
+heads, and the noise-prediction loss on pictures never seen in training is compared with the intact
+model's. Both use the same images, noise and timesteps, so the difference is far more precise than
+the losses themselves. Another picture's caption, and an empty one, are compared in the same way.
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 
 from .autoencoder import to_pixels
 from .denoiser import SCHEDULE
+from .emoji import EmojiPictures, read_emoji
 from .faces import draw_face
 from .text import tokenize
 
 PIPELINE = Path(__file__).parent / "pipeline"
 FIRST_SEED = 2_000_000  # training uses seeds from 0, the sample images from 1,000,000
+#: the picture of a seed, and its caption
+Draw = Callable[[int], tuple[Image.Image, str]]
 MID = ("mid_block.resnets.0.conv2", "mid_block.resnets.1.conv2")
 
 
@@ -67,10 +72,14 @@ def load_pipeline(folder: Path = PIPELINE) -> StableDiffusionPipeline:
 
 @torch.no_grad()
 def make_probe(
-    pipe: StableDiffusionPipeline, count: int, lowest_step: int = 0, first_seed: int = FIRST_SEED
+    pipe: StableDiffusionPipeline,
+    count: int,
+    lowest_step: int = 0,
+    first_seed: int = FIRST_SEED,
+    draw: Draw = draw_face,
 ) -> Probe:
-    """`count` held-out portraits, with timesteps evenly spread from `lowest_step` to 999."""
-    drawn = [draw_face(first_seed + i) for i in range(count)]
+    """`count` held-out pictures, with timesteps evenly spread from `lowest_step` to 999."""
+    drawn = [draw(first_seed + i) for i in range(count)]
     images = np.stack([np.asarray(image) for image, _ in drawn])
     latents = (
         torch.cat(
@@ -133,33 +142,77 @@ def layer_names(unet: UNet2DConditionModel) -> list[str]:
     ]
 
 
+def head_groups(unet: UNet2DConditionModel) -> Iterator[tuple[str, range]]:
+    """Both halves of the heads of every attention that has several: its name and the heads."""
+    for name, module in unet.named_modules():
+        if name.endswith((".attn1", ".attn2")) and module.heads > 1:
+            middle = module.heads // 2
+            yield name, range(middle)
+            yield name, range(middle, module.heads)
+
+
+@contextmanager
+def without_heads(unet: UNet2DConditionModel, name: str, heads: range) -> Iterator[None]:
+    """Replace what these heads of the named attention contribute by zero."""
+    attention = unet.get_submodule(name)
+
+    def cut(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        per_head = inputs[0].clone().unflatten(-1, (attention.heads, -1))
+        per_head[..., heads.start : heads.stop, :] = 0
+        return (per_head.flatten(-2), *inputs[1:])
+
+    handle = attention.to_out[0].register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def changes(unet: UNet2DConditionModel) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    """Everything that is zeroed in turn, in words and as a context."""
+    for name in layer_names(unet):
+        yield name, zeroed(unet, name)
+    for name, heads in head_groups(unet):
+        yield f"{name}, heads {heads[0]}-{heads[-1]}", without_heads(unet, name, heads)
+
+
+def other_captions(pipe: StableDiffusionPipeline, probe: Probe) -> Iterator[tuple[str, Probe]]:
+    """The probe with each picture's caption replaced: by the next picture's, and by none."""
+    yield "another picture's caption", replace(probe, states=probe.states.roll(1, 0))
+    empty = pipe.text_encoder(tokenize(pipe.tokenizer, [""])).last_hidden_state
+    yield "an empty caption", replace(probe, states=empty.expand_as(probe.states))
+
+
 def _zeros(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", type=Path, default=PIPELINE)
-    parser.add_argument("--samples", type=int, default=16, help="portraits per layer")
-    parser.add_argument("--mid-samples", type=int, default=96, help="portraits for the mid block")
+    parser.add_argument("--emoji", type=Path, help="npm's package of what the model was trained on")
+    parser.add_argument("--samples", type=int, default=16, help="pictures per layer")
+    parser.add_argument("--mid-samples", type=int, default=96, help="pictures for the first lines")
     args = parser.parse_args()
     pipe = load_pipeline(args.pipeline)
-    wide = make_probe(pipe, args.mid_samples, 500)
+    draw: Draw = EmojiPictures(read_emoji(args.emoji)) if args.emoji else draw_face
+    wide = make_probe(pipe, args.mid_samples, 500, draw=draw)
     intact = losses(pipe.unet, wide)
-    print(
-        f"both mid ResBlocks, t >= 500, {args.mid_samples} portraits: loss {intact.mean():.5f}, "
-        f"{effect(pipe.unet, wide, intact, *MID)}"
-    )
-    probe = make_probe(pipe, args.samples, 500)
+    print(f"t >= 500, {args.mid_samples} pictures: loss {intact.mean():.5f}")
+    print(f"both mid ResBlocks zeroed: {effect(pipe.unet, wide, intact, *MID)}")
+    for label, probe in other_captions(pipe, wide):
+        print(f"{label}: {Effect.of(losses(pipe.unet, probe), intact)}", flush=True)
+    probe = make_probe(pipe, args.samples, 500, draw=draw)
     dense = predictions(pipe.unet, probe)
     intact = (dense - probe.noise).pow(2).mean((1, 2, 3))
-    print(f"{'zeroed layer, t >= 500':58} {'increase of the loss':>22} {'output moved (MSE)':>20}")
-    for name in layer_names(pipe.unet):
-        with zeroed(pipe.unet, name):
+    print(f"{'zeroed, t >= 500':70} {'increase of the loss':>22} {'output moved (MSE)':>20}")
+    for label, change in changes(pipe.unet):
+        with change:
             output = predictions(pipe.unet, probe)
         increase = Effect.of((output - probe.noise).pow(2).mean((1, 2, 3)), intact)
         moved = (output - dense).pow(2).mean().item()
-        print(f"{name:58} {increase!s:>22} {moved:>20.1e}", flush=True)
+        print(f"{label:70} {increase!s:>22} {moved:>20.1e}", flush=True)
 
 
 if __name__ == "__main__":

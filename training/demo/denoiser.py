@@ -54,6 +54,9 @@ class Stage:
 BOTTLENECK = Stage(0.0, 0.0, (0.0, 0.0, 0.0))
 FROM_BELOW = Stage(0.0, 0.75, (0.0, 0.0, 0.0))
 WHOLE = Stage(0.75, 0.875, (0.25, 0.5, 0.75))
+#: for a U-Net that has been through these stages before
+FROM_TEXT = Stage(0.625, 0.75, (0.125, 0.5, 1.0))
+WITH_TEXT = Stage(0.75, 0.875, (0.25, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,19 @@ class Recipe:
     caption_dropout: float = 0.1
     ema_decay: float = 0.998
     seed: int = 0
+    stages: tuple[tuple[float, Stage], ...] = ((0.27, BOTTLENECK), (0.6, FROM_BELOW), (1.0, WHOLE))
+    heavy_noise: float = 0.4  # share of samples whose timestep is drawn from 400 up
+    stochastic_depth: bool = True
 
     def stage(self, progress: float) -> Stage:
-        """What is open at a share of the training."""
-        if progress < 0.27:
-            return BOTTLENECK
-        return FROM_BELOW if progress < 0.6 else WHOLE
+        """What is open at a share of the training; `stages` are (end, stage)."""
+        return next((stage for end, stage in self.stages if progress < end), self.stages[-1][1])
+
+
+#: of a U-Net that starts as the demo's, on pictures that only the text can tell
+CONTINUED = Recipe(
+    stages=((0.6, FROM_TEXT), (1.0, WITH_TEXT)), heavy_noise=0.6, stochastic_depth=False
+)
 
 
 @dataclass
@@ -87,8 +97,7 @@ class State:
     elapsed: float = 0.0
 
     @classmethod
-    def fresh(cls, text: CLIPTextModel) -> "State":
-        unet = new_unet(text.config.hidden_size)
+    def fresh(cls, text: CLIPTextModel, unet: UNet2DConditionModel) -> "State":
         optimizer = torch.optim.AdamW([*unet.parameters(), *text.parameters()], betas=(0.9, 0.99))
         ema = copy.deepcopy(nn.ModuleList([unet, text])).requires_grad_(False)
         return cls(unet, text, ema, optimizer)
@@ -179,7 +188,7 @@ def train_denoiser(
     noiser = DDPMScheduler(**SCHEDULE)
     samplers = [TransformerSampler(state.unet, level) for level in (0, 1, 2)]
     skips = SkipSampler(state.unet)
-    depth = DepthSampler(state.unet)
+    depth = DepthSampler(state.unet) if recipe.stochastic_depth else None
     due = {period: state.elapsed + period for period in every}
     torch.manual_seed(recipe.seed + state.step)
     while state.elapsed < recipe.seconds:
@@ -195,9 +204,7 @@ def train_denoiser(
         kept_ids = torch.where(
             torch.rand(recipe.batch, 1) < recipe.caption_dropout, empty_ids, ids[picks]
         )
-        loss = _loss(
-            state, noiser, latents[picks], kept_ids, skips.top_count, recipe.bottleneck_weight
-        )
+        loss = _loss(state, noiser, latents[picks], kept_ids, skips.top_count, recipe)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([*state.unet.parameters(), *state.text.parameters()], 1.0)
@@ -212,7 +219,8 @@ def train_denoiser(
     for sampler in samplers:
         sampler.detach()
     skips.detach()
-    depth.detach()
+    if depth:
+        depth.detach()
 
 
 class TransformerSampler:
@@ -304,7 +312,7 @@ def _loss(
     latents: Tensor,
     ids: Tensor,
     direct: int,
-    bottleneck_weight: float,
+    recipe: Recipe,
 ) -> Tensor:
     """Epsilon loss weighted by sqrt((1-a)/a) within [0.5, 4], between noise and image space.
 
@@ -313,7 +321,7 @@ def _loss(
     """
     count = len(latents)
     steps = torch.randint(1000, (count,))
-    high = torch.rand(count) < 0.4
+    high = torch.rand(count) < recipe.heavy_noise
     steps[high] = torch.randint(400, 1000, (int(high.sum()),))
     steps[direct:] = torch.randint(200, 1000, (count - direct,))
     noise = torch.randn_like(latents)
@@ -326,7 +334,7 @@ def _loss(
     target = torch.cat([noise[:direct], -latents[direct:] / ratio[direct:, None, None, None]])
     weight = ratio.clamp(0.5, 4.0)
     if direct:
-        weight[direct:] *= bottleneck_weight
+        weight[direct:] *= recipe.bottleneck_weight
     return (weight * (predicted.float() - target).pow(2).mean((1, 2, 3))).mean()
 
 

@@ -118,9 +118,9 @@ def draw_traits(seed: int) -> Traits:
         mood=rng.choice(["smiling", "serious", "laughing"]),
         background=background,
         names_background=rng.random() < 0.5,
-        skin=_vary(rng.choice(SKINS), rng, 10),
+        skin=vary(rng.choice(SKINS), rng, 10),
         backdrop=rng.choice(["plain", "gradient", "gradient", "disc", "horizon"]),
-        backdrop_colours=(_vary(BACKGROUNDS[background], rng, 22), _hsv(rng)),
+        backdrop_colours=(vary(BACKGROUNDS[background], rng, 22), _hsv(rng)),
         clothes=_hsv(rng),
         iris=rng.choice([(70, 44, 28), (60, 110, 160), (70, 130, 80)]),
         width=rng.uniform(0.84, 1.06) + 0.07 * (age == "child"),
@@ -135,7 +135,7 @@ def draw_traits(seed: int) -> Traits:
     )
 
 
-def _vary(colour: RGB, rng: Random, spread: int) -> RGB:
+def vary(colour: RGB, rng: Random, spread: int) -> RGB:
     r, g, b = (max(0, min(255, v + rng.randint(-spread, spread))) for v in colour)
     return r, g, b
 
