@@ -21,6 +21,7 @@ from training.demo.check import (  # noqa: E402  (after the skips above)
 )
 from training.demo.denoiser import (  # noqa: E402
     DepthSampler,
+    Float32Attention,
     SkipSampler,
     TransformerSampler,
     new_unet,
@@ -179,6 +180,20 @@ def test_the_lowest_level_sometimes_has_the_mid_block_alone(busy_unet):
     differs = (before - partly).abs().amax((1, 2, 3)) > 1e-3 * before.abs().max()
     assert sorted(differs.tolist()) == [False, True]
     assert torch.equal(before, after)
+
+
+@torch.no_grad()
+def test_attention_outside_autocast_is_the_same_attention(busy_unet):
+    inputs = torch.randn(2, 4, 32, 32), torch.tensor([10, 900]), torch.randn(2, 24, 64)
+    before = busy_unet(*inputs).sample
+    seen = []
+    query = busy_unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
+    busy_unet.set_attn_processor(Float32Attention())
+    assert torch.equal(busy_unet(*inputs).sample, before)
+    query.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        busy_unet(*inputs)
+    assert seen == [torch.float32]
 
 
 def test_without_skip_connections_the_input_shows_only_through_the_lowest_level(busy_unet):

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 Image = pytest.importorskip("PIL.Image")
 
-from training.demo.check import (  # noqa: E402  (after the skips above)
+from training.demo import build  # noqa: E402  (after the skips above)
+from training.demo.check import (  # noqa: E402
     changes,
     head_groups,
     load_pipeline,
@@ -54,16 +55,19 @@ def entry(name: str, image: str, subcategory: str = SUBCATEGORIES[0], there: boo
 
 
 @pytest.fixture
-def emoji(tmp_path):
+def file(tmp_path):
     entries = [
         entry("CHERRIES", "a.png"),
         entry("ANTENNA BARS", "b.png", subcategory="av-symbol"),
         entry("LIME", "c.png"),
         entry("DRAWN BY OTHERS ALONE", "none.png", there=False),
     ]
-    return read_emoji(
-        package(tmp_path / "e.tgz", entries, {"a.png": RED, "b.png": RED, "c.png": GREEN})
-    )
+    return package(tmp_path / "e.tgz", entries, {"a.png": RED, "b.png": RED, "c.png": GREEN})
+
+
+@pytest.fixture
+def emoji(file):
+    return read_emoji(file)
 
 
 def test_the_emoji_of_the_subcategories_are_read_with_their_names(emoji):
@@ -114,6 +118,28 @@ def test_some_pictures_are_faces(emoji):
     captions = [EmojiPictures(emoji)(seed, 32)[1] for seed in range(0, 10 * FACE_EVERY)]
     people = ("woman", "man", "girl", "boy")
     assert sum(any(word in caption.split() for word in people) for caption in captions) == 10
+
+
+def test_a_build_starts_from_the_demo_and_goes_on_where_it_stopped(file, tmp_path, monkeypatch):
+    def run(minutes: float) -> int:
+        arguments = f"--emoji {file} --output {tmp_path}/model --work {tmp_path}/work"
+        monkeypatch.setattr(
+            "sys.argv", ["build", *arguments.split(), "--denoiser-minutes", minutes]
+        )
+        assert build.main() == 0
+        return torch.load(tmp_path / "work" / "denoiser.pt", weights_only=True)["step"]
+
+    monkeypatch.setattr(build, "TRAIN_COUNT", 8)
+    steps = run("0.0001")
+    assert steps == 1  # which takes longer than that
+    assert run("0.05") > steps
+    pipe, demo = load_pipeline(tmp_path / "model"), load_pipeline()
+    assert same_weights(pipe.vae, demo.vae) and not same_weights(pipe.unet, demo.unet)
+    assert pipe.tokenizer.tokenize("cherries") == ["cherries</w>"]
+
+
+def same_weights(one, other) -> bool:
+    return all(map(torch.equal, one.parameters(), other.parameters()))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ With `--emoji` a model of captioned emoji is built instead, from the demo's auto
     python -m training.demo.build --emoji emoji-datasource-google-16.0.0.tgz --output emoji-model
 
 The work folder keeps every stage, so an interrupted build continues where it stopped. With
-`--images` the sample images are written too. Threads are limited to `--threads` for the denoiser.
+`--images` the demo's sample images are written too. Threads are limited to `--threads` for the
+denoiser.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="write the sample images into this folder")
     parser.add_argument("--emoji", type=Path, help="train on the emoji of this npm package")
     parser.add_argument("--autoencoder-minutes", type=float, default=10.0)
-    parser.add_argument("--denoiser-minutes", type=float, default=108.0)
+    parser.add_argument("--denoiser-minutes", type=float, default=108.0, help="of processor time")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -166,7 +167,7 @@ def denoiser_stage(
         tokenize(tokenizer, captions),
         tokenize(tokenizer, [""]),
         recipe,
-        {200.0: save, 600.0: mid_monitor(vae, tokenizer, draw)},
+        {60.0: save, 300.0: mid_monitor(vae, tokenizer, draw)},
     )
     save(state)
 

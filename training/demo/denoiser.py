@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -63,7 +64,7 @@ WITH_TEXT = Stage(0.75, 0.875, (0.25, 1.0, 1.0))
 class Recipe:
     """Settings of the denoiser's training."""
 
-    seconds: float = 6480.0  # wall-clock budget
+    seconds: float = 6480.0  # of processor time, so that a busy machine makes no worse model
     batch: int = 16
     peak_rate: float = 1.5e-3
     bottleneck_weight: float = 0.2  # of the loss of samples without any skip connection
@@ -98,7 +99,9 @@ class State:
 
     @classmethod
     def fresh(cls, text: CLIPTextModel, unet: UNet2DConditionModel) -> "State":
-        optimizer = torch.optim.AdamW([*unet.parameters(), *text.parameters()], betas=(0.9, 0.99))
+        optimizer = torch.optim.AdamW(
+            [*unet.parameters(), *text.parameters()], betas=(0.9, 0.99), fused=True
+        )
         ema = copy.deepcopy(nn.ModuleList([unet, text])).requires_grad_(False)
         return cls(unet, text, ema, optimizer)
 
@@ -186,13 +189,14 @@ def train_denoiser(
     `latents` are scaled `[N, 4, 32, 32]`, `ids` `[N, T]`, `empty_ids` `[1, T]`.
     """
     noiser = DDPMScheduler(**SCHEDULE)
+    state.unet.set_attn_processor(Float32Attention())
     samplers = [TransformerSampler(state.unet, level) for level in (0, 1, 2)]
     skips = SkipSampler(state.unet)
     depth = DepthSampler(state.unet) if recipe.stochastic_depth else None
     due = {period: state.elapsed + period for period in every}
     torch.manual_seed(recipe.seed + state.step)
     while state.elapsed < recipe.seconds:
-        began = time.monotonic()
+        began = time.process_time()
         progress = state.elapsed / recipe.seconds
         _set_rate(state, recipe, progress)
         stage = recipe.stage(progress)
@@ -211,7 +215,7 @@ def train_denoiser(
         state.optimizer.step()
         state.step += 1
         _update_ema(state, recipe)
-        state.elapsed += time.monotonic() - began
+        state.elapsed += time.process_time() - began
         for period, callback in every.items():
             if state.elapsed >= due[period]:
                 due[period] = state.elapsed + period
@@ -221,6 +225,25 @@ def train_denoiser(
     skips.detach()
     if depth:
         depth.detach()
+
+
+class Float32Attention:
+    """Attention outside autocast: narrow heads take three times as long in bfloat16 on a CPU."""
+
+    def __init__(self) -> None:
+        self.attend = AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states.float()
+        with torch.autocast("cpu", enabled=False):
+            return self.attend(attn, hidden_states.float(), encoder_hidden_states, **kwargs)
 
 
 class TransformerSampler:
