@@ -29,6 +29,7 @@ from training.demo.emoji import (  # noqa: E402
     EmojiPictures,
     read_emoji,
 )
+from training.demo.text import tokenize, with_tokens, write_tokenizer  # noqa: E402
 from training.demo.traits import BACKGROUNDS  # noqa: E402
 from training.errors import UserError  # noqa: E402
 
@@ -136,6 +137,19 @@ def test_a_build_starts_from_the_demo_and_goes_on_where_it_stopped(file, tmp_pat
     pipe, demo = load_pipeline(tmp_path / "model"), load_pipeline()
     assert same_weights(pipe.vae, demo.vae) and not same_weights(pipe.unet, demo.unet)
     assert pipe.tokenizer.tokenize("cherries") == ["cherries</w>"]
+
+
+@torch.no_grad()
+def test_a_text_encoder_keeps_the_tokens_it_knows(pipe, tmp_path):
+    tokenizer = write_tokenizer(["a man on a red zeppelin"], tmp_path)
+    text = with_tokens(pipe.text_encoder, pipe.tokenizer, tokenizer)
+    for caption in ("a man", "red", ""):  # but zeppelin
+        new, old = (
+            model(tokenize(words, [caption])).last_hidden_state
+            for model, words in ((text, tokenizer), (pipe.text_encoder, pipe.tokenizer))
+        )
+        assert torch.equal(new, old)
+    assert tokenizer.tokenize("zeppelin") == ["zeppelin</w>"] != pipe.tokenizer.tokenize("zeppelin")
 
 
 def same_weights(one, other) -> bool:

@@ -2,7 +2,7 @@
 
     python -m training.demo.build --output training/demo/pipeline --work demo-work
 
-With `--emoji` a model of captioned emoji is built instead, from the demo's autoencoder and U-Net:
+With `--emoji` a model of captioned emoji is built instead, starting as the demo:
 
     npm pack emoji-datasource-google@16.0.0
     python -m training.demo.build --emoji emoji-datasource-google-16.0.0.tgz --output emoji-model
@@ -42,12 +42,12 @@ from .autoencoder import (
     train_autoencoder,
     weakest_channel,
 )
-from .check import FIRST_SEED, MID, PIPELINE, Draw, effect, losses, noisy_probe
+from .check import FIRST_SEED, MID, Draw, effect, load_pipeline, losses, noisy_probe
 from .denoiser import CONTINUED, WIDTHS, Recipe, State, new_scheduler, new_unet, train_denoiser
 from .draw import METADATA, file_name, has_faces
 from .emoji import EmojiPictures, read_emoji
 from .faces import draw_face
-from .text import WIDTH, new_text_encoder, tokenize, write_tokenizer
+from .text import WIDTH, new_text_encoder, tokenize, with_tokens, write_tokenizer
 from .traits import draw_traits
 
 log = logging.getLogger("training.demo")
@@ -77,15 +77,13 @@ def main() -> int:
         write_sample_images(args.images)
     draw: Draw = EmojiPictures(read_emoji(args.emoji)) if args.emoji else draw_face
     captions = draw_training_set(args.work, draw)
-    if args.emoji and not (args.work / "vae").exists():
-        shutil.copytree(PIPELINE / "vae", args.work / "vae")
+    start = load_pipeline() if args.emoji else None
+    if start and not (args.work / "vae").exists():
+        start.vae.save_pretrained(args.work / "vae")
     vae, latents = autoencoder_stage(args.work, 60 * args.autoencoder_minutes)
     torch.set_num_threads(args.threads)
-    recipe, unet = Recipe(), new_unet(WIDTH)
-    if args.emoji:
-        recipe, unet = CONTINUED, UNet2DConditionModel.from_pretrained(PIPELINE / "unet")
-    recipe = replace(recipe, seconds=60 * args.denoiser_minutes)
-    denoiser_stage(args.work, args.output, vae, latents, captions, unet, recipe, draw)
+    recipe = replace(CONTINUED if start else Recipe(), seconds=60 * args.denoiser_minutes)
+    denoiser_stage(args.work, args.output, vae, latents, captions, start, recipe, draw)
     return 0
 
 
@@ -147,13 +145,19 @@ def denoiser_stage(
     vae: AutoencoderKL,
     latents: Tensor,
     captions: list[str],
-    unet: UNet2DConditionModel,
+    start: StableDiffusionPipeline | None,
     recipe: Recipe,
     draw: Draw,
 ) -> None:
-    """Train U-Net and text encoder, watching the mid block, and export their moving averages."""
+    """Train U-Net and text encoder, watching the mid block, and export their moving averages.
+
+    They start as those of `start`, where there is one.
+    """
     tokenizer = write_tokenizer(captions, work / "tokenizer")
-    state = State.fresh(new_text_encoder(tokenizer), unet)
+    text, unet = new_text_encoder(tokenizer), new_unet(WIDTH)
+    if start:
+        text, unet = with_tokens(start.text_encoder, start.tokenizer, tokenizer), start.unet
+    state = State.fresh(text, unet)
     checkpoint = work / "denoiser.pt"
     if checkpoint.exists():
         state.load(checkpoint)

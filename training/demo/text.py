@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -82,6 +83,21 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+@torch.no_grad()
+def with_tokens(
+    text: CLIPTextModel, known: CLIPTokenizer, tokenizer: CLIPTokenizer
+) -> CLIPTextModel:
+    """`text`, which reads the tokens of `known`, for `tokenizer`; new tokens start untrained."""
+    fresh = new_text_encoder(tokenizer)
+    weights, start = text.state_dict(), fresh.state_dict()
+    (name,) = (name for name in weights if name.endswith("token_embedding.weight"))
+    old, new = known.get_vocab(), tokenizer.get_vocab()
+    common = [*old.keys() & new.keys()]
+    start[name][[new[token] for token in common]] = weights[name][[old[token] for token in common]]
+    fresh.load_state_dict(weights | {name: start[name]})
+    return fresh
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
