@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from training.demo.check import (  # noqa: E402
     without_heads,
     zeroed,
 )
+from training.demo.denoiser import CONTINUED, train_denoiser  # noqa: E402
 from training.demo.emoji import (  # noqa: E402
     FACE_EVERY,
     SUBCATEGORIES,
@@ -130,10 +132,18 @@ def test_a_build_starts_from_the_demo_and_goes_on_where_it_stopped(file, tmp_pat
         assert build.main() == 0
         return torch.load(tmp_path / "work" / "denoiser.pt", weights_only=True)["step"]
 
+    recipes = []
+
+    def train(state, latents, ids, empty_ids, recipe, every):
+        recipes.append(recipe)
+        train_denoiser(state, latents, ids, empty_ids, recipe, every)
+
+    monkeypatch.setattr(build, "train_denoiser", train)
     monkeypatch.setattr(build, "TRAIN_COUNT", 8)
-    steps = run("0.0001")
-    assert steps == 1  # which takes longer than that
-    assert run("0.05") > steps
+    steps = run("0.05")
+    assert steps > 1
+    assert run("0.0001") == steps  # fewer minutes than it had: nothing is left to do
+    assert recipes == [replace(CONTINUED, seconds=seconds) for seconds in (3.0, 0.006)]
     pipe, demo = load_pipeline(tmp_path / "model"), load_pipeline()
     assert same_weights(pipe.vae, demo.vae) and not same_weights(pipe.unet, demo.unet)
     assert pipe.tokenizer.tokenize("cherries") == ["cherries</w>"]

@@ -73,6 +73,7 @@ class Recipe:
     seed: int = 0
     stages: tuple[tuple[float, Stage], ...] = ((0.27, BOTTLENECK), (0.6, FROM_BELOW), (1.0, WHOLE))
     heavy_noise: float = 0.4  # share of samples whose timestep is drawn from 400 up
+    most_weight: float = 4.0  # of a sample in the loss; that of timestep 999 would be 14.6
     stochastic_depth: bool = True
 
     def stage(self, progress: float) -> Stage:
@@ -82,7 +83,10 @@ class Recipe:
 
 #: of a U-Net that starts as the demo's, on pictures that only the text can tell
 CONTINUED = Recipe(
-    stages=((0.6, FROM_TEXT), (1.0, WITH_TEXT)), heavy_noise=0.6, stochastic_depth=False
+    stages=((0.6, FROM_TEXT), (1.0, WITH_TEXT)),
+    heavy_noise=0.6,
+    most_weight=16.0,
+    stochastic_depth=False,
 )
 
 
@@ -337,7 +341,7 @@ def _loss(
     direct: int,
     recipe: Recipe,
 ) -> Tensor:
-    """Epsilon loss weighted by sqrt((1-a)/a) within [0.5, 4], between noise and image space.
+    """Epsilon loss weighted by sqrt((1-a)/a), between noise and image space, within bounds.
 
     Samples from `direct` on have no skip connections, so they can't know the noise: of
     eps = (x_t - sqrt(a) x_0) / sqrt(1 - a) they learn the part that speaks of the image.
@@ -355,7 +359,7 @@ def _loss(
     kept = noiser.alphas_cumprod[steps]
     ratio = ((1 - kept) / kept).sqrt()
     target = torch.cat([noise[:direct], -latents[direct:] / ratio[direct:, None, None, None]])
-    weight = ratio.clamp(0.5, 4.0)
+    weight = ratio.clamp(0.5, recipe.most_weight)
     if direct:
         weight[direct:] *= recipe.bottleneck_weight
     return (weight * (predicted.float() - target).pow(2).mean((1, 2, 3))).mean()
