@@ -19,6 +19,7 @@ from random import Random
 
 from PIL import Image
 
+from training.data.images import open_image
 from training.errors import UserError
 
 from .faces import draw_face
@@ -57,7 +58,7 @@ def read_emoji(package: Path, subcategories: Sequence[str] = SUBCATEGORIES) -> l
             return [
                 Emoji(
                     entry["name"].lower(),
-                    Image.open(io.BytesIO(content(PICTURES + entry["image"]))).convert("RGBA"),
+                    open_image(io.BytesIO(content(PICTURES + entry["image"]))).convert("RGBA"),
                 )
                 for entry in json.loads(content("package/emoji.json"))
                 if entry["subcategory"] in subcategories and entry["has_img_google"]
