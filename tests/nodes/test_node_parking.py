@@ -352,7 +352,6 @@ def test_memory_reserved_for_others_changes_no_number(
         patch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)  # as with a GPU
         reserved, part = outcomes()
         assert 0 < part < whole
-        assert model.model.model_loaded_weight_memory == part
     unload(comfy, device)
     again, all_of_it = outcomes()
     assert all_of_it == whole
