@@ -11,7 +11,7 @@ not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -90,6 +90,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+def _projected(sources: Sequence[Tensor], layers: Sequence[LinearWeights]) -> Iterator[Tensor]:
+    """Queries, keys and values of what they are made of."""
+    for source, layer in zip(sources, layers, strict=True):
+        yield F.linear(source, layer.weight, layer.bias)
+
+
 def masked_attention(
     x: Tensor,
     context: Tensor,
@@ -103,10 +109,7 @@ def masked_attention(
 
     Keys are made of ``context`` and values of ``value``, both [B, M, T].
     """
-    q, k, v = (
-        F.linear(source, layer.weight, layer.bias)
-        for source, layer in ((x, weights.q), (context, weights.k), (value, weights.v))
-    )
+    q, k, v = _projected((x, context, value), (weights.q, weights.k, weights.v))
     found, out = attend(q, k, v, heads), weights.out
     if gate is not None:
         found = gate(found, axis=HEADS.axis)
@@ -140,8 +143,5 @@ class CompactAttention:
         """[B, N, C] to [B, N, C], equal to `masked_attention` of the same gate."""
         if self.heads == 0:
             return self.out.constant(x)
-        q, k, v = (
-            F.linear(source, layer.weight, layer.bias)
-            for source, layer in ((x, self.q), (context, self.k), (value, self.v))
-        )
+        q, k, v = _projected((x, context, value), (self.q, self.k, self.v))
         return F.linear(attend(q, k, v, self.heads), self.out.weight, self.out.bias)

@@ -47,6 +47,8 @@ CompactBlock = CompactResBlock | CompactFeedForward | CompactAttention
 BlockForward = Callable[..., Tensor]
 #: the last of the timesteps that Stable Diffusion was trained on
 LAST_TIMESTEP = 999
+#: what diffusers' attention has where it computes something else; versions differ in which
+UNLIKE_PLAIN = ("norm_q", "norm_k", "group_norm", "residual_connection", "fused_projections")
 #: diffusers' classes that compute attention and nothing else
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor")
 
@@ -428,8 +430,7 @@ class DiffusersAttention:
         plain = (
             type(block).__name__ == "Attention"
             and all(isinstance(_base(layer), nn.Linear) for layer in self.layers())
-            and all(getattr(block, part) is None for part in ("norm_q", "norm_k", "group_norm"))
-            and not (block.residual_connection or block.fused_projections)
+            and not any(getattr(block, part, None) for part in UNLIKE_PLAIN)
             and block.rescale_output_factor == 1.0
         )
         if not plain:
