@@ -8,8 +8,8 @@ With `--emoji` a model of captioned emoji is built instead, starting as the demo
     python -m training.demo.build --emoji emoji-datasource-google-16.0.0.tgz --output emoji-model
 
 The work folder keeps every stage, so an interrupted build continues where it stopped. With
-`--images` the demo's sample images are written too. Threads are limited to `--threads` for the
-denoiser.
+`--images`, 256 pictures that it is not trained on are written too. Threads are limited to
+`--threads` for the denoiser.
 """
 
 import argparse
@@ -43,12 +43,20 @@ from .autoencoder import (
     weakest_channel,
 )
 from .check import FIRST_SEED, MID, Draw, effect, load_pipeline, losses, noisy_probe
-from .denoiser import CONTINUED, WIDTHS, Recipe, State, new_scheduler, new_unet, train_denoiser
+from .denoiser import (
+    CONTINUED,
+    WIDTHS,
+    Recipe,
+    State,
+    new_scheduler,
+    new_unet,
+    renew_unused_,
+    train_denoiser,
+)
 from .draw import METADATA, file_name, has_faces
 from .emoji import EmojiPictures, read_emoji
 from .faces import draw_face
 from .text import WIDTH, new_text_encoder, tokenize, with_tokens, write_tokenizer
-from .traits import draw_traits
 
 log = logging.getLogger("training.demo")
 
@@ -64,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--work", type=Path, default=Path("demo-work"), help="intermediate results")
-    parser.add_argument("--images", type=Path, help="write the sample images into this folder")
+    parser.add_argument("--images", type=Path, help="write unseen pictures into this folder")
     parser.add_argument("--emoji", type=Path, help="train on the emoji of this npm package")
     parser.add_argument("--autoencoder-minutes", type=float, default=10.0)
     parser.add_argument("--denoiser-minutes", type=float, default=108.0, help="of processor time")
@@ -73,9 +81,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     check_folders(args.output, args.work)
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.images:
-        write_sample_images(args.images)
     draw: Draw = EmojiPictures(read_emoji(args.emoji)) if args.emoji else draw_face
+    if args.images:
+        write_sample_images(args.images, draw)
     captions = draw_training_set(args.work, draw)
     start = load_pipeline() if args.emoji else None
     if start and not (args.work / "vae").exists():
@@ -153,10 +161,12 @@ def denoiser_stage(
 
     They start as those of `start`, where there is one.
     """
+    torch.manual_seed(recipe.seed)
     tokenizer = write_tokenizer(captions, work / "tokenizer")
     text, unet = new_text_encoder(tokenizer), new_unet(WIDTH)
     if start:
         text, unet = with_tokens(start.text_encoder, start.tokenizer, tokenizer), start.unet
+        renew_unused_(unet)
     state = State.fresh(text, unet)
     checkpoint = work / "denoiser.pt"
     if checkpoint.exists():
@@ -250,19 +260,20 @@ def _edit_json(path: Path, **changes: str) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
 
 
-def write_sample_images(folder: Path) -> None:
-    """Portraits in FFHQ's layout with captions in `metadata.jsonl`, from seeds of their own."""
+def write_sample_images(folder: Path, draw: Draw) -> None:
+    """Pictures in FFHQ's layout with captions in `metadata.jsonl`, from seeds of their own."""
+    drawn = [draw(SAMPLE_SEED + i) for i in range(SAMPLE_COUNT)]
     lines = [
-        json.dumps({"file_name": file_name(i), "text": draw_traits(SAMPLE_SEED + i).caption})
-        for i in range(SAMPLE_COUNT)
+        json.dumps({"file_name": file_name(i), "text": caption})
+        for i, (_, caption) in enumerate(drawn)
     ]
     has_faces(output_folder("--images", folder, ()), lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / METADATA).write_text("\n".join(lines) + "\n")
-    for i in range(SAMPLE_COUNT):
+    for i, (picture, _) in enumerate(drawn):
         path = folder / file_name(i)
         path.parent.mkdir(exist_ok=True)
-        draw_face(SAMPLE_SEED + i)[0].quantize(96).save(path, optimize=True)
+        picture.quantize(96).save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ BOTTLENECK = Stage(0.0, 0.0, (0.0, 0.0, 0.0))
 FROM_BELOW = Stage(0.0, 0.75, (0.0, 0.0, 0.0))
 WHOLE = Stage(0.75, 0.875, (0.25, 0.5, 0.75))
 #: for a U-Net that has been through these stages before
-FROM_TEXT = Stage(0.625, 0.75, (0.125, 0.5, 1.0))
+FROM_TEXT = Stage(0.625, 0.75, (0.125, 1.0, 1.0))
 WITH_TEXT = Stage(0.75, 0.875, (0.25, 1.0, 1.0))
 
 
@@ -169,6 +170,24 @@ def up_resnets(unet: UNet2DConditionModel) -> Iterator[tuple[ResnetBlock2D, int,
         for resnet in block.resnets:
             yield resnet, width, len(unet.up_blocks) - 1 - number
             width = resnet.out_channels
+
+
+def renew_unused_(unet: UNet2DConditionModel) -> None:
+    """Draw the weights anew of the branches that the demo's training leaves without effect.
+
+    These are the ResBlocks of the lowest level beside the mid block's, and the transformers below
+    the highest level but those of the up path.
+    """
+    resnets = [*unet.down_blocks[-1].resnets, *unet.up_blocks[0].resnets]
+    transformers = [*unet.down_blocks[1].attentions, *unet.down_blocks[2].attentions]
+    branches = [
+        (block.norm1, block.conv1, block.time_emb_proj, block.norm2, block.conv2)
+        for block in resnets
+    ]
+    branches += [tuple(block.modules()) for block in (*transformers, *unet.mid_block.attentions)]
+    for module in chain.from_iterable(branches):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
 
 def new_scheduler() -> PNDMScheduler:
