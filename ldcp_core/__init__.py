@@ -50,6 +50,7 @@ from .gates import (
     THRESHOLD,
     ChannelGate,
     Gates,
+    Stage,
     aligned_counts,
     keep_by_rank,
     least_kept,
@@ -58,7 +59,14 @@ from .gates import (
 )
 from .linear import LinearWeights
 from .pruning import Pruned, block_gates
-from .report import Report, ReportLayer, RunFacts, build_report, gates_report
+from .report import (
+    Report,
+    ReportLayer,
+    RunFacts,
+    build_report,
+    gates_report,
+    layers_as_learned,
+)
 from .report_image import report_image
 from .resblock import (
     BlockGate,
@@ -68,7 +76,15 @@ from .resblock import (
     ResBlockOps,
     masked_forward,
 )
-from .schedule import ALWAYS, NEVER, Schedule, ScheduleError, StepRange, step_index
+from .schedule import (
+    ALWAYS,
+    NEVER,
+    PercentRange,
+    Schedule,
+    ScheduleError,
+    StepRange,
+    step_index,
+)
 from .sites import (
     DEFAULT_SCOPE,
     SCOPES,
@@ -119,6 +135,7 @@ __all__ = [
     "Magnitude",
     "Moments",
     "Padding",
+    "PercentRange",
     "Pruned",
     "PrunedSite",
     "Ranking",
@@ -135,6 +152,7 @@ __all__ = [
     "SiteKind",
     "SiteSaving",
     "SoftGate",
+    "Stage",
     "StepRange",
     "Topology",
     "aligned_counts",
@@ -154,6 +172,7 @@ __all__ = [
     "groups_of",
     "keep_by_rank",
     "kind_of",
+    "layers_as_learned",
     "least_kept",
     "load_gates",
     "magnitude",

@@ -69,9 +69,9 @@ def pruned(
 
     The result is a context manager, and has ``remove()`` for all other uses. ``gates`` is a gate
     file, or what `load_gates` read from it. ``sparsity`` prunes that share of the gated channels by
-    rank, instead of those below the threshold. ``steps`` says when: step ranges such as
-    ``"0-4, 10-"`` or any `Schedule`; None prunes every step. Step ranges need the pipeline's
-    ``scheduler``, whose timesteps tell which step an evaluation belongs to.
+    rank, instead of those as learned, whose stages it leaves aside. ``steps`` says when: step
+    ranges such as ``"0-4, 10-"`` or any `Schedule`; None prunes every step. Step ranges need the
+    pipeline's ``scheduler``, whose timesteps tell which step an evaluation belongs to.
 
     Outside these steps and after the removal the U-Net computes the same bits as before. LoRA
     loaded through PEFT, before or meanwhile, is pruned with the weights. The full weights stay in
@@ -92,8 +92,9 @@ def pruned(
     found = gates if isinstance(gates, Gates) else load_gates(Path(gates))
     unet = getattr(unet, "_orig_mod", unet)  # of a shell that torch.compile made
     _check_fit(unet, found)
-    keep_sets = found.keep_sets() if sparsity is None else found.keep_sets_at(sparsity)
-    return Pruning(unet, found, keep_sets, schedule, scheduler)
+    by_stage = found.by_stage(sparsity)
+    stages = [(schedule.during(stage), keep_sets) for stage, keep_sets in by_stage]
+    return Pruning(unet, found, stages, scheduler)
 
 
 class Pruning:
@@ -106,19 +107,19 @@ class Pruning:
         self,
         unet: nn.Module,
         gates: Gates,
-        keep_sets: Mapping[str, Tensor],
-        schedule: Schedule,
+        stages: Sequence[tuple[Schedule, Mapping[str, Tensor]]],
         scheduler: Any,
     ) -> None:
         self.active = self._up_to_date = False
-        self._gates, self._schedule, self._scheduler = gates, schedule, scheduler
-        self._keep_sets = {site: keep for site, keep in keep_sets.items() if not bool(keep.all())}
+        self._gates, self._stages, self._scheduler = gates, stages, scheduler
+        self._stage = 0
         self._unet = unet
         self._forwards: dict[str, BlockForward] = {}
         self._selected_from: list[Any] = []
         self._timesteps: Any = None
         self._firsts: list[float] = []
-        names = blocks_of(self._keep_sets)
+        less = [s for _, kept in stages for s, keep in kept.items() if not bool(keep.all())]
+        names = blocks_of(less)
         self._adapters = [adapter(unet, name) for name in names]
         self._state()  # refuses what it does not understand before anything changes
         blocks = {name: unet.get_submodule(name) for name in names}
@@ -145,13 +146,20 @@ class Pruning:
                 return before(*args, **kwargs)
             if not self._up_to_date:
                 self._select()
-            return self._forwards[name](*args, **kwargs)
+            return self._forwards.get(name, before)(*args, **kwargs)
 
         return forward
 
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.active = self._prunes(kwargs["timestep"] if "timestep" in kwargs else args[1])
         self._up_to_date = False
+        if self._stages[0][0] == ALWAYS:
+            self.active = True  # spares a copy from the device
+            return
+        t = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).max())
+        step = self._step(t)
+        active = [schedule.is_active(step, t, _timestep_at) for schedule, _ in self._stages]
+        self.active = any(active)
+        self._stage = active.index(True) if self.active else self._stage
 
     def _select(self) -> None:
         """Select the kept rows and columns anew if the weights are not those they came from.
@@ -161,20 +169,16 @@ class Pruning:
         now = self._state()
         if now != self._selected_from:
             with torch.no_grad():
-                blocks = compact_blocks(self._unet, self._gates.pruned(self._keep_sets))
+                keep_sets = self._stages[self._stage][1]
+                blocks = compact_blocks(self._unet, self._gates.pruned(keep_sets))
             self._forwards = compact_forwards(self._unet, blocks)
             self._selected_from = now
         self._up_to_date = True
 
     def _state(self) -> list[Any]:
-        """Equal for as long as the weights that were selected are the U-Net's."""
-        return [_state(layer) for block in self._adapters for layer in block.layers()]
-
-    def _prunes(self, timestep: Any) -> bool:
-        if self._schedule == ALWAYS:
-            return True  # spares a copy from the device
-        t = float(torch.as_tensor(timestep).max())
-        return self._schedule.is_active(self._step(t), t, _timestep_at)
+        """Equal for as long as the weights that were selected are the U-Net's, and the stage's."""
+        layers = [layer for block in self._adapters for layer in block.layers()]
+        return [self._stage, *map(_state, layers)]
 
     def _step(self, t: float) -> int:
         """The 0-based step of a timestep, counted from the first that the pipeline came to."""
@@ -188,7 +192,7 @@ class Pruning:
             begun = step_index(t, [*firsts, -1.0])  # image to image begins later
             self._firsts = [*firsts[begun:], -1.0]
             steps = len(self._firsts) - 1
-            for stretch in self._schedule.beyond(steps):
+            for stretch in self._stages[0][0].beyond(steps):
                 message = f"the step range {stretch} lies past the last step, {steps - 1}"
                 warnings.warn(f"{message}, and prunes nothing", stacklevel=2)
         return step_index(t, self._firsts)

@@ -2,10 +2,10 @@
 
 Tensors: for each site those of `PARTS`. Metadata: ``format``, ``version``, ``gates`` (a JSON object
 with the U-Net's topology, the padding rule, the floor and free-form provenance) and ``checksum``
-over that JSON and the tensors. Files of version 2 do not say how many heads attention has; those of
-version 1 describe SD1.5's topologies alone, and have the floor in the provenance. A reader accepts
-a file whole or not at all; every refusal names the file, what was found, what was expected and what
-to do.
+over that JSON and the tensors. Files of version 3 know no stages; those of version 2 do not say how
+many heads attention has either; those of version 1 describe SD1.5's topologies alone, and have the
+floor in the provenance. A reader accepts a file whole or not at all; every refusal names the file,
+what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch import Tensor
 from .blocks import PADDINGS, Site
 from .correction import MAX_RANK, Correction
 from .files import write_atomically
-from .gates import THRESHOLD, Gates
+from .gates import THRESHOLD, Gates, Stage
 from .sites import Topology
 from .text import PATH, QUOTED, one_line
 
 FORMAT = "ldcp.gates"
-VERSION, VERSIONS = 3, ("1", "2", "3")
+VERSION, VERSIONS = 4, ("1", "2", "3", "4")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ MAX_DESCRIPTION, MAX_DEPTH = 2**20, 64
 MAX_TENSORS = 3000
 #: the description is JSON inside JSON, which at most doubles it; a tensor's entry is far shorter
 MAX_HEADER = 2 * MAX_DESCRIPTION + 256 * MAX_TENSORS
+MAX_STAGES = 16
 #: weights sampled per layer for the fingerprint
 FINGERPRINT_SAMPLES = 4096
 #: strict JSON for what Python writes as constants of its own
@@ -102,6 +103,7 @@ def save_gates(gates: Gates, path: str | Path, overwrite: bool = True) -> None:
         "topology": gates.topology.to_json(),
         "padding": gates.padding,
         "floor": gates.floor,
+        "stages": [[stage.start, stage.sparsity] for stage in gates.stages],
         "info": dict(gates.info),
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "gates": _strict_json(description)}
@@ -287,9 +289,9 @@ def _validated(
     entries: Mapping[str, dict[str, Any]], description: dict[str, Any], version: str, path: Path
 ) -> tuple[Gates, dict[str, Tensor]]:
     """The gates, and their tensors by their names in the file."""
-    read = {"1": Topology.from_version_1, "2": Topology.from_version_2, "3": Topology.from_json}
+    read = {"1": Topology.from_version_1, "2": Topology.from_version_2}
     try:
-        topology = read[version](description.get("topology"))
+        topology = read.get(version, Topology.from_json)(description.get("topology"))
     except ValueError as error:
         raise _damaged(path, one_line(error, 2 * QUOTED)) from error
     padding, info = description.get("padding"), description.get("info")
@@ -305,6 +307,8 @@ def _validated(
         floor = floor if _is_floor(floor) else 0.0
     if not _is_floor(floor):
         raise _damaged(path, f"floor {one_line(repr(floor))}, expected a number from 0 up to 1")
+
+    stages = _stages(description.get("stages"), path) if version == "4" else ()
 
     sites = {site.name: site for site in topology.all_sites()}
     named = {name: name.rpartition(".")[::2] for name in entries}
@@ -351,9 +355,32 @@ def _validated(
         info=info,
         floor=floor,
         corrections=corrections,
+        stages=stages,
         **fields,
     )
     return gates, tensors
+
+
+def _stages(found: Any, path: Path) -> tuple[Stage, ...]:
+    """The stages of a description: pairs of a start and a sparsity (null: as learned), in order."""
+    pairs: Any = found if isinstance(found, list) and len(found) <= MAX_STAGES else [None]
+    if all(map(_is_stage, pairs)):
+        stages = tuple(Stage(start, sparsity) for start, sparsity in pairs)
+        starts = [stage.start for stage in stages]
+        if starts == sorted(set(starts)) and starts[:1] in ([], [0.0]):
+            return stages
+    raise _damaged(
+        path,
+        f"stages {one_line(repr(found))}, expected at most {MAX_STAGES} pairs of a start from 0 up "
+        "to 1, in rising order, the first 0, and a sparsity from 0 to 1 or null",
+    )
+
+
+def _is_stage(pair: Any) -> bool:
+    if not isinstance(pair, list) or len(pair) != 2:
+        return False
+    start, sparsity = pair
+    return _is_floor(start) and (sparsity is None or _is_share(sparsity))
 
 
 def _is_shared(score: Tensor, group: int) -> bool:
@@ -379,8 +406,12 @@ def _sizes(site: Site, found: Mapping[str, Tensor | None]) -> dict[str, int]:
     }
 
 
+def _is_share(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0
+
+
 def _is_floor(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < 1.0
+    return _is_share(value) and value < 1.0
 
 
 def _checked(

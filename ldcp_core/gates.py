@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .blocks import ALIGNMENT, Padding, PrunedSite, groups_of
 from .correction import Correction
+from .schedule import PercentRange
 from .sites import SD15, Topology
 
 THRESHOLD = 0.5
@@ -65,6 +66,17 @@ class ChannelGate(nn.Module):
 
 
 @dataclass(frozen=True)
+class Stage:
+    """From ``start`` on, ``sparsity`` of all gated channels is pruned, by rank (None: as learned).
+
+    ``start`` is a share of the denoising schedule, from 0.0 (pure noise) up to 1.0 (image).
+    """
+
+    start: float
+    sparsity: float | None
+
+
+@dataclass(frozen=True)
 class Gates:
     """The scores of all gated sites, how they came about, and what stands in for pruned channels.
 
@@ -74,6 +86,8 @@ class Gates:
     (optional, float32 [C]) is what a criterion measured before it became a score. ``floor`` is the
     share of every site's channels that stays whatever the ranking says, in [0, 1).
     ``corrections[site]`` (optional) are for the channels that are kept as learned.
+    ``stages`` (optional) say that more is pruned in some of the schedule than in the rest: they
+    start at 0.0 and follow one another. They share the one order of channels.
     """
 
     scores: Mapping[str, Tensor]
@@ -84,6 +98,7 @@ class Gates:
     importances: Mapping[str, Tensor] = field(default_factory=dict)
     floor: float = 0.0
     corrections: Mapping[str, Correction] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -101,8 +116,30 @@ class Gates:
         return torch.zeros_like(self.scores[site]) if found is None else found
 
     def keep_sets(self) -> dict[str, Tensor]:
-        """Kept channels as learned: site -> bool [C], true iff score > 0.5."""
+        """Kept channels as learned: site -> bool [C], true iff score > 0.5.
+
+        Stages do not change them: see `by_stage`.
+        """
         return {site: score > THRESHOLD for site, score in self.scores.items()}
+
+    def by_stage(
+        self, sparsity: float | None = None
+    ) -> list[tuple[PercentRange | None, dict[str, Tensor]]]:
+        """Of every stage the stretch of the schedule and the keep-sets.
+
+        Gates without stages have `keep_sets` alone, in all of the schedule (None). With a
+        ``sparsity`` all gates have `keep_sets_at` it alone.
+        """
+        if sparsity is not None:
+            return [(None, self.keep_sets_at(sparsity))]
+        if not self.stages:
+            return [(None, self.keep_sets())]
+        found: list[tuple[PercentRange | None, dict[str, Tensor]]] = []
+        for stage, end in zip(self.stages, [*self.stages[1:], Stage(1.0, None)], strict=True):
+            share = stage.sparsity
+            kept = self.keep_sets() if share is None else self.keep_sets_at(share)
+            found.append((PercentRange(stage.start, end.start), kept))
+        return found
 
     def pruned(self, keep_sets: Mapping[str, Tensor] | None = None) -> dict[str, PrunedSite]:
         """What these gates prune, as learned or with other keep-sets of their sites.

@@ -18,7 +18,7 @@ from .blocks import Latent, Padding, PrunedSite
 from .cost import Savings, SiteSaving, savings
 from .gates import THRESHOLD, Gates
 from .pruning import Pruned, padding_of
-from .schedule import Schedule, StepRange
+from .schedule import ALWAYS, Schedule, StepRange
 from .sites import Topology, block_of, short_name
 
 MIB = 2**20
@@ -125,7 +125,9 @@ class Report:
         """A line per set of gates, and what there is to know about all of them."""
         lines = [str(layer) for layer in self.layers]
         if len(lines) > 1:
-            lines = [f"gates {number}: {line}" for number, line in enumerate(lines, 1)]
+            staged = all(layer.schedule and layer.schedule.stage for layer in self.layers)
+            word = "stage" if staged else "gates"
+            lines = [f"{word} {number}: {line}" for number, line in enumerate(lines, 1)]
             lines.append("where several gate the same site, the later ones are shown")
         known = sum(len(layer.gates.corrections) for layer in self.layers)
         if known:
@@ -203,7 +205,15 @@ def build_report(
 
 def gates_report(gates: Gates, latent: Latent | None = None) -> Report:
     """The report on gates as learned, for their own U-Net in half precision."""
-    return build_report([ReportLayer(gates, gates.keep_sets())], gates.topology, latent=latent)
+    return build_report(layers_as_learned(gates), gates.topology, latent=latent)
+
+
+def layers_as_learned(gates: Gates) -> list[ReportLayer]:
+    """What gates prune as learned: one layer for each of their stages."""
+    return [
+        ReportLayer(gates, kept, None if stage is None else ALWAYS.during(stage))
+        for stage, kept in gates.by_stage()
+    ]
 
 
 def _savings(topology: Topology, pruned: Pruned, latent: Latent) -> Savings:

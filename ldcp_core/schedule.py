@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .text import quoted
 
@@ -35,6 +35,9 @@ class StepRange:
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
+EVERY_STEP = StepRange(0, None)
+
+
 @dataclass(frozen=True)
 class PercentRange:
     """A stretch of the full denoising schedule, 0.0 (pure noise) to 1.0 (image)."""
@@ -50,10 +53,12 @@ class PercentRange:
 class Schedule:
     """A union of ranges. No range at all means: never prune.
 
-    Its text is for people: of many ranges it names the first and counts the others.
+    With a ``stage`` it prunes within that stretch alone. Its text is for people: of many ranges it
+    names the first and counts the others.
     """
 
-    ranges: tuple[StepRange | PercentRange, ...] = (StepRange(0, None),)
+    ranges: tuple[StepRange | PercentRange, ...] = (EVERY_STEP,)
+    stage: PercentRange | None = None
 
     @classmethod
     def steps(cls, text: str) -> Schedule:
@@ -94,6 +99,10 @@ class Schedule:
             )
         return cls((PercentRange(start, end),))
 
+    def during(self, stage: PercentRange | None) -> Schedule:
+        """What of this schedule lies within a stage (None: all of it)."""
+        return replace(self, stage=stage)
+
     def __or__(self, other: Schedule) -> Schedule:
         return Schedule(tuple(dict.fromkeys((*self.ranges, *other.ranges))))
 
@@ -101,23 +110,30 @@ class Schedule:
         steps = [str(r) for r in self.ranges if isinstance(r, StepRange)]
         percents = [str(r) for r in self.ranges if isinstance(r, PercentRange)]
         if "0-" in steps:
-            return "all steps"
+            return "all steps" if self.stage is None else str(self.stage)
         words = [f"steps {_some(steps, ', ')}"] if steps else []
-        return " + ".join(words + ([_some(percents, " + ")] if percents else [])) or "no step"
+        found = " + ".join(words + ([_some(percents, " + ")] if percents else [])) or "no step"
+        return found if self.stage is None else f"{found} within {self.stage}"
 
     def is_active(
         self, step: int, sigma: float, percent_to_sigma: Callable[[float], float]
     ) -> bool:
-        """Whether an evaluation at ``sigma``, belonging to ``step``, is pruned.
+        """Whether an evaluation at ``sigma``, belonging to ``step`` (-1: unknown), is pruned.
 
         ``percent_to_sigma`` is the host's map from the share of the full schedule to a sigma;
         a percent range is active iff sigma(end) <= sigma <= sigma(start).
         """
+
+        def covers(r: PercentRange) -> bool:
+            return percent_to_sigma(r.end) <= sigma <= percent_to_sigma(r.start)
+
+        if self.stage is not None and not covers(self.stage):
+            return False
         for r in self.ranges:
             if isinstance(r, StepRange):
-                if r.first <= step and (r.last is None or step <= r.last):
+                if r == EVERY_STEP or r.first <= step and (r.last is None or step <= r.last):
                     return True
-            elif percent_to_sigma(r.end) <= sigma <= percent_to_sigma(r.start):
+            elif covers(r):
                 return True
         return False
 

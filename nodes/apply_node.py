@@ -11,7 +11,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ldcp_core import ALWAYS, Gates, Schedule, Topology, savings
+from ..ldcp_core import ALWAYS, Gates, PercentRange, Schedule, Topology, savings
 from ..ldcp_core.report import bytes_lines, run_line
 from ..ldcp_core.text import quoted
 from .host.identity import DIFFERS, differs_from_training
@@ -47,15 +47,20 @@ def wanted_share(channels: str, sparsity: float) -> float | None:
     return sparsity
 
 
-def chosen_keep_sets(gates: Gates, share: float | None, sites: str = "") -> dict[str, Tensor]:
-    """The learned keep-sets, or those of a share, of the ``sites`` of a scope (empty: all).
+def chosen_keep_sets(
+    gates: Gates, share: float | None, sites: str = ""
+) -> list[tuple[PercentRange | None, dict[str, Tensor]]]:
+    """The learned keep-sets by stages, or those of a share, of ``sites`` of a scope (empty: all).
 
     Raises ValueError for an unknown scope, or one without gates.
     """
     check_text("sites", sites)
-    if sites.strip():
-        gates = within(gates, sites)
-    return gates.keep_sets() if share is None else gates.keep_sets_at(share)
+    if not sites.strip():
+        return gates.by_stage(share)
+    part = within(gates, sites)
+    if share is not None:  # of the part
+        return part.by_stage(share)
+    return [(when, {site: kept[site] for site in part.scores}) for when, kept in gates.by_stage()]
 
 
 def within(gates: Gates, sites: str) -> Gates:
@@ -92,19 +97,25 @@ def problem(sparsity: Any, channels: Any = "a share", sites: Any = "") -> str | 
     return None
 
 
-def status(model: Any, layer: Layer, share: float | None) -> list[str]:
+def status(model: Any, layers: Sequence[Layer], share: float | None) -> list[str]:
     """Sites and share of channels pruned; bytes that a pruned step does not use; when.
 
     Lines of their own, because the canvas breaks what is longer than a node inside a word.
     """
-    counts = {site: int(keep.sum()) for site, keep in layer.keep_sets.items()}
-    saved = savings(model_topology(model.model), counts, layer.gates.padding)
-    requested = "" if share is None else f" ({share:.1%} requested)"
-    megabytes = saved.saved_bytes(model.model.get_dtype().itemsize) / 2**20
+    pruned, left_out = [], []
+    for layer in layers:
+        counts = {site: int(keep.sum()) for site, keep in layer.keep_sets.items()}
+        saved = savings(model_topology(model.model), counts, layer.gates.padding)
+        pruned.append(f"{saved.sparsity:.1%}")
+        left_out.append(f"{saved.saved_bytes(model.model.get_dtype().itemsize) / 2**20:,.1f}")
+    sites, requested = (
+        len(layers[0].keep_sets),
+        "" if share is None else f" ({share:.1%} requested)",
+    )
     return [
-        f"{len(counts)} site{'s' * (len(counts) != 1)}, {saved.sparsity:.1%} pruned{requested}",
-        f"{megabytes:,.1f} MiB of weights left out (counted)",
-        str(layer.schedule),
+        f"{sites} site{'s' * (sites != 1)}, {', then '.join(pruned)} pruned{requested}",
+        f"{', then '.join(left_out)} MiB of weights left out (counted)",
+        ", then ".join(str(layer.schedule) for layer in layers),
     ]
 
 
@@ -216,7 +227,8 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
                     default="as learned",
                     optional=True,
                     tooltip="Which channels to prune. as learned: those that the gates were "
-                    "trained to prune; sparsity is then not used. a share: as many as sparsity "
+                    "trained to prune, stage by stage where they have stages; sparsity is then "
+                    "not used. a share: as many as sparsity "
                     "says, whatever the gates were trained for.",
                 ),
             ],
@@ -244,13 +256,16 @@ class LDCPApplyDynamicPruning(io.ComfyNode):
     ) -> io.NodeOutput:
         check_offered("full_weights", full_weights, FULL_WEIGHTS)
         share = wanted_share(channels, sparsity)
-        keep_sets = chosen_keep_sets(gates, share, sites)
+        chosen = chosen_keep_sets(gates, share, sites)
         remark = DIFFERS if differs_from_training(model, gates) else ""
         when = ALWAYS if schedule is None else schedule
-        layer = Layer(gates, keep_sets, when, full_weights, remark)
+        layers = [
+            Layer(gates, keep_sets, when.during(stage), full_weights, remark)
+            for stage, keep_sets in chosen
+        ]
         shown = Status([], cls.hidden.unique_id if cls.hidden else None)
-        patched = attach(model, layer, shown)
-        shown.lines += status(model, layer, share)
+        patched = attach(model, *layers, onlooker=shown)
+        shown.lines += status(model, layers, share)
         log.info("LDCP: %s", ", ".join(shown.lines))
         remarks = [remark] if remark else []
         for text in remarks:

@@ -109,8 +109,8 @@ def compare(
             "Load VAE"
         )
     full = detached(model)
-    layers = [layer_of(gates, variant) for variant in variants]
-    models = [full, *(attach(full, layer) for layer in layers)]
+    layers = [layers_of(gates, variant) for variant in variants]
+    models = [full, *(attach(full, *of_one) for of_one in layers)]
     show("loading the model")
     sample(full, {**sampling, "steps": 1})  # what only a first run takes is not timed
     runs = []
@@ -128,23 +128,26 @@ def compare(
     return [
         rendered(0),
         *(
-            rendered(place, variant, share_of(layer), attached(models[place]).record)
-            for place, (variant, layer) in enumerate(zip(variants, layers, strict=True), 1)
+            rendered(place, variant, share_of(of_one), attached(models[place]).record)
+            for place, (variant, of_one) in enumerate(zip(variants, layers, strict=True), 1)
         ),
     ]
 
 
-def layer_of(gates: Gates, variant: Variant) -> Layer:
+def layers_of(gates: Gates, variant: Variant) -> list[Layer]:
     """What Apply Dynamic Pruning would add for a variant."""
-    share = variant.share
-    keep_sets = gates.keep_sets() if share is None else gates.keep_sets_at(share)
-    return Layer(gates, keep_sets, variant.schedule)
+    chosen = gates.by_stage(variant.share)
+    return [Layer(gates, kept, variant.schedule.during(stage)) for stage, kept in chosen]
 
 
-def share_of(layer: Layer) -> float:
-    """How much of the gated channels a layer prunes, in [0, 1]."""
-    kept = sum(int(keep.sum()) for keep in layer.keep_sets.values())
-    return 1.0 - kept / layer.gates.channels
+def share_of(layers: Sequence[Layer]) -> float:
+    """How much of the gated channels is pruned in [0, 1], in the mean over the schedule."""
+    found = 0.0
+    for layer in layers:
+        kept = sum(int(keep.sum()) for keep in layer.keep_sets.values())
+        stage = layer.schedule.stage
+        found += (1 - kept / layer.gates.channels) * (stage.end - stage.start if stage else 1.0)
+    return found
 
 
 def sample(model: Any, sampling: Mapping[str, Any]) -> tuple[dict[str, Any], float]:

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..ldcp_core import Gates, Report, ReportLayer, build_report, report_image
+from ..ldcp_core import Gates, Report, ReportLayer, build_report, layers_as_learned, report_image
 from .host.model import ModelError, find_blocks, model_topology
 from .host.patch import attached
 from .shared import CATEGORY, GatesType, schema, show_on_node
@@ -28,7 +28,7 @@ def model_report(model: Any, gates: Gates | None = None) -> Report:
     pruning = attached(model)
     if gates is not None:
         find_blocks(model.model, gates)
-        layers, run, notes = [ReportLayer(gates, gates.keep_sets())], None, []
+        layers, run, notes = layers_as_learned(gates), None, []
     elif pruning is not None:
         layers = [ReportLayer(la.gates, la.keep_sets, la.schedule) for la in pruning.layers]
         run = pruning.record

@@ -73,6 +73,7 @@ from training.options import (
     parser_of,
 )
 from training.output import output_files, report_of, write
+from training.sample import check_one_stage
 
 log = logging.getLogger("training.benchmark")
 
@@ -167,6 +168,7 @@ def chosen_prunings(
         prunings = [random_pruning(sites, share, config.seed) for share in config.sparsity]
         return prunings, config.padding or PADDINGS
     gates = load_gates(config.gates)
+    check_one_stage(config.gates, gates)
     if not topology_of(unet).fits(gates.topology):
         raise UserError(
             f"{config.gates} was made for {gates.topology}.",

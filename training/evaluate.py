@@ -66,6 +66,7 @@ from training.sample import (
     Settings,
     Shot,
     check_fits,
+    check_one_stage,
     image_paths,
     named_gates,
     read_prompts,
@@ -276,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parse_arguments(argv)
     precisions = list(dict.fromkeys(given.precision))
     gates = named_gates(given.gates)
+    for name, of in gates.items():
+        check_one_stage(name, of)
     pruned = candidates_of(gates, precisions)
     zeroed = unstructured_of(given.unstructured, precisions[0])
     candidates: dict[str, Candidate | Unstructured] = {**pruned, **zeroed}

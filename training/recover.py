@@ -33,7 +33,7 @@ from training.model.gating import compacted, deviation
 from training.options import COUNT, POSITIVE, SEED, Bound, Options, option, parsed
 from training.output import GATES, claimed, output_file
 from training.provenance import without_folders
-from training.sample import check_fits
+from training.sample import check_fits, check_one_stage
 from training.session import fit_to, frozen_model
 from training.step.denoising import Denoising, HeldOut, Problem
 
@@ -124,6 +124,7 @@ def recover(config: RecoverConfig) -> Gates:
 
 def _recover(config: RecoverConfig, output: Path) -> Gates:
     gates = load_gates(config.gates)
+    check_one_stage(config.gates, gates)
     data = open_dataset(config.data)
     seen, held_out = unseen(data, [Split.of_file(gates.info, config.gates)])
     model = frozen_model(config.model, "fp32", config.device)

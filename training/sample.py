@@ -31,13 +31,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldcp_core import Gates, load_gates, one_line
-from ldcp_core.diffusers import compact_blocks, topology_of
+from ldcp_core.diffusers import compact_blocks, pruned, topology_of
 from training.console import explaining, log_progress, name_of, progress
 from training.data.cache import digest
 from training.data.images import open_image
 from training.errors import UserError
 from training.model.load import DiffusionModel, load_model
-from training.model.precision import PRECISIONS, in_precision
+from training.model.precision import PRECISIONS, STORED, in_precision
 from training.options import (
     COUNT,
     FINITE,
@@ -132,10 +132,21 @@ class Candidate:
 
     @contextmanager
     def running(self, unet: UNet2DConditionModel) -> Iterator[int]:
-        """Context in which the U-Net is this one; yields its bytes (`in_precision`)."""
-        blocks = {}
-        if self.gates is not None:
-            blocks = compact_blocks(unet, self.gates.pruned())
+        """Context in which the U-Net is this one; yields its bytes (`in_precision`).
+
+        Gates with stages switch in place, and the bytes are then those of the dense U-Net.
+        """
+        gates = self.gates
+        if gates is not None and gates.stages:
+            if self.precision in STORED:
+                raise UserError(
+                    f"Gates with stages can't be drawn with in {self.precision}.",
+                    "fp32, bf16 or fp16",
+                )
+            with in_precision(unet, self.precision, {}) as size, pruned(unet, gates):
+                yield size
+            return
+        blocks = {} if gates is None else compact_blocks(unet, gates.pruned())
         with in_precision(unet, self.precision, blocks) as size:
             yield size
 
@@ -143,7 +154,7 @@ class Candidate:
         """What tells its images from those of other gates or another precision."""
         found = [self.precision]
         if self.gates is not None:
-            found.append(self.gates.padding)
+            found += [self.gates.padding, *map(str, self.gates.stages)]
             for site, keep in sorted(self.gates.keep_sets().items()):
                 constant = self.gates.constant(site)
                 found += [site, str(keep.tolist()), str(constant.tolist())]
@@ -170,6 +181,16 @@ def check_fits(model: DiffusionModel, gates: Gates | None) -> None:
             f"The gates were made for {gates.topology}.",
             f"gates for {topology_of(model.unet)}",
             "choose gates of this model, or the model of these gates",
+        )
+
+
+def check_one_stage(name: str, gates: Gates) -> None:
+    """Raises UserError for gates that do not prune the same in all of the schedule."""
+    if gates.stages:
+        raise UserError(
+            f"{name} has {len(gates.stages)} stages.",
+            "gates that prune the same in every step",
+            "give the gates that the stages were made of; training.sample draws with stages",
         )
 
 

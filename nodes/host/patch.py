@@ -35,8 +35,8 @@ class Onlooker(Protocol):
         """The run has ended: this is what it did."""
 
 
-def attach(model: Any, layer: Layer, onlooker: Onlooker | None = None) -> Any:
-    """A clone of the ModelPatcher ``model`` that is pruned by ``layer``.
+def attach(model: Any, *layers: Layer, onlooker: Onlooker | None = None) -> Any:
+    """A clone of the ModelPatcher ``model`` that is pruned by ``layers``.
 
     Gates already attached stay, each with its own schedule; where several name a site in the same
     evaluation, the one attached last wins. All of their onlookers are told of a run.
@@ -44,10 +44,11 @@ def attach(model: Any, layer: Layer, onlooker: Onlooker | None = None) -> Any:
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-    find_blocks(model.model, layer.gates)
+    for layer in layers:
+        find_blocks(model.model, layer.gates)
     patched, earlier = detached(model), attached(model)
     pruning = DynamicPruning(
-        (*(earlier.layers if earlier else ()), layer),
+        (*(earlier.layers if earlier else ()), *layers),
         (*(earlier.onlookers if earlier else ()), *([onlooker] if onlooker else ())),
     )
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, pruning)

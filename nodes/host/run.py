@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
@@ -113,9 +113,23 @@ class Run:
     def active(self, model: Any, t: Tensor, options: Mapping[str, Any]) -> list[bool]:
         """Which layers prune the evaluation that is about to start."""
         earlier, self._active = self._active, self._active_layers(model, t, options)
-        if self._dynamic and self._active != earlier and not self._keeps_copies:
-            self.forget_weights()  # the full weights may need the room now
+        if self._active != earlier and not self._keeps_copies:
+            if self._dynamic:
+                self.forget_weights()  # the full weights may need the room now
+            else:
+                self._leave_stages()
         return self._active
+
+    def _leave_stages(self) -> None:
+        """Drop the weights that were selected for stages that have ended."""
+        left = {
+            number
+            for number, layer in enumerate(self.layers)
+            if layer.schedule.stage is not None and not self._active[number]
+        }
+        for known in (self._compacts, self._forwards):
+            for key in [key for key in known if not left.isdisjoint(key[1])]:
+                del known[key]
 
     @property
     def _dynamic(self) -> bool:
@@ -321,15 +335,16 @@ class Run:
         choices = {layer.full_weights for layer in layers}
         if "keep" in choices:
             return "full_weights is 'keep'"
-        if "offload" in choices or all(self._prunes_always(model, layer) for layer in layers):
+        if "offload" in choices or self._always_pruned(model, layers):
             return ""
         return "some steps are not pruned, and full_weights is 'auto'"
 
-    def _prunes_always(self, model: Any, layer: Layer) -> bool:
-        """Whether a layer prunes every step of this run."""
+    def _always_pruned(self, model: Any, layers: Sequence[Layer]) -> bool:
+        """Whether in every step of this run one of the layers prunes."""
         steps = list(enumerate(self._sigmas[:-1]))
-        return layer.schedule == ALWAYS or (
-            bool(steps) and all(self._prunes_at(model, layer, *step) for step in steps)
+        return any(layer.schedule == ALWAYS for layer in layers) or (
+            bool(steps)
+            and all(any(self._prunes_at(model, layer, *at) for layer in layers) for at in steps)
         )
 
     def _account(self) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldcp_core import Correction, GateFileError, Gates, Topology, load_gates, save_gates
+from ldcp_core import Correction, GateFileError, Gates, Stage, Topology, load_gates, save_gates
 
 GOLDEN = Path(__file__).parent / "golden" / "gates_v1.safetensors"
 TINY = Topology(widths=(8, 8, 16, 16), context_width=8)
@@ -58,7 +58,8 @@ def originals() -> list[bytes]:
         kept = 9 * int((scores[CORRECTED] > 0.5).sum())
         drawn = [torch.randn(*shape, generator=g) for shape in ((16, 2), (2, kept), (16,))]
         correction = Correction(drawn[0].half(), drawn[1].half(), drawn[2])
-        gates = replace(gates, corrections={CORRECTED: correction})
+        stages = (Stage(0.0, 0.25), Stage(0.5, None))
+        gates = replace(gates, corrections={CORRECTED: correction}, stages=stages)
         save_gates(gates, path)
         return [GOLDEN.read_bytes(), path.read_bytes()]
 
@@ -248,8 +249,21 @@ def wrong_description(data: bytes, rng: random.Random) -> bytes:
     parts = Parts(data)
     description, topology = parts.description, parts.description["topology"]
     junk = rng.choice([None, 1, -1, 1e400, math.nan, True, "zero", "x" * 50_000, [], {}, [[]] * 99])
-    kind = rng.randrange(8)
-    if kind == 0:
+    kind = rng.randrange(9)
+    if kind == 8:
+        pairs = [
+            [0, 0.2],
+            [0.5, None],
+            [0.5, 1],
+            [0.25],
+            [1, 0],
+            [0, -1],
+            [0, junk],
+            junk,
+            [junk, 0],
+        ]
+        description["stages"] = rng.sample(pairs, rng.randrange(4)) * rng.choice([1, 1, 9])
+    elif kind == 0:
         topology["widths"] = rng.choice(WIDTHS)
     elif kind == 1:
         topology[rng.choice(list(topology))] = junk
@@ -448,11 +462,11 @@ def many_tensors(count: int) -> bytes:
 
 # --- the independent reader -----------------------------------------------------------------------
 
-Contents = tuple[str, float, str, str, dict[str, bytes]]
+Contents = tuple[str, float, str, str, str, dict[str, bytes]]
 
 
 def contents(gates: Gates) -> Contents:
-    """Padding, floor, topology, notes and the bytes of every tensor."""
+    """Padding, floor, stages, topology, notes and the bytes of every tensor."""
     tensors = {f"{site}.score": t.numpy().tobytes() for site, t in gates.scores.items()}
     tensors |= {f"{site}.constant": t.numpy().tobytes() for site, t in gates.constants.items()}
     tensors |= {f"{site}.importance": t.numpy().tobytes() for site, t in gates.importances.items()}
@@ -460,7 +474,8 @@ def contents(gates: Gates) -> Contents:
         for part in ("left", "right", "bias"):
             tensors[f"{site}.correction_{part}"] = getattr(correction, part).numpy().tobytes()
     topology = as_text(gates.topology.to_json())
-    return gates.padding, float(gates.floor), topology, as_text(gates.info), tensors
+    stages = as_text([[float(s.start), s.sparsity] for s in gates.stages])
+    return gates.padding, float(gates.floor), stages, topology, as_text(gates.info), tensors
 
 
 def as_text(value: Any) -> str:
@@ -490,7 +505,7 @@ def _read(data: bytes) -> Contents | None:
     if depth(description) > DEPTH:
         return None
     version, info = metadata["version"], description["info"]
-    if metadata["format"] != "ldcp.gates" or version not in ("1", "2", "3"):
+    if metadata["format"] != "ldcp.gates" or version not in ("1", "2", "3", "4"):
         return None
     topology = plain_topology(version, description["topology"])
     floor = info.get("floor", 0.0) if version == "1" else description["floor"]
@@ -500,6 +515,10 @@ def _read(data: bytes) -> Contents | None:
         floor = 0.0
     if description["padding"] not in ("zero", "extend") or not isinstance(info, dict):
         return None
+    stages = description["stages"] if version == "4" else []
+    if not are_stages(stages):
+        return None
+    stages = [[float(start), sparsity] for start, sparsity in stages]
     tensors: dict[str, np.ndarray] = {}
     used = []
     for name, entry in header.items():
@@ -531,7 +550,23 @@ def _read(data: bytes) -> Contents | None:
     if metadata["checksum"] != checksum(metadata["gates"], tensors):
         return None
     raw = {name: values.tobytes() for name, values in tensors.items()}
-    return description["padding"], float(floor), as_text(topology), as_text(info), raw
+    found = description["padding"], float(floor), as_text(stages)
+    return *found, as_text(topology), as_text(info), raw
+
+
+def are_stages(stages: Any) -> bool:
+    """Whether these are at most 16 stages, from 0 on, each with a share or none."""
+    if not isinstance(stages, list) or len(stages) > 16:
+        return False
+    last = -1.0
+    for place, (start, sparsity) in enumerate(stages):
+        if type(start) not in (int, float) or not last < start < 1 or (place == 0 and start != 0):
+            return False
+        if sparsity is not None:
+            if type(sparsity) not in (int, float) or not 0 <= sparsity <= 1:
+                return False
+        last = start
+    return True
 
 
 def fits(name: str, tensors: dict[str, np.ndarray]) -> bool:
@@ -577,7 +612,7 @@ def has_16_channels(site: str, topology: dict[str, Any]) -> bool:
 
 
 def plain_topology(version: str, topology: dict[str, Any]) -> dict[str, Any] | None:
-    """In the words of version 3, as far as the mutations go: with the widths the tensors have."""
+    """In the words of version 4, as far as the mutations go: with the widths the tensors have."""
     known = ("widths", "context_width", "in_channels", "out_channels")
     if version == "1":
         layers, attention = topology["layers_per_block"], topology["attention"]
@@ -593,7 +628,7 @@ def plain_topology(version: str, topology: dict[str, Any]) -> dict[str, Any] | N
             "pooled_width": 0,
             "linear_projections": False,
         }
-    if version != "3":
+    if version in ("1", "2"):
         if "heads" in topology:
             return None
         topology = {**topology, "heads": []}

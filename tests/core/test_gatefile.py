@@ -33,6 +33,7 @@ from ldcp_core import (
     GateFileError,
     Gates,
     Site,
+    Stage,
     Topology,
     fingerprint,
     load_gates,
@@ -104,7 +105,8 @@ def same(a: Gates, b: Gates) -> bool:
             bits(vars(a.corrections[site])) == bits(vars(b.corrections[site]))
             for site in a.corrections
         )
-        and (a.padding, a.topology, dict(a.info)) == (b.padding, b.topology, dict(b.info))
+        and (a.padding, a.topology, a.stages) == (b.padding, b.topology, b.stages)
+        and dict(a.info) == dict(b.info)
     )
 
 
@@ -136,7 +138,10 @@ def any_gates(draw: st.DrawFn) -> Gates:
     gates = Gates(scores, constants, draw(st.sampled_from(PADDINGS)), TINY, info)
     read = [site for site in TINY.all_sites() if site.name in scores and site.reader]
     corrected = {site.name: any_correction(site, gates) for site in read if draw(st.booleans())}
-    return replace(gates, corrections=corrected)
+    share = st.floats(0, 1)
+    starts = draw(st.sets(st.floats(0.01, 0.99), max_size=3))
+    stages = [Stage(start, draw(st.none() | share)) for start in (0.0, *sorted(starts))]
+    return replace(gates, corrections=corrected, stages=tuple(stages if starts else ()))
 
 
 def any_correction(site: Site, gates: Gates, rank: int = 3) -> Correction:
@@ -223,7 +228,7 @@ def test_gates_that_would_not_be_read_back_are_not_written(gates: Gates, tmp_pat
 def test_a_description_is_taken_up_to_its_bound_and_never_written_beyond(tmp_path: Path) -> None:
     path = tmp_path / "gates.safetensors"
     small = replace(small_gates(), info={"note": ""})
-    described = {"topology": TINY.to_json(), "padding": "extend", "floor": 0.0}
+    described = {"topology": TINY.to_json(), "padding": "extend", "floor": 0.0, "stages": []}
     rest = MAX_DESCRIPTION - len(_strict_json(described))
     note = '"' * ((rest - len(', "info": {"note": ""}')) // 2)  # what doubles in the header as well
     save_gates(replace(small, info={"note": note}), path)
@@ -322,6 +327,18 @@ def test_the_golden_file_of_version_3_keeps_loading() -> None:
     assert torch.equal(correction.left, (torch.arange(96 * 2).view(96, 2) / 64).half())
     assert torch.equal(correction.right, (torch.arange(2 * 48).view(2, 48) / 32).half())
     assert torch.equal(correction.bias, torch.arange(96) / 4)
+
+
+GOLDEN_4 = GOLDEN.with_name("gates_v4.safetensors")
+
+
+def test_the_golden_file_of_version_4_keeps_loading() -> None:
+    """Never regenerate it: a change that breaks this test needs a new version."""
+    gates = load_gates(GOLDEN_4)
+    assert gates.topology == TINY and gates.padding == "zero" and gates.floor == 0.05
+    assert dict(gates.info) == {"criterion": "golden", "note": "größer als ½"}
+    assert gates.stages == (Stage(0.0, 0.25), Stage(0.5, None), Stage(0.75, 0.5))
+    assert torch.equal(gates.scores[SITE], torch.arange(16) / 15)
 
 
 # --- atomic writing -------------------------------------------------------------------------------
@@ -553,6 +570,14 @@ def test_permissions_follow_the_umask(umask: int, mode: int, tmp_path: Path) -> 
 
 # --- refusals -------------------------------------------------------------------------------------
 
+DESCRIPTION = {
+    "topology": TINY.to_json(),
+    "padding": "zero",
+    "floor": 0,
+    "stages": [],
+    "info": {},
+}
+
 
 def crafted(
     scores: dict[str, Tensor] | None = None,
@@ -562,15 +587,14 @@ def crafted(
     """A gate file by hand; the defaults are a good one but for its checksum."""
     tensors = {f"{SITE}.score": torch.linspace(0, 1, 16)} if scores is None else scores
     if description is None:
-        description = {"topology": TINY.to_json(), "padding": "zero", "floor": 0, "info": {}}
+        description = DESCRIPTION
     text = description if isinstance(description, str) else json.dumps(description)
-    found = {"format": FORMAT, "version": "3", "gates": text, "checksum": "0" * 64, **metadata}
+    found = {"format": FORMAT, "version": "4", "gates": text, "checksum": "0" * 64, **metadata}
     return save(tensors, {k: v for k, v in found.items() if v is not None})
 
 
 def described(**changes: Any) -> bytes:
-    fields = {"topology": TINY.to_json(), "padding": "zero", "floor": 0, "info": {}}
-    description = {**fields, **changes}
+    description = {**DESCRIPTION, **changes}
     return crafted(description={k: v for k, v in description.items() if v is not None})
 
 
@@ -578,8 +602,7 @@ def described_scores(scores: dict[str, Tensor]) -> bytes:
     """Scores of a U-Net that says how many heads its attention has."""
     topology = replace(TINY, heads=(4, 4, 4, 4)).to_json()
     tensors = {f"{site}.score": score for site, score in scores.items()}
-    description = {"topology": topology, "padding": "zero", "floor": 0, "info": {}}
-    return crafted(tensors, description)
+    return crafted(tensors, {**DESCRIPTION, "topology": topology})
 
 
 def saved() -> bytes:
@@ -607,8 +630,8 @@ REFUSALS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "pickle": (lambda: pickle.dumps({SITE: [1.0]}), "not a readable .safetensors", "copy it again"),
     "no metadata": (lambda: save({S: torch.rand(16)}), "format None", repr(FORMAT)),
     "a model": (lambda: crafted(format="pt"), "format 'pt'", "made by training.fit"),
-    "another version": (lambda: crafted(version="4"), "version '4'", "update the node pack"),
-    "no version": (lambda: crafted(version=None), "version None", "reads versions 1, 2, 3"),
+    "another version": (lambda: crafted(version="5"), "version '5'", "update the node pack"),
+    "no version": (lambda: crafted(version=None), "version None", "reads versions 1, 2, 3, 4"),
     "heads in version 2": (lambda: crafted(version="2"), "'heads': []", "train the gates again"),
     "a part of a head": (
         lambda: described_scores({HEADS_SITE: torch.arange(16) / 15}),
@@ -637,6 +660,24 @@ REFUSALS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "floor": (lambda: described(floor=1), "floor 1", "a number from 0 up to 1"),
     "no floor": (lambda: described(floor=None), "floor None", "a number from 0 up to 1"),
     "floor text": (lambda: described(floor="x"), "floor 'x'", "a number from 0 up to 1"),
+    "no stages": (lambda: described(stages=None), "stages None", "at most 16 pairs"),
+    "a late first stage": (lambda: described(stages=[[0.5, 0.1]]), "[[0.5, 0.1]]", "the first 0"),
+    "stages out of order": (
+        lambda: described(stages=[[0, 0.1], [0.6, 0.2], [0.5, 0.3]]),
+        "[0.5, 0.3]]",
+        "in rising order",
+    ),
+    "a stage of too much": (lambda: described(stages=[[0, 1.5]]), "[[0, 1.5]]", "from 0 to 1"),
+    "a stage past the end": (
+        lambda: described(stages=[[0, 0.1], [1, 0.2]]),
+        "[1, 0.2]]",
+        "from 0 up to 1",
+    ),
+    "17 stages": (
+        lambda: described(stages=[[n / 20, 0.1] for n in range(17)]),
+        "stages [[0.0, 0.1]",
+        "at most 16",
+    ),
     "family": (
         lambda: described(topology={**TINY.to_json(), "family": "SDXL"}),
         "of Stable Diffusion 1.5 says that it is one of SDXL",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from ldcp_core import (
     ALIGNMENT,
     ChannelGate,
     Gates,
+    PercentRange,
+    Stage,
     aligned_counts,
     keep_by_rank,
     moving_cost,
@@ -321,6 +324,18 @@ class TestFloor:
     def test_the_override_holds_it(self) -> None:
         keep = Gates(self.SCORES, floor=0.1).keep_sets_at(0.5)
         assert int(keep["a"].sum()) == 8
+
+
+def test_stages_cut_one_order_of_channels_at_their_shares() -> None:
+    stages = (Stage(0.0, 0.25), Stage(0.4, None))
+    staged = Gates({"a": LINE}, stages=stages)
+    (early, few), (late, many) = staged.by_stage()
+    assert (early, late) == (PercentRange(0.0, 0.4), PercentRange(0.4, 1.0))
+    assert torch.equal(few["a"], staged.keep_sets_at(0.25)["a"])
+    assert torch.equal(many["a"], staged.keep_sets()["a"])
+    ((whole, share),) = staged.by_stage(0.5)
+    assert whole is None and torch.equal(share["a"], staged.keep_sets_at(0.5)["a"])
+    assert [stretch for stretch, _ in replace(staged, stages=()).by_stage()] == [None]
 
 
 def test_aligned_counts_hold_a_weighted_total() -> None:

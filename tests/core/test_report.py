@@ -17,6 +17,7 @@ from ldcp_core import (
     Report,
     ReportLayer,
     Schedule,
+    Stage,
     Topology,
     build_report,
     gates_report,
@@ -79,6 +80,16 @@ def test_one_site_of_sd15_is_counted_as_by_hand():
     assert lines[-1] == (
         "counted   per pruned evaluation, 2 bytes per parameter, 64x64 latent, batch 2"
     )
+
+
+def test_every_stage_has_its_line():
+    stages = (Stage(0.0, 0.25), Stage(0.5, None))
+    gates = replace(layer({CONV1: 64}).gates, stages=stages)
+    assert gates_report(gates).text().splitlines()[:3] == [
+        "stage 1: 1 site, 25.0% of 128 channels pruned, rule 'zero', 0%-50%",
+        "stage 2: 1 site, 50.0% of 128 channels pruned, rule 'zero', 50%-100%",
+        "where several gate the same site, the later ones are shown",
+    ]
 
 
 def test_latent_and_bytes_per_parameter_are_those_asked_for():

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ldcp_core import ALWAYS, NEVER, Schedule, ScheduleError, StepRange, step_index
+from ldcp_core import (
+    ALWAYS,
+    NEVER,
+    PercentRange,
+    Schedule,
+    ScheduleError,
+    StepRange,
+    step_index,
+)
 
 quick = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -126,6 +134,10 @@ def test_schedules_describe_themselves() -> None:
     assert str(Schedule.percent(0.25, 0.5)) == "25%-50%"
     assert str(Schedule.steps("3") | Schedule.percent(0.25, 0.5)) == "steps 3 + 25%-50%"
     assert str(Schedule.steps("3, 0-")) == "all steps"
+    late = PercentRange(0.5, 1.0)
+    assert str(ALWAYS.during(late)) == "50%-100%"
+    assert str(Schedule.steps("3, 5-8").during(late)) == "steps 3, 5-8 within 50%-100%"
+    assert ALWAYS.during(None) == ALWAYS
 
 
 # --- when it is active ----------------------------------------------------------------------------
@@ -169,6 +181,15 @@ def test_a_percent_range_is_active_between_its_sigmas_ends_included() -> None:
     sigmas = [10.0, 7.6, 7.5, 5.0, 2.5, 2.4, 0.0]
     found = [schedule.is_active(0, s, percent_to_sigma) for s in sigmas]
     assert found == [False, False, True, True, True, False, False]
+
+
+def test_a_schedule_during_a_stage_is_active_where_both_are() -> None:
+    late = PercentRange(0.5, 1.0)  # sigma from 5.0 down
+    some, all_steps = Schedule.steps("1-2").during(late), ALWAYS.during(late)
+    found = [some.is_active(step, 10.0 - 3 * step, percent_to_sigma) for step in range(4)]
+    assert found == [False, False, True, False]  # sigma 10, 7, 4, 1
+    assert all_steps.is_active(-1, 4.0, percent_to_sigma)  # without a sampler no step is known
+    assert not all_steps.is_active(-1, 7.0, percent_to_sigma)
 
 
 def test_a_union_of_steps_and_percents_is_active_in_both() -> None:

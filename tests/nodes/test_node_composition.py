@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,28 @@ def test_two_in_series_add_up_each_with_its_own_schedule(
     sample(patched, 4, evaluated=evaluated)
     for *call, output, step in evaluated:
         active = [n for n, steps in ((one, (0, 1)), (two, (1, 2))) if step in steps]
+        same_as(output, call, model, active, unpatched, masked)
+
+
+def test_gates_in_stages_prune_their_share_in_each(
+    comfy, model, make_gates, sample, unpatched, masked
+):
+    stages = (comfy.core.Stage(0.0, 0.125), comfy.core.Stage(0.5, None))
+    gates = replace(make_gates((A, B)), stages=stages)
+    node = comfy.apply_node.LDCPApplyDynamicPruning
+    patched, evaluated = node.execute(model, gates, 0.9, channels="as learned").args[0], []
+    sample(patched, 4, evaluated=evaluated)
+    layers = comfy.patch.attached(patched).layers
+    assert [str(layer.schedule) for layer in layers] == ["0%-50%", "50%-100%"]
+    for *call, output, step in evaluated:
+        same_as(output, call, model, [layers[step >= 2]], unpatched, masked)
+    assert comfy.patch.attached(patched).record.pruned_evaluations == len(evaluated)
+
+    some = comfy.core.Schedule.steps("1-2")
+    patched, evaluated = node.execute(model, gates, 0.9, some, channels="as learned").args[0], []
+    sample(patched, 4, evaluated=evaluated)
+    for *call, output, step in evaluated:
+        active = [layers[step >= 2]] if step in (1, 2) else []
         same_as(output, call, model, active, unpatched, masked)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,30 @@ def test_a_schedule_that_covers_every_step_of_the_run_is_as_good_as_none(
     watch = Watch(model, memory, device)
     run(comfy.patch.attach(model, layer("0-2")), watch)
     assert all(loaded < whole for loaded in watch.loaded)
+
+
+@pytest.mark.parametrize("full_weights, kept", [("auto", 1), ("keep", 2)])
+def test_a_stage_that_has_ended_leaves_its_copies_behind(
+    comfy, model, make_gates, run, memory, device, full_weights, kept
+):
+    gates = replace(make_gates(), stages=(comfy.core.Stage(0.0, 0.25), comfy.core.Stage(0.5, None)))
+    layers = [
+        comfy.patch.Layer(gates, keep_sets, comfy.core.ALWAYS.during(stage), full_weights)
+        for stage, keep_sets in gates.by_stage()
+    ]
+    run(model)
+    whole, watch = loaded_bytes(model, device), Watch(model, memory, device)
+    patched = comfy.patch.attach(model, *layers)
+    copies = []
+
+    def look(*step):
+        watch(*step)
+        run_now = comfy.patch.attached(patched)._runs[model.model]
+        copies.append(len({key[1] for key in run_now._compacts}))
+
+    run(patched, look, steps=4)
+    assert copies == [1, 1, kept, kept]
+    assert [loaded < whole for loaded in watch.loaded] == [full_weights == "auto"] * 4
 
 
 def test_off_steps_with_offloaded_weights_equal_the_unpatched_model(comfy, model, layer, run):

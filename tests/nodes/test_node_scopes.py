@@ -129,7 +129,7 @@ def test_parts_of_one_file_have_schedules_of_their_own(
 
 def test_the_share_of_an_override_is_of_the_chosen_sites(comfy, gates_of):
     gates = gates_of("all+ff")
-    found = comfy.apply_node.chosen_keep_sets(gates, 0.5, "ff")
+    ((_, found),) = comfy.apply_node.chosen_keep_sets(gates, 0.5, "ff")
     assert {site.rsplit(".", 3)[-3] for site in found} == {"ff"}
     kept = sum(int(keep.sum()) for keep in found.values())
     assert kept / sum(keep.numel() for keep in found.values()) == pytest.approx(0.5, abs=0.01)

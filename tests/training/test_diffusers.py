@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from families import NO_MID, SMALL_XL, diffusers_unet, inputs, name_of
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldcp_core import Correction, Gates, Schedule, Topology, save_gates
+from ldcp_core import Correction, Gates, Schedule, Stage, Topology, save_gates
 from ldcp_core.diffusers import Pruning, UnsupportedModel, pruned, topology_of
 from training.model.gating import hard_gates, masked
 
@@ -145,6 +146,32 @@ def test_a_share_is_pruned_by_rank(pipe: StableDiffusionPipeline) -> None:
         assert far(evaluated(unet), reference(unet, fewer)) < TOLERANCE
     with pytest.raises(ValueError, match=r"outside 0\.0 to 1\.0"):
         pruned(unet, gates, sparsity=1.5)
+
+
+def test_a_stage_prunes_its_own_channels_in_its_stretch(pipe: StableDiffusionPipeline) -> None:
+    stages = (Stage(0.0, 0.125), Stage(0.5, None))
+    unet, gates = pipe.unet, replace(gates_of(pipe.unet), stages=stages)
+    dense = {t: evaluated(unet, t) for t in (800, 500, 200)}
+    early = gates.pruned(gates.keep_sets_at(0.125))
+    expected = {}
+    for timestep, which in ((800, early), (500, early), (200, gates.pruned())):
+        with masked(unet, hard_gates(which), gates.padding):
+            expected[timestep] = evaluated(unet, timestep)
+    with pruned(unet, gates, steps="0-") as pruning:
+        for timestep in (800, 200, 500, 200):  # back and forth
+            assert far(evaluated(unet, timestep), expected[timestep]) < TOLERANCE
+            assert far(dense[timestep], expected[timestep]) > 100 * TOLERANCE
+            assert pruning.active
+    assert all(torch.equal(evaluated(unet, t), dense[t]) for t in dense)
+
+
+def test_stages_prune_within_the_steps_that_are_asked_for(pipe: StableDiffusionPipeline) -> None:
+    gates = replace(gates_of(pipe.unet), stages=(Stage(0.0, 0.125), Stage(0.5, None)))
+    with pruned(pipe.unet, gates, steps="2-3", scheduler=pipe.scheduler) as pruning:
+        found = course(pipe, pruning)
+    assert [active for active, _ in found] == [False, False, True, True, False, False]
+    with pruned(pipe.unet, gates, sparsity=0.3) as pruning:  # a share is one for all steps
+        assert all(active for active, _ in course(pipe, pruning))
 
 
 def test_only_the_steps_of_the_schedule_are_pruned(pipe: StableDiffusionPipeline) -> None:
