@@ -46,11 +46,15 @@ SCHEDULE = dict(
 @dataclass(frozen=True)
 class Stage:
     """Shares of each batch with all skip connections, with at least those of the highest level,
-    and with the transformers of levels 0, 1 and 2."""
+    and with the transformers of levels 0, 1 and 2.
+
+    ``bottleneck_weight`` is the weight in the loss of samples without any skip connection.
+    """
 
     all_skips: float
     top_skips: float
     transformers: tuple[float, float, float]
+    bottleneck_weight: float = 0.2
 
 
 BOTTLENECK = Stage(0.0, 0.0, (0.0, 0.0, 0.0))
@@ -58,7 +62,8 @@ FROM_BELOW = Stage(0.0, 0.75, (0.0, 0.0, 0.0))
 WHOLE = Stage(0.75, 0.875, (0.25, 0.5, 0.75))
 #: for a U-Net that has been through these stages before
 FROM_TEXT = Stage(0.625, 0.75, (0.125, 1.0, 1.0))
-WITH_TEXT = Stage(0.75, 0.875, (0.25, 1.0, 1.0))
+DEEP = Stage(0.5, 0.5625, (0.125, 1.0, 1.0), bottleneck_weight=1.0)
+WITH_TEXT = Stage(0.75, 0.8125, (0.25, 1.0, 1.0), bottleneck_weight=0.5)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,6 @@ class Recipe:
     seconds: float = 6480.0  # of processor time, so that a busy machine makes no worse model
     batch: int = 16
     peak_rate: float = 1.5e-3
-    bottleneck_weight: float = 0.2  # of the loss of samples without any skip connection
     caption_dropout: float = 0.1
     ema_decay: float = 0.998
     seed: int = 0
@@ -84,7 +88,7 @@ class Recipe:
 
 #: of a U-Net that starts as the demo's, on pictures that only the text can tell
 CONTINUED = Recipe(
-    stages=((0.6, FROM_TEXT), (1.0, WITH_TEXT)),
+    stages=((0.5, FROM_TEXT), (0.75, DEEP), (1.0, WITH_TEXT)),
     heavy_noise=0.6,
     most_weight=16.0,
     stochastic_depth=False,
@@ -231,7 +235,7 @@ def train_denoiser(
         kept_ids = torch.where(
             torch.rand(recipe.batch, 1) < recipe.caption_dropout, empty_ids, ids[picks]
         )
-        loss = _loss(state, noiser, latents[picks], kept_ids, skips.top_count, recipe)
+        loss = _loss(state, noiser, latents[picks], kept_ids, skips.top_count, stage, recipe)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([*state.unet.parameters(), *state.text.parameters()], 1.0)
@@ -358,6 +362,7 @@ def _loss(
     latents: Tensor,
     ids: Tensor,
     direct: int,
+    stage: Stage,
     recipe: Recipe,
 ) -> Tensor:
     """Epsilon loss weighted by sqrt((1-a)/a), between noise and image space, within bounds.
@@ -380,7 +385,7 @@ def _loss(
     target = torch.cat([noise[:direct], -latents[direct:] / ratio[direct:, None, None, None]])
     weight = ratio.clamp(0.5, recipe.most_weight)
     if direct:
-        weight[direct:] *= recipe.bottleneck_weight
+        weight[direct:] *= stage.bottleneck_weight
     return (weight * (predicted.float() - target).pow(2).mean((1, 2, 3))).mean()
 
 
