@@ -48,6 +48,7 @@ from training.benchmarking.timing import (
 )
 from training.benchmarking.variants import (
     BLOCK,
+    PIXELS_PER_LATENT,
     Inputs,
     Pruning,
     block_variants,
@@ -60,7 +61,7 @@ from training.benchmarking.variants import (
 )
 from training.console import explaining, log_progress
 from training.errors import UserError
-from training.model.load import DTYPES, load_model
+from training.model.load import DTYPES, load_model, usable_device
 from training.options import (
     COUNT,
     SEED,
@@ -84,7 +85,6 @@ QUICK: dict[str, Any] = {
     "sparsity": (0.5,),
     "padding": ("zero",),
 }
-PIXELS_PER_LATENT = 8
 #: side of the mid block's map at 512 pixels
 BLOCK_MAP = 8
 #: a block takes milliseconds, so it can have more rounds than the U-Net
@@ -128,15 +128,7 @@ class BenchmarkConfig(Options):
 
 def check(config: BenchmarkConfig) -> None:
     """Raises UserError for what is not there, before anything expensive starts."""
-    kind, _, index = config.device.partition(":")
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if not (index or "0").isdigit() or int(index or 0) >= count.get(kind, 0):
-        here = ", ".join(name for name, there in count.items() if there)
-        raise UserError(f"There is no device {config.device} here.", f"one of {here}")
+    usable_device(config.device)
     if config.gates is not None and not Path(config.gates).is_file():
         raise UserError(
             f"There is no file {config.gates}.",
@@ -296,8 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(argv)
     log_progress(logging.WARNING)
     log.setLevel(logging.INFO)
-    arguments = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "training.benchmark", *arguments])
+    command = shlex.join(["python", "-m", "training.benchmark", *typed])
     check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from training import benchmark
-from training.benchmarking.launches import CARDS, Count, Operation, Operations, _OneAttention, count
+from training.benchmarking.launches import (
+    CARDS,
+    Count,
+    LaunchOptions,
+    Operation,
+    Operations,
+    _OneAttention,
+    count,
+)
 
 #: of Stable Diffusion 1.5 at 512 pixels, batch 2, half precision, 40% pruned under rule zero
 MOST_LAUNCHES = {
@@ -23,7 +31,7 @@ MOST_LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Count]:
-    return count(["all+ff", "all+ff+heads", "mid"])
+    return count(LaunchOptions(scope=("all+ff", "all+ff+heads", "mid")))
 
 
 def test_a_launch_and_its_bytes_are_counted_by_hand() -> None:

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,15 +31,19 @@ from torch.utils.flop_counter import flop_registry
 from ldcp_core import Padding, fused
 from ldcp_core.diffusers import CompactBlock, compact_blocks, topology_of
 from training.benchmarking.timing import DENSE
-from training.benchmarking.variants import TEXT_TOKENS, random_pruning
+from training.benchmarking.variants import (
+    PIXELS_PER_LATENT,
+    Inputs,
+    meta_unet,
+    random_pruning,
+)
 from training.console import explaining
-from training.model.configs import NAMES, config_of
+from training.model.configs import NAMES
 from training.model.gating import running
 from training.model.load import DTYPES, check_resolution
 from training.options import BELOW_ONE, COUNT, Options, Precision, option, parsed
 
 Family = Literal["sd15", "sd2", "sdxl"]
-PIXELS_PER_LATENT = 8
 GIGA, TERA = 1e9, 1e12
 #: seconds the host needs to launch a kernel, and the least a kernel takes
 LAUNCH, KERNEL = 5e-6, 2e-6
@@ -186,15 +190,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return total
 
 
-def meta_unet(dtype: torch.dtype, family: Family = "sd15") -> UNet2DConditionModel:
-    """A family's U-Net without weights."""
-    config = UNet2DConditionModel.load_config(config_of(family, "unet"), local_files_only=True)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    nn.Module.to(unet, dtype)  # diffusers' own warns about weights that are not there
-    return unet.requires_grad_(False).eval()
-
-
 def operations(
     unet: UNet2DConditionModel,
     blocks: Mapping[str, CompactBlock],
@@ -203,44 +198,39 @@ def operations(
     triton: bool = False,
 ) -> list[Operation]:
     """What one evaluation does; ``unet`` and ``blocks`` lie on the meta device."""
-    side, like = resolution // PIXELS_PER_LATENT, {"dtype": unet.dtype, "device": unet.device}
-    latents = torch.empty(batch, unet.config.in_channels, side, side, **like)
-    context = torch.empty(batch, TEXT_TOKENS, unet.config.cross_attention_dim, **like)
-    timesteps = torch.empty(batch, dtype=torch.int64, device=unet.device)
-    added = None
-    if unet.config.addition_embed_type:  # SDXL: pooled text, and six numbers
-        pooled = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
-        added = {
-            "text_embeds": torch.empty(batch, pooled, **like),
-            "time_ids": torch.empty(batch, 6, **like),
-        }
+    inputs = Inputs.random(unet, batch, resolution // PIXELS_PER_LATENT, seed=0)
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         stack.enter_context(running(unet, blocks))
         counted = stack.enter_context(Operations())
         stack.enter_context(_OneAttention(counted))
         if triton:
             stack.enter_context(_triton(counted))
-        unet(latents, timesteps, encoder_hidden_states=context, added_cond_kwargs=added)
+        inputs.run(unet)
     return counted.found
 
 
-def count(
-    scopes: Sequence[str],
-    sparsity: Sequence[float] = (0.4,),
-    padding: Sequence[Padding] = ("zero",),
-    resolution: int = 512,
-    batch: int = 2,
-    dtype: torch.dtype = torch.float16,
-    family: Family = "sd15",
-) -> dict[str, Count]:
+@dataclass(frozen=True)
+class LaunchOptions(Options):
+    """What to count."""
+
+    family: Family = option("whose U-Net", "sd15")
+    scope: tuple[str, ...] = option("which layers", ("mid", "all", "all+ff", "all+ff+heads"))
+    sparsity: tuple[float, ...] = option("shares pruned at random", (0.4,), BELOW_ONE)
+    padding: tuple[Padding, ...] = option("how constants meet the border", ("zero",))
+    resolution: int = option("pixels, a multiple of 64", 512, COUNT)
+    batch: int = option("two are one image with guidance", 2, COUNT)
+    precision: Precision = option("of the U-Net", "fp16")
+
+
+def count(given: LaunchOptions) -> dict[str, Count]:
     """Dense and each pruned form of a family, with random keep-sets of aligned counts.
 
     Each once from PyTorch's own operations and once with the Triton kernels.
     """
-    unet = meta_unet(dtype, family)
+    unet = meta_unet(DTYPES[given.precision], given.family)
+    resolution, batch = given.resolution, given.batch
     found = {DENSE: Count.of(operations(unet, {}, resolution, batch))}
-    for scope, share, rule in product(scopes, sparsity, padding):
+    for scope, share, rule in product(given.scope, given.sparsity, given.padding):
         pruning = random_pruning(topology_of(unet).sites(scope), share, seed=0)
         blocks = compact_blocks(unet, pruning.pruned(rule))
         name = f"{scope} {pruning.label}, {rule}"
@@ -276,32 +266,11 @@ ASSUMPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class LaunchOptions(Options):
-    """What to count."""
-
-    family: Family = option("whose U-Net", "sd15")
-    scope: tuple[str, ...] = option("which layers", ("mid", "all", "all+ff", "all+ff+heads"))
-    sparsity: tuple[float, ...] = option("shares pruned at random", (0.4,), BELOW_ONE)
-    padding: tuple[Padding, ...] = option("how constants meet the border", ("zero",))
-    resolution: int = option("pixels, a multiple of 64", 512, COUNT)
-    batch: int = option("two are one image with guidance", 2, COUNT)
-    precision: Precision = option("of the U-Net", "fp16")
-
-
 @explaining
 def main(argv: Sequence[str]) -> int:
     given = parsed(LaunchOptions, argv, "benchmark launches", __doc__)
     check_resolution(given.resolution, PIXELS_PER_LATENT)
-    found = count(
-        given.scope,
-        given.sparsity,
-        given.padding,
-        given.resolution,
-        given.batch,
-        DTYPES[given.precision],
-        given.family,
-    )
+    found = count(given)
     facts = f"{given.resolution} pixels, batch {given.batch}, {given.precision}"
     print(f"{NAMES[given.family]}'s U-Net, {facts}, on a CUDA device.\n")
     print(render(found))

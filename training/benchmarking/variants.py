@@ -23,14 +23,24 @@ from torch import Tensor
 from ldcp_core import Padding, PrunedSite, Site, aligned_counts, blocks_of, top_channels
 from ldcp_core.diffusers import CompactBlock, compact_blocks, gated_layers
 from training.benchmarking.timing import DENSE, Variant
-from training.model.configs import SD15
+from training.model.configs import config_of
 from training.model.encode import added_conditions, pooled_width
 from training.model.gating import running
 
 TEXT_TOKENS = 77
+PIXELS_PER_LATENT = 8
 TIMESTEP = 500
 #: the ResBlock that is also timed by itself
 BLOCK = "mid_block.resnets.0"
+
+
+def meta_unet(dtype: torch.dtype, family: str = "sd15") -> UNet2DConditionModel:
+    """A family's U-Net without weights."""
+    config = UNet2DConditionModel.load_config(config_of(family, "unet"), local_files_only=True)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    torch.nn.Module.to(unet, dtype)  # diffusers' own warns about weights that are not there
+    return unet.requires_grad_(False).eval()
 
 
 def random_unet(
@@ -42,13 +52,9 @@ def random_unet(
     a CPU down. Filled from one block of noise, since 860 million fresh normal values take longer
     than the measurements; its odd length keeps rows from repeating in step.
     """
-    config = UNet2DConditionModel.load_config(SD15 / "unet", local_files_only=True)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    torch.nn.Module.to(unet, dtype)  # diffusers' own warns about weights that are not there yet
-    unet.to_empty(device=device)
+    unet = meta_unet(dtype).to_empty(device=device)
     fill_(unet, seed)
-    return unet.requires_grad_(False).eval()
+    return unet
 
 
 @torch.no_grad()
@@ -90,8 +96,8 @@ class Inputs:
         context = torch.randn(batch, TEXT_TOKENS, config.cross_attention_dim, generator=generator)
         to = dict(device=unet.device, dtype=unet.dtype)
         timestep = torch.tensor(TIMESTEP, device=unet.device)
-        pooled = torch.randn(batch, pooled_width(config), generator=generator).to(unet.device)
-        sizes = torch.zeros(batch, 6, device=unet.device)
+        pooled = torch.randn(batch, pooled_width(config), generator=generator).to(**to)
+        sizes = torch.zeros(batch, 6, **to)
         added = added_conditions(pooled, sizes)
         return cls(latents.to(**to), timestep, context.to(**to), added)
 

@@ -8,7 +8,6 @@ source really is from headers and configs alone, before any weight is read.
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent
-SD15 = CONFIGS / "sd15"
 #: families that training takes
 NAMES = {"sd15": "SD1.5", "sd2": "SD2", "sdxl": "SDXL"}
 
