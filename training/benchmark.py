@@ -286,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return launches.main(typed[1:])
     config = parse(argv)
-    log_progress(logging.WARNING)
-    log.setLevel(logging.INFO)
+    log_progress()
     command = shlex.join(["python", "-m", "training.benchmark", *typed])
     check(config)
     if config.threads is not None:

@@ -29,10 +29,10 @@ LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 LINE_EVERY = 5.0
 
 
-def log_progress(level: int = logging.INFO) -> None:
+def log_progress() -> None:
     """Show log lines as they are, and of the noisy libraries only errors."""
     take_any_name()
-    logging.basicConfig(level=level, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -62,7 +62,15 @@ from training.options import (
     parser_of,
     with_demo,
 )
-from training.output import GATES, HISTORY, PAGE, PICTURE, claimed, output_file, output_folder
+from training.output import (
+    HISTORY,
+    PAGE,
+    PICTURE,
+    claimed,
+    gate_output,
+    output_file,
+    output_folder,
+)
 from training.session import fit_to, frozen_model, sites_in
 from training.step.denoising import Denoising
 
@@ -317,12 +325,8 @@ def _optimizer_steps(config: FitConfig, images: int, batch_size: int) -> int:
 
 def checked_output(config: FitConfig) -> Path:
     """The gate file to write; raises UserError where it, or what lies beside it, can't be."""
-    output, inputs = Path(config.output), (config.model, config.data)
-    if output.suffix != ".safetensors":
-        raise UserError(
-            f"--output is {output}.", "a file name ending in .safetensors", "change --output"
-        )
-    output_file("--output", output, GATES, inputs)
+    inputs = (config.model, config.data)
+    output = gate_output(config.output, inputs)
     pictures = {".curves.png": PICTURE, ".scores.png": PICTURE}
     for suffix, kind in ({".history.csv": HISTORY, ".html": PAGE} | pictures).items():
         output_file("--output", output.with_suffix(suffix), kind, inputs)

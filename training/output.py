@@ -103,6 +103,15 @@ def output_file(option: str, path: str | Path, kind: Kind, inputs: Iterable[str 
     return path
 
 
+def gate_output(path: str | Path, inputs: Iterable[str | None]) -> Path:
+    """`output_file` of ``--output`` for commands that make a gate file."""
+    if Path(path).suffix != ".safetensors":
+        raise UserError(
+            f"--output is {path}.", "a file name ending in .safetensors", _change("--output")
+        )
+    return output_file("--output", path, GATES, inputs)
+
+
 def output_files(
     option: str, prefix: str, kinds: Mapping[str, Kind], inputs: Iterable[str | None]
 ) -> None:

@@ -31,7 +31,7 @@ from training.learning.corrections import corrections
 from training.model.encode import embed_prompts
 from training.model.gating import compacted, deviation
 from training.options import COUNT, POSITIVE, SEED, Bound, Options, option, parsed
-from training.output import GATES, claimed, output_file
+from training.output import claimed, gate_output
 from training.provenance import without_folders
 from training.sample import check_fits, check_one_stage
 from training.session import fit_to, frozen_model
@@ -114,10 +114,7 @@ def recover(config: RecoverConfig) -> Gates:
 
     Where the held-out deviation does not fall, nothing is written.
     """
-    output = Path(config.output)
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
-    output_file("--output", output, GATES, (config.gates, config.model, config.data))
+    output = gate_output(config.output, (config.gates, config.model, config.data))
     with claimed(output):
         return _recover(config, output)
 

@@ -50,7 +50,6 @@ from training.criteria import CRITERIA, CriterionOptions, Importances, Ladder, S
 from training.data.encoding import FreshImages
 from training.data.images import ImageData, open_dataset
 from training.data.splits import Split
-from training.errors import UserError
 from training.learning.budget import Budget, BudgetKind
 from training.learning.corrections import corrections
 from training.model.gating import ChannelMeans
@@ -65,7 +64,7 @@ from training.options import (
     parsed,
     require,
 )
-from training.output import GATES, claimed, output_file
+from training.output import claimed, gate_output
 from training.provenance import provenance
 from training.session import fit_to, frozen_model, sites_in
 from training.step.denoising import Denoising
@@ -138,17 +137,9 @@ def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
 
     ``found`` saves the measuring: a `Measurement` of settings that differ only in `CUT`.
     """
-    output = checked_output(config)
+    output = gate_output(config.output, (config.model, config.data))
     with claimed(output):
         return _score(config, output, found)
-
-
-def checked_output(config: ScoreConfig) -> Path:
-    """The gate file to write; raises UserError where it can't be."""
-    output = Path(config.output)
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
-    return output_file("--output", output, GATES, (config.model, config.data))
 
 
 def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gates:

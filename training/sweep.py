@@ -41,7 +41,7 @@ from training.options import (
     parser_of,
     with_demo,
 )
-from training.output import PICTURE, output_file, output_folder, write
+from training.output import PICTURE, gate_output, output_file, output_folder, write
 from training.provenance import without_folders
 from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure
 
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(config, FitConfig):
             fit.checked_output(config)
         else:
-            score.checked_output(config)
+            gate_output(config.output, (config.model, config.data))
     output_file("--output", folder / "heatmap.png", PICTURE, (given.model, given.data))
     # settings that differ only in where they cut follow each other
     measured = lru_cache(maxsize=1)(measure)

@@ -10,7 +10,6 @@ Statistical Methods", section 3.6). Below six rounds there is no such interval a
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import statistics
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-log = logging.getLogger("training.benchmark")
+from training.console import progress
 
 CONFIDENCE = 0.95
 CRITERION = (
@@ -33,8 +32,6 @@ CRITERION = (
     "without any effect one may still get a ratio by chance."
 )
 DENSE = "dense"
-#: a line about progress at most this often
-PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -82,14 +79,10 @@ def interleaved(
     """Variant name -> seconds of each round; every round runs all variants in a random order."""
     order, generator = list(variants), random.Random(seed)
     found: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    shown = time.monotonic()
-    for done in range(1, rounds + 1):
+    for _ in progress(range(rounds), "timing", unit="round"):
         generator.shuffle(order)
         for variant in order:
             found[variant.name].append(seconds(variant))
-        if time.monotonic() - shown > PROGRESS_SECONDS:
-            log.info("round %d of %d", done, rounds)
-            shown = time.monotonic()
     return found
 
 
