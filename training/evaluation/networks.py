@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,30 +59,35 @@ CLIP = Source(
 )
 
 
-class Inception:
-    """Inception-v3 as FID and KID know it, from TorchScript."""
+class _Script:
+    """A network from TorchScript, which resizes images itself."""
+
+    source: ClassVar[Source]
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
-        self.stamp = f"inception {file_stamp(path)}"
-        self._script, self._device = _script(path, INCEPTION, device), device
+        self.stamp = f"{type(self).__name__.lower()} {file_stamp(path)}"
+        self._device = device
+        try:
+            self._script = torch.jit.load(os.fspath(path), map_location=device).eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise _unreadable(path, self.source, error) from error
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """[B, 2048] of the last pooling layer; the network resizes to 299 pixels itself."""
+        """[B, D] of images."""
         return self._script(images.to(self._device), return_features=True).float().cpu()
 
 
-class Vgg:
-    """VGG-16 for LPIPS and for precision and recall, from TorchScript."""
+class Inception(_Script):
+    """Inception-v3 as FID and KID know it: D = 2048, the last pooling layer, at 299 pixels."""
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
-        self.stamp = f"vgg {file_stamp(path)}"
-        self._script, self._device = _script(path, VGG, device), device
+    source = INCEPTION
 
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """[B, 4096] of the second fully connected layer, of images resized to 224 pixels."""
-        return self._script(images.to(self._device), return_features=True).float().cpu()
+
+class Vgg(_Script):
+    """VGG-16 for precision and recall: D = 4096, the second linear layer, at 224 pixels; LPIPS."""
+
+    source = VGG
 
     @torch.no_grad()
     def lpips(self, one: Tensor, other: Tensor) -> float:
@@ -171,13 +176,6 @@ def load_networks(
         load(clip, CLIP, Clip),
         tuple(notes),
     )
-
-
-def _script(path: Path, source: Source, device: str) -> Any:
-    try:
-        return torch.jit.load(os.fspath(path), map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise _unreadable(path, source, error) from error
 
 
 def _unreadable(path: Path, source: Source, error: Exception) -> UserError:
