@@ -55,18 +55,61 @@ class Ladder:
     timesteps: Sequence[int]
     added: dict[str, Tensor] = field(default_factory=dict)
 
-    def problem(self, timestep: int, noise: Tensor | None = None) -> Problem:
+    def problem(self, timestep: int) -> Problem:
         """All images at one timestep."""
-        noise = self.noise if noise is None else noise
         steps = torch.full((len(self.latents),), timestep, device=self.latents.device)
-        noisy, target = self.denoising.noised(self.latents, noise, steps)
-        return Problem(noisy, steps, self.context, noise, target, self.added)
+        noisy, target = self.denoising.noised(self.latents, self.noise, steps)
+        return Problem(noisy, steps, self.context, self.noise, target, self.added)
 
     def __iter__(self) -> Iterator[Problem]:
         return map(self.problem, self.timesteps)
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What criteria measure on: a frozen model, its sites, and images.
+
+    ``ladders`` hold the images in the batches that were encoded, ``ladder`` all of them at once.
+    What is worth knowing besides the importances goes into ``facts``, and from there into the gate
+    file.
+    """
+
+    ladders: Sequence[Ladder]
+    sites: Sequence[Site]
+    constants: Importances
+    padding: Padding
+    seed: int
+    options: CriterionOptions
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def denoising(self) -> Denoising:
+        return self.ladders[0].denoising
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.denoising.model.unet
+
+    @property
+    def ladder(self) -> Ladder:
+        first = self.ladders[0]
+        return Ladder(
+            first.denoising,
+            torch.cat([ladder.latents for ladder in self.ladders]),
+            torch.cat([ladder.context for ladder in self.ladders]),
+            torch.cat([ladder.noise for ladder in self.ladders]),
+            first.timesteps,
+            {n: torch.cat([ladder.added[n] for ladder in self.ladders]) for n in first.added},
+        )
+
+    def gradients(self, problem: Problem, loss: Callable[[Tensor], Tensor]) -> Importances:
+        """`gate_gradients` of all sites."""
+        return gate_gradients(
+            self.denoising, problem, self.sites, self.constants, self.padding, loss
+        )
 
 
 # --- from the weights alone -----------------------------------------------------------------------
@@ -163,55 +206,49 @@ def noise_loss(problem: Problem) -> Callable[[Tensor], Tensor]:
     return lambda output: (output - problem.target).float().square().mean()
 
 
-def taylor(
-    ladder: Ladder, sites: Sequence[Site], constants: Importances, padding: Padding
-) -> Importances:
+def taylor(on: Subject) -> Importances:
     """|Σ_t ∂L_t/∂m|: the first-order change of the loss (Molchanov et al. 2019, arXiv:1906.10771).
 
     With μ = 0 this is |Σ w·∂L/∂w| over the channel's row and bias, summed over all timesteps.
     """
-    total: Importances = {site.name: torch.zeros(site.channels) for site in sites}
-    for problem in progress(ladder, "taylor", unit="timestep"):
-        found = gate_gradients(
-            ladder.denoising, problem, sites, constants, padding, noise_loss(problem)
-        )
+    total: Importances = {site.name: torch.zeros(site.channels) for site in on.sites}
+    for problem in progress(on.ladder, "taylor", unit="timestep"):
+        found = on.gradients(problem, noise_loss(problem))
         total = {name: total[name] + found[name] for name in total}
     return {name: values.abs() for name, values in total.items()}
 
 
-def diff_pruning(
-    ladder: Ladder, sites: Sequence[Site], threshold: float
-) -> tuple[Importances, int | None]:
+def diff_pruning(on: Subject) -> Importances:
     """Σ |w · Σ_t ∂L_t/∂w| over what a channel owns (Fang et al. 2023, arXiv:2305.10924, eq. 6-8).
 
-    Gradients are accumulated over ascending timesteps until the loss falls below ``threshold`` of
-    the largest loss met: late timesteps carry little more than noise. Also returns the timestep at
-    which that happened, which does not count itself; None when it never did.
+    Gradients are accumulated over ascending timesteps until the loss falls below the option
+    ``loss_threshold`` of the largest loss met: late timesteps carry little more than noise. The
+    fact ``stopped_at`` is the timestep at which that happened, which does not count itself, or the
+    last one.
     """
-    unet: UNet2DConditionModel = ladder.denoising.model.unet
-    parameters = _owned_parameters(unet, sites)
-    largest, stopped = 0.0, None
+    ladder = on.ladder
+    parameters = _owned_parameters(on.unet, on.sites)
+    largest = 0.0
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         problems = progress(ladder, "diff-pruning", unit="timestep")
         for timestep, problem in zip(ladder.timesteps, problems, strict=True):
-            output = ladder.denoising.predict(problem)
-            loss = noise_loss(problem)(output)
+            on.facts["stopped_at"] = timestep
+            loss = noise_loss(problem)(on.denoising.predict(problem))
             largest = max(largest, loss.item())
-            if loss.item() < threshold * largest:
-                stopped = timestep
+            if loss.item() < on.options.loss_threshold * largest:
                 break
             loss.backward()
         found = {}
-        for site in sites:
-            sums = [part.flatten(1).sum(1) for part in owned(unet, site, _times_gradient)]
+        for site in on.sites:
+            sums = [part.flatten(1).sum(1) for part in owned(on.unet, site, _times_gradient)]
             found[site.name] = sum(sums, torch.zeros(site.channels))
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-    return found, stopped
+    return found
 
 
 def _times_gradient(weight: nn.Parameter) -> Tensor:
@@ -264,14 +301,7 @@ def own_effect(
     return {site.name: total[site.name] / (len(problems) * site.group) for site in sites}
 
 
-def diversity(
-    ladder: Ladder,
-    sites: Sequence[Site],
-    constants: Importances,
-    padding: Padding,
-    options: CriterionOptions,
-    seed: int,
-) -> Importances:
+def diversity(on: Subject) -> Importances:
     """How much each channel carries the change that a change of the input makes.
 
     DCP-GAN (Chung et al. 2024), carried over to latent diffusion: with G the one-step prediction
@@ -284,7 +314,8 @@ def diversity(
     with probability proportional to the variance they explain among the images' latents and among
     the captions' embeddings; ``alpha`` is how far to go along them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    ladder, options = on.ladder, on.options
+    generator = torch.Generator().manual_seed(on.seed)
     of_noise = principal_directions(ladder.latents, options.directions, generator)
     of_text = principal_directions(ladder.context, options.directions, generator)
     changes = [(d, None) for d in of_noise] + [(None, d) for d in of_text]
@@ -293,11 +324,13 @@ def diversity(
         timestep = ladder.timesteps[number % len(ladder.timesteps)]
         rows = []
         for noise_direction, text_direction in changes:
-            problem = _pair(ladder, number, timestep, noise_direction, text_direction, options)
-            loss = _change_of_prediction(problem, ladder.denoising, timestep)
-            rows.append(gate_gradients(ladder.denoising, problem, sites, constants, padding, loss))
-        samples.append({s.name: torch.stack([row[s.name].abs() for row in rows]) for s in sites})
-    stacked = {site.name: torch.stack([s[site.name] for s in samples]) for site in sites}
+            problem = _pair(
+                ladder, number, timestep, noise_direction, text_direction, options.alpha
+            )
+            loss = _change_of_prediction(problem, on.denoising, timestep)
+            rows.append(on.gradients(problem, loss))
+        samples.append({s.name: torch.stack([row[s.name].abs() for row in rows]) for s in on.sites})
+    stacked = {site.name: torch.stack([s[site.name] for s in samples]) for site in on.sites}
     return {name: diversity_score(s, options.diversity_form) for name, s in stacked.items()}
 
 
@@ -333,13 +366,13 @@ def _pair(
     timestep: int,
     noise_direction: Tensor | None,
     text_direction: Tensor | None,
-    options: CriterionOptions,
+    alpha: float,
 ) -> Problem:
     """A batch of two: one image as it is, and the same with a changed input."""
     one = slice(number, number + 1)
     noise, context = ladder.noise[one], ladder.context[one]
-    other_noise = noise if noise_direction is None else noise + options.alpha * noise_direction
-    other_text = context if text_direction is None else context + options.alpha * text_direction
+    other_noise = noise if noise_direction is None else noise + alpha * noise_direction
+    other_text = context if text_direction is None else context + alpha * text_direction
     single = Ladder(
         ladder.denoising,
         ladder.latents[one].repeat(2, 1, 1, 1),
@@ -366,7 +399,7 @@ def _change_of_prediction(
 # --- from activations -----------------------------------------------------------------------------
 
 
-def flap(ladder: Ladder, sites: Sequence[Site]) -> Importances:
+def flap(on: Subject) -> Importances:
     """Var(a_c) · ‖W[:, c]‖²: how much what reads the channel changes with it.
 
     FLAP (An et al. 2024, arXiv:2312.11983, eq. 4): a is the activation that enters the layer after
@@ -374,51 +407,13 @@ def flap(ladder: Ladder, sites: Sequence[Site]) -> Importances:
     it. A residual channel is read by all that follows with weight one: Var of its own output. The
     variance is taken over images, positions and timesteps.
     """
-    with watched(ladder.denoising.model.unet, sites) as seen:
-        for problem in progress(ladder, "flap", unit="timestep"):
-            ladder.denoising.dense(problem)
+    with watched(on.unet, on.sites) as seen:
+        for problem in progress(on.ladder, "flap", unit="timestep"):
+            on.denoising.dense(problem)
     return seen.importances()
 
 
 # --- the registry ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What criteria measure on: a frozen model, its sites, and images.
-
-    ``ladders`` hold the images in the batches that were encoded, ``ladder`` all of them at once.
-    What is worth knowing besides the importances goes into ``facts``, and from there into the gate
-    file.
-    """
-
-    ladders: Sequence[Ladder]
-    sites: Sequence[Site]
-    constants: Importances
-    padding: Padding
-    seed: int
-    options: CriterionOptions
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def denoising(self) -> Denoising:
-        return self.ladders[0].denoising
-
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        return self.denoising.model.unet
-
-    @property
-    def ladder(self) -> Ladder:
-        first = self.ladders[0]
-        return Ladder(
-            first.denoising,
-            torch.cat([ladder.latents for ladder in self.ladders]),
-            torch.cat([ladder.context for ladder in self.ladders]),
-            torch.cat([ladder.noise for ladder in self.ladders]),
-            first.timesteps,
-            {n: torch.cat([ladder.added[n] for ladder in self.ladders]) for n in first.added},
-        )
 
 
 @dataclass(frozen=True)
@@ -440,21 +435,6 @@ class Criterion:
     threshold: Threshold | None = None
 
 
-def _taylor(on: Subject) -> Importances:
-    return taylor(on.ladder, on.sites, on.constants, on.padding)
-
-
-def _diff_pruning(on: Subject) -> Importances:
-    ladder = on.ladder
-    found, stopped = diff_pruning(ladder, on.sites, on.options.loss_threshold)
-    on.facts["stopped_at"] = ladder.timesteps[-1] if stopped is None else stopped
-    return found
-
-
-def _diversity(on: Subject) -> Importances:
-    return diversity(on.ladder, on.sites, on.constants, on.padding, on.options, on.seed)
-
-
 def _own_effect(on: Subject) -> Importances:
     problems = [problem for ladder in on.ladders for problem in ladder]
     return own_effect(on.denoising, problems, on.sites, on.constants, on.padding)
@@ -469,9 +449,9 @@ CRITERIA: dict[str, Criterion] = {
     ),
     "random": Criterion(lambda on: random(on.sites, on.seed), "chance"),
     "own-effect": Criterion(_own_effect, "change of the output without it, to first order"),
-    "taylor": Criterion(_taylor, "change of the loss without it, to first order"),
-    "diff-pruning": Criterion(_diff_pruning, "Taylor of its weights, up to the timestep of T"),
-    "diversity": Criterion(_diversity, "its part in what a change of the input changes"),
+    "taylor": Criterion(taylor, "change of the loss without it, to first order"),
+    "diff-pruning": Criterion(diff_pruning, "Taylor of its weights, up to the timestep of T"),
+    "diversity": Criterion(diversity, "its part in what a change of the input changes"),
     "sensitivity": Criterion(
         lambda on: sensitivity(on.unet, on.sites),
         "mean size of its weights, in σ of the layer",
@@ -482,5 +462,5 @@ CRITERIA: dict[str, Criterion] = {
         "mean size of its weights",
         Threshold("the percentile q", 100.0, lambda v, q: float(torch.quantile(v, q / 100))),
     ),
-    "flap": Criterion(lambda on: flap(on.ladder, on.sites), "variance times its readers' weights"),
+    "flap": Criterion(flap, "variance times its readers' weights"),
 }

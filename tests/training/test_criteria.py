@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ldcp_core import Site, Topology
 from ldcp_core.diffusers import topology_of
 from training import criteria
-from training.criteria import CriterionOptions, Ladder
+from training.criteria import CriterionOptions, Ladder, Subject
 from training.data.encoding import FreshImages
 from training.data.images import ImageData, open_dataset
 from training.model.load import DiffusionModel
@@ -131,6 +132,12 @@ def constants(chosen: list[Site]) -> dict[str, Tensor]:
     return {site.name: 0.1 * torch.randn(site.channels, generator=generator) for site in chosen}
 
 
+def subject(
+    ladder: Ladder, chosen: list[Site], mu: dict[str, Tensor] | None = None, **options: Any
+) -> Subject:
+    return Subject([ladder], chosen, mu or {}, "zero", 0, CriterionOptions(**options))
+
+
 @pytest.mark.parametrize("kind", ["inner", "residual", "hidden"])
 def test_taylor_agrees_with_finite_differences(
     model: DiffusionModel, ladder: Ladder, kind: str
@@ -139,7 +146,7 @@ def test_taylor_agrees_with_finite_differences(
 
     chosen = every_kind(model)
     mu = constants(chosen)
-    found = criteria.taylor(ladder, chosen, mu, "zero")
+    found = criteria.taylor(subject(ladder, chosen, mu))
     site = next(site for site in chosen if site.kind.name == kind)
 
     def loss(mask: Tensor) -> float:
@@ -172,15 +179,18 @@ def test_diff_pruning_stops_at_the_first_timestep_whose_loss_is_small(
         )
 
     monkeypatch.setattr(criteria, "noise_loss", scaled)
-    every, never = criteria.diff_pruning(ladder, chosen, 0.01)
-    assert never is None
-    some, stopped = criteria.diff_pruning(ladder, chosen, 0.1)  # 0.5 < 0.1 · 8
-    assert stopped == 900
-    only, first = criteria.diff_pruning(ladder, chosen, 0.5)  # 3 < 0.5 · 8
-    assert first == 500
+
+    def measured(ladder: Ladder, threshold: float) -> tuple[dict[str, Tensor], int]:
+        on = subject(ladder, chosen, loss_threshold=threshold)
+        return criteria.diff_pruning(on), on.facts["stopped_at"]
+
+    every, last = measured(ladder, 0.01)
+    some, stopped = measured(ladder, 0.1)  # 0.5 < 0.1 · 8
+    only, first = measured(ladder, 0.5)  # 3 < 0.5 · 8
+    assert (first, stopped, last) == (500, 900, 900)
     # what came before the stop is what two timesteps, and one, would have given
     two = Ladder(ladder.denoising, ladder.latents, ladder.context, ladder.noise, [100, 500])
-    again, _ = criteria.diff_pruning(two, chosen, 0.01)
+    again, _ = measured(two, 0.01)
     for name in some:
         assert torch.allclose(some[name], again[name])
         assert not torch.allclose(some[name], every[name])
@@ -191,7 +201,7 @@ def test_diff_pruning_multiplies_each_weight_with_its_gradient(
     model: DiffusionModel, ladder: Ladder
 ) -> None:
     chosen = every_kind(model)
-    found, _ = criteria.diff_pruning(ladder, chosen, 1e-9)
+    found = criteria.diff_pruning(subject(ladder, chosen, loss_threshold=1e-9))
     unet = model.unet
     assert not any(p.requires_grad or p.grad is not None for p in unet.parameters())
     site = next(site for site in chosen if site.kind.name == "inner")
@@ -222,7 +232,7 @@ def test_flap_is_the_variance_of_what_enters_the_next_layer_times_its_column(
         conv2.register_forward_hook(lambda m, i, o: seen.setdefault("out", []).append(o)),
         after.register_forward_pre_hook(lambda m, i: seen.setdefault("ff", []).append(i[0])),
     ]
-    found = criteria.flap(ladder, chosen)
+    found = criteria.flap(subject(ladder, chosen))
     for hook in hooks:
         hook.remove()
 
@@ -272,12 +282,12 @@ def test_diversity_covers_every_channel_and_is_zero_where_nothing_changes(
     model: DiffusionModel, ladder: Ladder, form: str
 ) -> None:
     chosen = every_kind(model)
-    options = CriterionOptions(diversity_form=form, directions=2)
-    found = criteria.diversity(ladder, chosen, constants(chosen), "zero", options, seed=0)
+    on = subject(ladder, chosen, constants(chosen), diversity_form=form, directions=2)
+    found = criteria.diversity(on)
     for site in chosen:
         values = found[site.name]
         assert values.shape == (site.channels,) and bool((values >= 0).all())
         assert values.sum() > 0
-    still = replace(options, alpha=1e-30)  # added to a float32, that is the same float32
-    nothing = criteria.diversity(ladder, chosen, constants(chosen), "zero", still, seed=0)
+    still = replace(on.options, alpha=1e-30)  # added to a float32, that is the same float32
+    nothing = criteria.diversity(replace(on, options=still))
     assert all(values.abs().max() == 0 for values in nothing.values())
