@@ -40,6 +40,22 @@ class BrokenImage(Exception):
     """One image can't be read; the message says why."""
 
 
+class Broken(dict[str, str]):
+    """Id and reason of every image that could not be read so far."""
+
+    def note(self, id: str, reason: str) -> None:
+        if not self:
+            log.warning("Skipping the broken image %s: %s", id, reason)
+        self[id] = reason
+
+    def report(self, images: str) -> str:
+        """How many of the ``images`` were skipped and which, or "" when none were."""
+        if not self:
+            return ""
+        lines = [f"{len(self)} {images} could not be read and were skipped:"]
+        return "\n".join(lines + [f"  {id}: {reason}" for id, reason in self.items()])
+
+
 @dataclass
 class Position:
     """How far a stream of batches has come: the epoch, and how much of its order lies behind.
@@ -60,13 +76,13 @@ class ImageData:
         source: what was opened.
         resolution: side of the square images in pixels; set it before the first image is read
             (the model's own size is known only later than the listing).
-        broken: id and reason of every image that could not be read so far.
+        broken: what could not be read so far.
     """
 
     source: str
     records: Sequence[Record]
     resolution: int | None = None
-    broken: dict[str, str] = field(default_factory=dict)
+    broken: Broken = field(default_factory=Broken)
     _warned_small: bool = field(default=False, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -90,7 +106,8 @@ class ImageData:
         except MemoryError:  # says nothing about the image
             raise
         except Exception as error:  # damaged bytes make image decoders raise nearly anything
-            raise self._note_broken(record.id, error) from error
+            self.broken.note(record.id, reason_of(error))
+            raise BrokenImage(f"{record.id}: {reason_of(error)}") from error
         if min(image.size) < self.resolution and not self._warned_small:
             self._warned_small = True
             log.warning(
@@ -101,20 +118,10 @@ class ImageData:
             )
         return to_pixels(image, self.resolution), sizes(image, self.resolution)
 
-    def _note_broken(self, id: str, error: Exception) -> BrokenImage:
-        reason = reason_of(error)
-        if not self.broken:
-            log.warning("Skipping the broken image %s: %s", id, reason)
-        self.broken[id] = reason
-        return BrokenImage(f"{id}: {reason}")
-
     def note_broken(self, broken: Mapping[int, str]) -> None:
         """Take over what is known to be broken, index -> reason, without reading it."""
         for index, reason in broken.items():
-            id = self.records[index].id
-            if not self.broken:
-                log.warning("Skipping the broken image %s: %s", id, reason)
-            self.broken[id] = reason
+            self.broken.note(self.records[index].id, reason)
 
     def captions(self, indices: Iterable[int] | None = None) -> dict[int, str]:
         """Index -> caption of the given images, or of all.
@@ -127,7 +134,7 @@ class ImageData:
             try:
                 found[index] = record.caption()
             except (OSError, ValueError) as error:
-                self._note_broken(record.id, error)
+                self.broken.note(record.id, reason_of(error))
         return found
 
     def stamps(self, folder: Path) -> list[str]:
@@ -142,11 +149,7 @@ class ImageData:
         return found
 
     def broken_report(self) -> str:
-        """Return how many images were skipped and which, or "" when none were."""
-        if not self.broken:
-            return ""
-        lines = [f"{len(self.broken)} of {len(self)} images could not be read and were skipped:"]
-        return "\n".join(lines + [f"  {id}: {reason}" for id, reason in self.broken.items()])
+        return self.broken.report(f"of {len(self)} images")
 
     def split(self, validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
         """Return disjoint, sorted indices for training and validation.

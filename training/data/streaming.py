@@ -9,7 +9,6 @@ the position, so that a run goes on with the very next image.
 from __future__ import annotations
 
 import hashlib
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -18,13 +17,19 @@ from typing import Any
 import torch
 
 from training.data.encoding import Batch, Pair, embedded_prompt, encoded_image
-from training.data.images import ImageData, Position, decode_image, reason_of, sizes, to_pixels
+from training.data.images import (
+    Broken,
+    ImageData,
+    Position,
+    decode_image,
+    reason_of,
+    sizes,
+    to_pixels,
+)
 from training.data.sources import Stream, open_stream
 from training.errors import UserError
 from training.model.encode import latent_shape
 from training.model.load import DiffusionModel
-
-log = logging.getLogger(__name__)
 
 #: rows whose bytes tell one stream from another
 DIGEST_ROWS = 8
@@ -38,13 +43,13 @@ class StreamedImages:
     """The images of a streamed table; in a fit it stands in for `ImageData` and its cache.
 
     ``held_out`` images at the start are not for training. Set ``resolution`` and call `encode_with`
-    before batches are drawn. ``broken`` holds id and reason of what could not be read.
+    before batches are drawn.
     """
 
     def __init__(self, source: str, held_out: int) -> None:
         self.source = source
         self.resolution: int | None = None
-        self.broken: dict[str, str] = {}
+        self.broken = Broken()
         self._stream: Stream = open_stream(source)
         self._held_out = held_out
         self._model: DiffusionModel | None = None
@@ -82,11 +87,7 @@ class StreamedImages:
         return found
 
     def broken_report(self) -> str:
-        """How many images were skipped and which, or "" when none were."""
-        if not self.broken:
-            return ""
-        lines = [f"{len(self.broken)} streamed images could not be read and were skipped:"]
-        return "\n".join(lines + [f"  {id}: {reason}" for id, reason in self.broken.items()])
+        return self.broken.report("streamed images")
 
     def batches(
         self,
@@ -173,10 +174,7 @@ class StreamedImages:
         return self._embedded[caption]
 
     def _note_broken(self, id: str, error: Exception) -> None:
-        reason = reason_of(error)
-        if not self.broken:
-            log.warning("Skipping the broken image %s: %s", id, reason)
-        self.broken[id] = reason
+        self.broken.note(id, reason_of(error))
         if not self._read and len(self.broken) == UNREADABLE:
             raise self._unreadable()
 

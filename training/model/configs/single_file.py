@@ -40,14 +40,13 @@ TEXT_ENCODERS: dict[str, dict[str, str]] = {
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
 }
-#: what a U-Net is called whose text embeddings have this width
+#: width of the text embeddings -> what such a U-Net is called, and its family if that is supported
 _WIDTHS = {
-    768: "an SD1.5",
-    1024: "a Stable Diffusion 2",
-    1280: "an SDXL refiner",
-    2048: "an SDXL",
+    768: ("an SD1.5", "sd15"),
+    1024: ("a Stable Diffusion 2", "sd2"),
+    1280: ("an SDXL refiner", None),
+    2048: ("an SDXL", "sdxl"),
 }
-_FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
 
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 
@@ -234,40 +233,35 @@ def check_single_file(path: Path, header: Header) -> str:
     Raises:
         UserError: `header` is that of something else.
     """
-    family, found, next_step = _recognise(header)
-    if found:
-        raise UserError(f"{path} is {found}.", EXPECTED, next_step)
-    return family
 
+    def other(found: str, next_step: str = TAKE_ANOTHER) -> UserError:
+        return UserError(f"{path} is {found}.", EXPECTED, next_step)
 
-def _recognise(header: Header) -> tuple[str, str, str]:
-    """Return the family; or else "", what the file is, and what to do about it."""
     keys = header.shapes.keys()
     if header.metadata.get("format", "").startswith("ldcp"):
         next_step = "pass the checkpoint the gates are for; gates are the output"
-        return "", "an LDCP gate file", next_step
+        raise other("an LDCP gate file", next_step)
     for name, next_step, fragments in _RELATIVES:
         if any(fragment in key for key in keys for fragment in fragments):
-            return "", name, next_step
-
+            raise other(name, next_step)
     if f"{UNET}input_blocks.0.0.weight" not in keys:
-        return "", *_recognise_part(header)
+        raise other(*_part(header))
     channels = _inputs(header, f"{UNET}input_blocks.0.0.weight")
     if channels != 4:
         kind = {9: "an inpainting checkpoint", 8: "an InstructPix2Pix checkpoint"}
-        return (
-            "",
+        raise other(
             f"{kind.get(channels, 'a checkpoint')} (its U-Net takes {channels} input channels "
             "instead of 4)",
             "train on the text-to-image checkpoint it was made from",
         )
     width = _text_width(header)
-    family = _FAMILIES.get(width, "")
-    if not family:
-        found = f"{_WIDTHS[width]} checkpoint" if width in _WIDTHS else "no model that is known"
-        return "", f"{found} (text width {width})", TAKE_ANOTHER
+    if width not in _WIDTHS:
+        raise other(f"no model that is known (text width {width})")
+    called, family = _WIDTHS[width]
+    if family is None:
+        raise other(f"{called} checkpoint (text width {width})")
     if family != "sdxl" and f"{UNET}label_emb.0.0.weight" in keys:
-        return "", f"{_WIDTHS[width]} unCLIP checkpoint", TAKE_ANOTHER
+        raise other(f"{called} unCLIP checkpoint")
     parts = {"VAE": f"{VAE}encoder.conv_in.weight"} | {
         part.replace("_", " "): prefix for part, prefix in TEXT_ENCODERS[family].items()
     }
@@ -277,12 +271,11 @@ def _recognise(header: Header) -> tuple[str, str, str]:
         if not any(key.startswith(start) for key in keys)
     ]
     if missing:
-        return (
-            "",
-            f"{_WIDTHS[width]} U-Net without {' and '.join(missing)}",
+        raise other(
+            f"{called} U-Net without {' and '.join(missing)}",
             "pass the full checkpoint, or a diffusers folder that has all parts",
         )
-    return family, "", ""
+    return family
 
 
 def scheduler_settings(header: Header) -> dict[str, Any]:
@@ -341,7 +334,8 @@ def _inputs(header: Header, key: str) -> int:
     return shape[1] if len(shape) > 1 else 0
 
 
-def _recognise_part(header: Header) -> tuple[str, str]:
+def _part(header: Header) -> tuple[str, str]:
+    """What a file without a whole checkpoint's U-Net is, and what to do about it."""
     keys = header.shapes.keys()
     if (
         f"{VAE}encoder.conv_in.weight" in keys
