@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from ldcp_core import PADDINGS, Gates, PrunedSite, SoftGate, Topology, save_gate
 from ldcp_core.diffusers import compact_blocks, topology_of
 from training import benchmark as command
 from training.benchmark import BenchmarkConfig, benchmark, check, main, parse, save
-from training.benchmarking import machine
 from training.benchmarking.markdown import render, shown_ratio
 from training.benchmarking.timing import DENSE, Variant, interleaved, sign_interval, summary
 from training.benchmarking.variants import (
@@ -223,18 +221,6 @@ def test_cheap_weights_are_finite_normal_numbers_and_do_not_repeat(
     assert output.isfinite().all() and 0.01 < output.float().std() < 100
     rows = small.mid_block.resnets[0].conv1.weight.flatten(1)
     assert torch.unique(rows, dim=0).shape == rows.shape
-
-
-def test_resident_size_comes_from_proc_without_psutil_and_is_none_without_both(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    proc = tmp_path / "statm"
-    monkeypatch.setattr(machine, "Path", lambda name: proc)
-    assert machine.resident_bytes() is None
-    proc.write_text("900 250 30 1 0 60 0\n")  # in pages: total, resident, ...
-    monkeypatch.setattr(machine.os, "sysconf", lambda name: 4096, raising=False)
-    assert machine.resident_bytes() == 250 * 4096
 
 
 # --- the report -----------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
@@ -27,16 +28,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "driver": _driver() if device.type == "cuda" else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: version(name) for name in PACKAGES},
         "malloc_mmap_threshold": os.environ.get(MMAP_THRESHOLD),
     }
 
 
-def with_memory(evaluate: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
-    """The result of ``evaluate`` and bytes in use: on CUDA its peak, else the process after it.
-
-    The bytes are None where neither psutil nor /proc can tell.
-    """
+def with_memory(evaluate: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """The result of ``evaluate`` and bytes in use: on CUDA its peak, else the process after it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -44,22 +42,7 @@ def with_memory(evaluate: Callable[[], Any], device: torch.device) -> tuple[Any,
         result = evaluate()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device)
-    return evaluate(), resident_bytes()
-
-
-def resident_bytes() -> int | None:
-    """Resident size of this process, from psutil or /proc."""
-    try:
-        import psutil
-
-        return psutil.Process().memory_info().rss
-    except ImportError:
-        pass
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return evaluate(), psutil.Process().memory_info().rss
 
 
 def _cpu_name() -> str:
@@ -76,11 +59,4 @@ def _driver() -> str | None:
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return None

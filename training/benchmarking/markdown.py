@@ -113,5 +113,5 @@ def _block_section(section: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _mib(count: int | None) -> str:
-    return "not available" if count is None else f"{count / MIB:,.1f}"
+def _mib(count: int) -> str:
+    return f"{count / MIB:,.1f}"

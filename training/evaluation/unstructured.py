@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from training.errors import UserError
@@ -122,25 +122,27 @@ def layers_of(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def zeroed(unet: nn.Module, kind: str, amount: float) -> Iterator[None]:
     """Weights of the U-Net at zero; afterwards it holds the same objects as before."""
     layers = list(layers_of(unet).values())
-    kept = [dict(layer._parameters) for layer in layers]
+    kept = [layer.weight for layer in layers]
+    pruned = _pruned([weight.detach() for weight in kept], kind, amount)
     try:
-        for layer in layers:  # pruning writes into the parameter that it is given
-            layer.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
-        if kind == "l1":
-            weights = [(layer, "weight") for layer in layers]
-            prune.global_unstructured(weights, prune.L1Unstructured, amount=amount)
-        for layer in layers:
-            if kind == "sensitivity":
-                sigma = layer.weight.std(correction=0)
-                prune.custom_from_mask(layer, "weight", layer.weight.abs() >= amount * sigma)
-            elif kind == "percentage":
-                prune.l1_unstructured(layer, "weight", amount=amount / 100)
-        for layer in layers:
-            prune.remove(layer, "weight")
+        for layer, values in zip(layers, pruned, strict=True):
+            layer.weight = nn.Parameter(values, requires_grad=False)
         yield
     finally:
-        for layer, parameters in zip(layers, kept, strict=True):
-            if torch.nn.utils.prune.is_pruned(layer):
-                prune.remove(layer, "weight")
-            layer._parameters.clear()
-            layer._parameters.update(parameters)
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight = weight
+
+
+def _pruned(weights: Sequence[Tensor], kind: str, amount: float) -> list[Tensor]:
+    """Copies of the weights of all layers, some of them zero."""
+    if kind == "sensitivity":
+        return [w * (w.abs() >= amount * w.std(correction=0)) for w in weights]
+    if kind == "percentage":
+        return [_without_smallest(w, amount / 100) for w in weights]
+    together = _without_smallest(torch.cat([w.flatten() for w in weights]), amount)
+    parts = together.split([w.numel() for w in weights])
+    return [part.view_as(w) for part, w in zip(parts, weights, strict=True)]
+
+
+def _without_smallest(values: Tensor, share: float) -> Tensor:
+    return values * prune.L1Unstructured(share).compute_mask(values, torch.ones_like(values))
