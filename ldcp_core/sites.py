@@ -23,8 +23,8 @@ from .text import one_line, quoted
 #: every kind of block there is
 BLOCK_KINDS: tuple[type[Block], ...] = (ResBlock, FeedForward, Attention)
 
-#: part of the U-Net -> prefixes of the names of its blocks
-PARTS: Mapping[str, tuple[str, ...]] = {
+#: area of the U-Net that a scope names -> prefixes of the names of its blocks
+AREAS: Mapping[str, tuple[str, ...]] = {
     "mid": ("mid_block.",),
     "up": ("up_blocks.",),
     "down": ("down_blocks.",),
@@ -52,7 +52,7 @@ DEFAULT_SCOPE = "mid"
 LONGEST_SCOPE = 10_000  # characters: several times the names of all sites
 _SEPARATORS = re.compile(r"[\s+,;\"'`\u2018\u2019\u201c\u201d]+")  # quotes come with a copied text
 _KINDS_OF_SCOPE = (
-    f"a scope is {', '.join(PARTS)}, several of them joined by '+', '+ff' and '+heads' with them, "
+    f"a scope is {', '.join(AREAS)}, several of them joined by '+', '+ff' and '+heads' with them, "
     "or site names such as 'mid_block.resnets.0.conv1' separated by commas"
 )
 
@@ -313,8 +313,8 @@ class Topology:
         if len(scope) > LONGEST_SCOPE:
             raise ValueError(f"a scope of {len(scope):,} characters is none; {_KINDS_OF_SCOPE}")
         items = [item for item in _SEPARATORS.split(scope.lower()) if item] or [scope]
-        words = {item for item in items if item in PARTS or item in KINDS}
-        parts = [PARTS[word] for word in words if word in PARTS] or [PARTS["all"]]
+        words = {item for item in items if item in AREAS or item in KINDS}
+        parts = [AREAS[word] for word in words if word in AREAS] or [AREAS["all"]]
         prefixes = tuple(prefix for part in parts for prefix in part)
         kinds: set[type[Block]] = {KINDS[word] for word in words if word in KINDS}
         kinds |= {ResBlock} if words - set(KINDS) else set()

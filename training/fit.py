@@ -39,21 +39,21 @@ from training.data.splits import Split
 from training.data.streaming import Data, StreamedImages
 from training.errors import UserError
 from training.learning.budget import Budget
-from training.learning.calibration import calibrate
 from training.learning.checkpoint import Checkpoints, check_identity
 from training.learning.learner import TARGET_TOLERANCE, GateLearner
 from training.learning.loop import Learning, run
 from training.learning.processes import Processes
-from training.learning.result import FitResult, finish
-from training.learning.samples import Samples
-from training.learning.stopping import Stopped
-from training.learning.watching import (
+from training.learning.recorders import (
     CsvHistory,
+    Recorder,
     SampleImages,
     TensorBoard,
-    Watcher,
     summary_writer,
 )
+from training.learning.result import FitResult, finish
+from training.learning.sample_sheet import SampleSheet
+from training.learning.start import measure_start
+from training.learning.stopping import Stopped
 from training.model.load import DiffusionModel, usable_device
 from training.options import (
     DEMO_SETTINGS,
@@ -156,7 +156,7 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     learning = Learning(config, denoising, learner, stream, position, steps, processes)
 
     if resumed is None:
-        learning.begin(calibrate(config, denoising, sites, stream, processes))
+        learning.begin(measure_start(config, denoising, sites, stream, processes))
         _say_if_short(config, learning)
     else:
         learning.load_state_dict(resumed.state["learning"])
@@ -166,7 +166,7 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
         "%d channels at %d sites; pruning all of them moves the output by %.3g (MSE)",
         sum(site.channels for site in sites),
         len(sites),
-        learning.calibration.effect,
+        learning.start.effect,
     )
 
     def save() -> None:
@@ -179,8 +179,8 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
             log.warning("The checkpoint of step %d can't be written: %s.", learning.step, error)
 
     try:
-        with _watched(config, output, learning, samples) as look:
-            run(learning, config.run.checkpoint_every, save, look)
+        with _recorded(config, output, learning, samples) as record:
+            run(learning, config.run.checkpoint_every, save, record)
         if not processes.first:
             return None
         result = finish(config, learning, denoising, data, images, held_out, output, samples)
@@ -233,40 +233,40 @@ def _encoded(
 
 def _samples(
     config: FitConfig, data: Data, indices: Sequence[int], model: DiffusionModel
-) -> Samples | None:
+) -> SampleSheet | None:
     """What draws sample images, from the captions of a few images; None when not asked for."""
     if not config.run.sample_every:
         return None
     captions = dict.fromkeys(data.captions(indices).values())
     prompts = [caption for caption in captions if caption][:SAMPLES] or [""] * SAMPLES
     assert data.resolution is not None
-    return Samples(model, prompts, data.resolution)
+    return SampleSheet(model, prompts, data.resolution)
 
 
 @contextmanager
-def _watched(
-    config: FitConfig, output: Path, learning: Learning, samples: Samples | None
+def _recorded(
+    config: FitConfig, output: Path, learning: Learning, samples: SampleSheet | None
 ) -> Iterator[Callable[[Learning], None]]:
-    """Everything that looks at the run while it goes, as one function to call after each step."""
+    """All recorders of the run, as one function to call after each step."""
     if not learning.processes.first:
         yield lambda learning: None
         return
-    watchers: list[Watcher] = [CsvHistory(output.with_suffix(".history.csv"), learning)]
+    recorders: list[Recorder] = [CsvHistory(output.with_suffix(".history.csv"), learning)]
     if config.run.tensorboard:
-        watchers.append(TensorBoard(output.with_suffix(".tensorboard"), learning))
+        recorders.append(TensorBoard(output.with_suffix(".tensorboard"), learning))
     if samples is not None:
         folder = output.with_suffix(".samples")
-        watchers.append(SampleImages(folder, samples, config.run.sample_every))
+        recorders.append(SampleImages(folder, samples, config.run.sample_every))
 
-    def look(learning: Learning) -> None:
-        for watcher in watchers:
-            watcher.look(learning)
+    def record(learning: Learning) -> None:
+        for recorder in recorders:
+            recorder.record(learning)
 
     try:
-        yield look
+        yield record
     finally:
-        for watcher in watchers:
-            watcher.close()
+        for recorder in recorders:
+            recorder.close()
 
 
 def _identity(

@@ -132,18 +132,17 @@ class Measurement:
     facts: Mapping[str, Any]  # for the gate file
 
 
-def score(config: ScoreConfig, found: Measurement | None = None) -> Gates:
+def score(config: ScoreConfig, measurement: Measurement | None = None) -> Gates:
     """Measure, rank and write; raises UserError for everything a user can put right.
 
-    ``found`` saves the measuring: a `Measurement` of settings that differ only in `CUT`.
+    ``measurement`` saves the measuring: that of settings that differ only in `CUT`.
     """
     output = gate_output(config.output, (config.model, config.data))
     with claimed(output):
-        return _score(config, output, found)
+        return _score(config, output, measurement or measure(config))
 
 
-def _score(config: ScoreConfig, output: Path, found: Measurement | None) -> Gates:
-    found = found or measure(config)
+def _score(config: ScoreConfig, output: Path, found: Measurement) -> Gates:
     budget = Budget(config.budget, found.sites, config.padding, found.latent)
     scores = pruned_scores(config, found.importances, found.sites, budget)
     gates = Gates(scores, found.constants, config.padding, found.topology, floor=config.floor)

@@ -56,7 +56,7 @@ def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         short = {"calibration_batches": 1, "validation_samples": 2, "correction_samples": 10}
         return lambda config, *others: part(replace(config, **short), *others)
 
-    monkeypatch.setattr(fit, "calibrate", shortened(fit.calibrate))
+    monkeypatch.setattr(fit, "measure_start", shortened(fit.measure_start))
     monkeypatch.setattr(outcome, "_corrected", shortened(outcome._corrected))
     monkeypatch.setattr(outcome, "_validated", shortened(outcome._validated))
 

@@ -46,7 +46,7 @@ def test_a_launch_and_its_bytes_are_counted_by_hand() -> None:
             1, torch.empty(8, device="meta").long(), x[:, :8]
         )
         F.scaled_dot_product_attention(*(torch.empty(1, 2, 4, 16, **half) for _ in range(3)))
-    rows = {op.name: op for op in seen.found}
+    rows = {op.name: op for op in seen.operations}
     kib = 1024
     assert rows["silu"] == Operation("silu", 1, 2 * 4 * kib, 0)
     assert rows["add_"] == Operation("add_", 1, 2 * 8 * kib + 64, 0)

@@ -18,7 +18,7 @@ from training import evaluate, fit, sample, score
 from training.data.images import open_dataset
 from training.evaluation.plots import panels_of
 from training.evaluation.report import COLUMNS
-from training.evaluation.statistics import PARTS, bootstrap, by_timestep, ranks
+from training.evaluation.statistics import SECTIONS, bootstrap, by_timestep, ranks
 from training.step.denoising import HeldOut
 
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
@@ -184,7 +184,7 @@ def test_what_a_gate_file_says_and_is_called_forges_no_row_and_draws_no_formula(
     lines = text.split("\n")
     assert all(line.isprintable() and len(line) < 2000 for line in lines)
     rows = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("|")]
-    assert [len(row) for row in rows] == [len(COLUMNS) + 2] * 4 + [PARTS + 3] * 4
+    assert [len(row) for row in rows] == [len(COLUMNS) + 2] * 4 + [SECTIONS + 3] * 4
     assert not re.search(r"(?<!\\)[<`\[*]", text.partition("| gates |")[2].partition("%)")[0])
     save_gates(replace(gates, info={**gates.info, "criterion": f"{bad}\n\x1b[2J"}), path)
     assert evaluate.main([str(path), *source, *options]) == 1

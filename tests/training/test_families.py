@@ -23,7 +23,7 @@ from training import evaluate, fit, score
 from training.criteria import noise_loss
 from training.data.encoding import Batch, CachedImages, FreshImages
 from training.data.images import open_dataset
-from training.learning.samples import Samples
+from training.learning.sample_sheet import SampleSheet
 from training.model.encode import embed_prompts
 from training.model.load import DiffusionModel
 from training.sample import pipeline_of
@@ -203,7 +203,7 @@ def test_gates_are_evaluated_and_drawn(
 
 
 def test_samples_are_those_of_diffusers_pipeline(model_xl: DiffusionModel) -> None:
-    samples = Samples(model_xl, ["a face"], 16)
+    samples = SampleSheet(model_xl, ["a face"], 16)
     sites = topology_of(model_xl.unet).sites("mid")
     pruned = {s.name: PrunedSite(torch.zeros(s.channels, dtype=torch.bool)) for s in sites}
     with Image.open(io.BytesIO(samples.picture(pruned))) as sheet:

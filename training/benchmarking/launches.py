@@ -111,7 +111,7 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Operation] = []
+        self.operations: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -141,7 +141,7 @@ class Operations(TorchDispatchMode):
             launches, size = 2, size + 2 * _bytes(written)
         elif name == "native_group_norm":
             size += _bytes(read[:1])  # once for the moments, once to apply them
-        self.found.append(Operation(name, launches, size, flops))
+        self.operations.append(Operation(name, launches, size, flops))
 
 
 class _OneAttention(TorchFunctionMode):
@@ -157,7 +157,7 @@ class _OneAttention(TorchFunctionMode):
         query, key, value = args[:3]
         result = torch.empty_like(query)
         flops = 4 * query.numel() * key.shape[2]
-        self._operations.found.append(
+        self._operations.operations.append(
             Operation("attention", 1, _bytes([query, key, value, result]), flops)
         )
         return result
@@ -169,7 +169,7 @@ def _triton(operations: Operations) -> Any:
     def launch(name: str, grid: tuple[int, ...], *args: Any, **constants: int) -> None:
         read_again = 3 if name == "norm_silu" else 0  # twice more, and written
         size = _bytes(_tensors(args)) + read_again * _bytes(args[:1])
-        operations.found.append(Operation(name, 1, size, 0))
+        operations.operations.append(Operation(name, 1, size, 0))
 
     return mock.patch.multiple(fused, usable=lambda *maps: True, launch=launch)
 
@@ -206,7 +206,7 @@ def operations(
         if triton:
             stack.enter_context(_triton(counted))
         inputs.run(unet)
-    return counted.found
+    return counted.operations
 
 
 @dataclass(frozen=True)
@@ -240,12 +240,12 @@ def count(given: LaunchOptions) -> dict[str, Count]:
     return found
 
 
-def render(found: Mapping[str, Count]) -> str:
+def render(counts: Mapping[str, Count]) -> str:
     """Markdown: a row per form."""
     cards = [f"{card.name}, ms" for card in CARDS]
     header = ["form", "launches", "elementwise, GB", "TFLOP", *cards, "launching, ms"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for name, form in found.items():
+    for name, form in counts.items():
         milliseconds = [1000 * s for s in (*form.device_seconds.values(), form.host_seconds)]
         cells = [name, f"{form.launches:,}", f"{form.elementwise / GIGA:.2f}"]
         cells += [f"{form.flops / TERA:.3f}", *(f"{ms:.1f}" for ms in milliseconds)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldcp_core import markdown
-from training.evaluation.statistics import PARTS
+from training.evaluation.statistics import SECTIONS
 
 #: so that nothing is divided by zero
 TINY = 1e-30
@@ -60,9 +60,9 @@ def render(result: Mapping[str, Any]) -> str:
         ]
     for name in dict.fromkeys(r["beside"] for r in result["rows"] if r["beside"]):
         lines += ["", *_baseline_table(name, result["rows"])]
-    edges = [f"{p / PARTS:.0%} to {(p + 1) / PARTS:.0%}" for p in range(PARTS)]
+    edges = [f"{p / SECTIONS:.0%} to {(p + 1) / SECTIONS:.0%}" for p in range(SECTIONS)]
     lines += ["", "Denoising loss by part of the timestep schedule (0 is the clean end):", ""]
-    lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * PARTS}"]
+    lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * SECTIONS}"]
     for r in result["rows"]:
         shown = ["" if v is None else f"{v:.5f}" for v in r["loss_by_timestep"]]
         lines.append(f"| {markdown(r['name'])} | {' | '.join(shown)} |")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 #: parts of the timestep schedule whose losses are reported by themselves
-PARTS = 5
+SECTIONS = 5
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -54,6 +54,6 @@ def ranks(deviations: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, int]
 
 
 def by_timestep(values: np.ndarray, timesteps: np.ndarray, steps: int) -> list[float | None]:
-    """Mean of ``values`` in each of `PARTS` equal parts of the schedule; None where none fell."""
-    part = np.minimum(timesteps * PARTS // steps, PARTS - 1)
-    return [float(values[part == p].mean()) if (part == p).any() else None for p in range(PARTS)]
+    """Mean of ``values`` in each of the `SECTIONS` of the schedule; None where none fell."""
+    part = np.minimum(timesteps * SECTIONS // steps, SECTIONS - 1)
+    return [float(values[part == p].mean()) if (part == p).any() else None for p in range(SECTIONS)]

@@ -126,19 +126,19 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
 
-def check_identity(found: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Raises UserError when the run that wrote ``found`` is not the one described by ``identity``.
+def check_identity(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raises UserError when the run that wrote ``saved`` is not the one described by ``identity``.
 
     Both map the name of a setting to its value.
     """
-    names = [*identity, *(name for name in found.identity if name not in identity)]
-    different = [name for name in names if found.identity.get(name) != identity.get(name)]
+    names = [*identity, *(name for name in saved.identity if name not in identity)]
+    different = [name for name in names if saved.identity.get(name) != identity.get(name)]
     if different:
         raise UserError(
-            f"{found.path} was written with other settings: "
+            f"{saved.path} was written with other settings: "
             + ", ".join(f"{name} {identity.get(name)!r} is asked for now" for name in different)
             + ".",
-            ", ".join(f"{name} {found.identity.get(name)!r}" for name in different),
+            ", ".join(f"{name} {saved.identity.get(name)!r}" for name in different),
             "resume with the settings the run began with, or leave out --resume and give another "
             "--output to start a new one",
         )

@@ -20,7 +20,6 @@ from training.console import progress
 from training.data.encoding import Batch
 from training.data.images import Position
 from training.errors import UserError
-from training.learning.calibration import Calibration
 from training.learning.curves import History
 from training.learning.learner import (
     ORIGINAL_WEIGHT,
@@ -33,6 +32,7 @@ from training.learning.learner import (
     price_of,
 )
 from training.learning.processes import Processes
+from training.learning.start import Start
 from training.learning.stopping import Stopped, StopRequest
 from training.model.gating import deviation
 from training.step.denoising import Denoising, Problem
@@ -71,8 +71,8 @@ class Learning:
         window = WINDOW * config.gradient_accumulation
         gated = list(learner.gate_of)
         self._problems = Problems(denoising, stream, position, gated, window, config.reuse)
-        self._start = learner.keep_sets()
-        self._calibration: Calibration | None = None
+        self._kept_at_start = learner.keep_sets()
+        self._start: Start | None = None
         rate = config.learning_rate or default_learning_rate(steps)
         self._optimizer = new_optimizer(learner, rate, config.sparsity_weight)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -84,19 +84,19 @@ class Learning:
         self._controller = SparsityController(config.sparsity_weight, config.target_sparsity, steps)
 
     @property
-    def calibration(self) -> Calibration:
-        assert self._calibration is not None, "calibrate, or load a state, first"
-        return self._calibration
+    def start(self) -> Start:
+        assert self._start is not None, "measure the start, or load a state, first"
+        return self._start
 
-    def begin(self, found: Calibration) -> None:
+    def begin(self, start: Start) -> None:
         """Start at what was measured; a run that goes on has it from its checkpoint."""
-        self._use(found)
-        self.learner.start_(found.effects, self._price)
+        self._use(start)
+        self.learner.start_(start.effects, self._price)
         self._problems.begin()
 
     def pruned(self) -> dict[str, PrunedSite]:
         """What would be pruned by what has been learned so far."""
-        constants, rule = self.calibration.constants, self._config.padding
+        constants, rule = self.start.constants, self._config.padding
         return {
             site: PrunedSite(keep, constants[site], rule)
             for site, keep in self.learner.keep_sets().items()
@@ -122,10 +122,10 @@ class Learning:
         low, high = (self.learner.pruned_by(torch.tensor(s * travel)) for s in (LEAST_FALL, 1.0))
         return low, high
 
-    def _use(self, found: Calibration) -> None:
-        self._calibration = found
+    def _use(self, start: Start) -> None:
+        self._start = start
         target = self._config.target_sparsity
-        self._price = price_of(found.effects, self.learner.budget, target)
+        self._price = price_of(start.effects, self.learner.budget, target)
         # what the reconstruction is measured in: see `training.learning.learner`
         self._unit = self._price / ORIGINAL_WEIGHT
 
@@ -169,12 +169,12 @@ class Learning:
             self.learner.settle_(target)
         end = self.learner.keep_sets()
         self.history.changed = sum(
-            int((self._start[site] != end[site]).sum()) for site in self._start
+            int((self._kept_at_start[site] != end[site]).sum()) for site in self._kept_at_start
         )
 
     def _reconstruct(self) -> float:
         """Loss and gradient of the next batch, as its share of a step, in `_unit`."""
-        config, constants = self._config, self.calibration.constants
+        config, constants = self._config, self.start.constants
         answered = next(self._problems)
         masks = self.learner.masks(noise_scale(self.step, self.steps))
         gates = {site: SoftGate(mask, constants[site]) for site, mask in masks.items()}
@@ -191,7 +191,7 @@ class Learning:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "calibration": vars(self.calibration),
+            "calibration": vars(self.start),
             "learner": self.learner.state_dict(),
             "learner_generator": self.learner.generator.get_state(),
             **{name: part.state_dict() for name, part in self._parts().items()},
@@ -200,7 +200,7 @@ class Learning:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; before the first batch is drawn."""
         self.step = state["step"]
-        self._use(Calibration(**state["calibration"]))
+        self._use(Start(**state["calibration"]))
         self.learner.load_state_dict(state["learner"])
         self.learner.generator.set_state(state["learner_generator"])
         for name, part in self._parts().items():
@@ -221,9 +221,9 @@ def run(
     learning: Learning,
     every: int,
     save: Callable[[], None],
-    look: Callable[[Learning], None],
+    record: Callable[[Learning], None],
 ) -> None:
-    """Take the steps that are left: ``look`` after each, ``save`` after every so many and the last.
+    """Take the steps that are left; ``record`` each, ``save`` after every so many and the last.
 
     Raises Stopped when Ctrl-C or SIGTERM came; the step was finished and saved.
     """
@@ -240,7 +240,7 @@ def run(
                 refresh=False,
             )
             bar.update()
-            look(learning)
+            record(learning)
             last = learning.step == learning.steps
             asked = learning.processes.any(stop.asked)
             if asked or (every and (last or learning.step % every == 0)):

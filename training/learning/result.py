@@ -31,7 +31,7 @@ from training.learning.curves import History, curves_png, scores_png
 from training.learning.learner import TARGET_TOLERANCE, Alignment, aligned_scores
 from training.learning.loop import Learning
 from training.learning.page import html_report
-from training.learning.samples import Samples
+from training.learning.sample_sheet import SampleSheet
 from training.model.precision import in_precision
 from training.output import write
 from training.provenance import provenance
@@ -57,7 +57,7 @@ def finish(
     images: Images | StreamedImages,
     held_out: Sequence[int],
     output: Path,
-    samples: Samples | None,
+    samples: SampleSheet | None,
 ) -> FitResult:
     """From logits to a gate file and all that lies beside it."""
     learning.finish()
@@ -68,7 +68,7 @@ def finish(
     )
     gates = Gates(
         alignment.scores,
-        learning.calibration.constants if config.constant == "mean" else {},
+        learning.start.constants if config.constant == "mean" else {},
         config.padding,
         topology_of(unet),
         floor=config.floor,

@@ -1,4 +1,4 @@
-"""Images that the dense and the pruned model draw from the same noise.
+"""One picture of what the dense and the pruned model draw from the same noise.
 
 Deterministic sampling (DDIM, Song et al. 2021, arXiv:2010.02502, η = 0) from fixed seeds, with
 generators of its own: drawing them changes nothing in what is learned.
@@ -26,7 +26,7 @@ STEPS = 20
 GUIDANCE = 4.0
 
 
-class Samples:
+class SampleSheet:
     """One image per prompt; holds the VAE of ``model``, but not its text encoders.
 
     Prompts are embedded at once. An empty prompt is drawn without guidance.

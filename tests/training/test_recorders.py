@@ -20,10 +20,10 @@ from PIL import Image
 from ldcp_core import Gates, PrunedSite, gates_report, load_gates
 from training import fit
 from training.learning import curves as report
-from training.learning import watching
+from training.learning import recorders
 from training.learning.loop import Learning
 from training.learning.page import html_report
-from training.learning.samples import Samples
+from training.learning.sample_sheet import SampleSheet
 from training.model.load import DiffusionModel
 
 STEPS = 6
@@ -33,7 +33,7 @@ Run = Callable[..., int]
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images are drawn in few steps: how they look is not what is tested."""
-    monkeypatch.setattr("training.learning.samples.STEPS", 3)
+    monkeypatch.setattr("training.learning.sample_sheet.STEPS", 3)
 
 
 @pytest.fixture
@@ -103,14 +103,14 @@ def test_a_full_disk_costs_the_csv_and_not_the_run(
         def flush(self) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    look = watching.CsvHistory.look
+    record = recorders.CsvHistory.record
 
-    def full(self: watching.CsvHistory, learning: Learning) -> None:
+    def full(self: recorders.CsvHistory, learning: Learning) -> None:
         if learning.step == 3:
             self._file = Full()
-        look(self, learning)
+        record(self, learning)
 
-    monkeypatch.setattr(watching.CsvHistory, "look", full)
+    monkeypatch.setattr(recorders.CsvHistory, "record", full)
     assert run("a.safetensors") == 0
     assert "No space left" in caplog.text and "going on without it" in caplog.text
 
@@ -176,7 +176,7 @@ def halves(png: bytes) -> tuple[np.ndarray, np.ndarray]:
 def test_samples_show_the_dense_model_above_the_pruned_one(model: DiffusionModel) -> None:
     sites = ["mid_block.resnets.0.conv2", "mid_block.resnets.1.conv2"]
     constant = torch.full((32,), 1000.0)
-    samples = Samples(model, ["a face", ""], 16)
+    samples = SampleSheet(model, ["a face", ""], 16)
     kept = {site: PrunedSite(torch.ones(32, dtype=torch.bool), constant) for site in sites}
     above, below = halves(samples.picture(kept))
     assert above.shape == (16, 32, 3) and np.array_equal(above, below)  # nothing is pruned
@@ -185,7 +185,7 @@ def test_samples_show_the_dense_model_above_the_pruned_one(model: DiffusionModel
     again, below = halves(samples.picture(pruned))
     assert np.array_equal(again, above)
     assert np.abs(below.astype(int) - above).mean() > 1
-    fresh = Samples(model, ["a face", ""], 16).picture(pruned)
+    fresh = SampleSheet(model, ["a face", ""], 16).picture(pruned)
     assert np.array_equal(halves(fresh)[1], below)  # fixed seeds
 
 

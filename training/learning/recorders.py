@@ -1,7 +1,7 @@
-"""A run seen while it goes: the history as CSV, TensorBoard, and sample images.
+"""What is written of a run while it goes: the history as CSV, TensorBoard, and sample images.
 
-Watchers look at a `Learning` after each step and change nothing in it: what is learned does not
-depend on who looks.
+Recorders read a `Learning` after each step and change nothing in it: what is learned does not
+depend on what is recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ldcp_core import write_atomically
 from training.errors import UserError
 from training.learning.loop import Learning
-from training.learning.samples import Samples
+from training.learning.sample_sheet import SampleSheet
 from training.output import write
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ COLUMNS = ("step", "reconstruction", "mean_score", "weight", "sparsity")
 HISTOGRAMS = 50
 
 
-class Watcher(Protocol):
-    def look(self, learning: Learning) -> None:
+class Recorder(Protocol):
+    def record(self, learning: Learning) -> None:
         """After each step."""
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class CsvHistory:
         except OSError as error:
             self._give_up(error)
 
-    def look(self, learning: Learning) -> None:
+    def record(self, learning: Learning) -> None:
         if self._file is None:
             return
         try:
@@ -81,7 +81,7 @@ class TensorBoard:
         self._writer = summary_writer()(str(folder), purge_step=learning.step)
         self._interval = max(1, learning.steps // HISTOGRAMS)
 
-    def look(self, learning: Learning) -> None:
+    def record(self, learning: Learning) -> None:
         for name, value in zip(COLUMNS, _row(learning, learning.step - 1), strict=True):
             if name != "step":
                 self._writer.add_scalar(name, value, learning.step)
@@ -96,10 +96,10 @@ class TensorBoard:
 class SampleImages:
     """Dense against pruned, every so many steps, as PNG files in ``folder``."""
 
-    def __init__(self, folder: Path, samples: Samples, every: int) -> None:
+    def __init__(self, folder: Path, samples: SampleSheet, every: int) -> None:
         self._folder, self._samples, self._every = folder, samples, every
 
-    def look(self, learning: Learning) -> None:
+    def record(self, learning: Learning) -> None:
         if learning.step % self._every:
             return
         picture = self._samples.picture(learning.pruned())

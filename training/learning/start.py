@@ -21,10 +21,8 @@ from training.step.denoising import Denoising
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Start:
     """What stands in for pruned channels, the effect of closing all gates, and of closing each.
-
-    `ldcp_core.Calibration` is another thing: moments of what the channels were seen to do.
 
     ``constants`` (site name -> float32 [C]) are the channels' means over the data, or zero;
     ``effect`` is the deviation from dense with every gate closed; ``effects`` (site name ->
@@ -36,13 +34,13 @@ class Calibration:
     effects: dict[str, Tensor]
 
 
-def calibrate(
+def measure_start(
     config: FitConfig,
     denoising: Denoising,
     sites: Sequence[Site],
     stream: Iterator[Batch],
     processes: Processes,
-) -> Calibration:
+) -> Start:
     """Measure all three on the first batches of the stream, each process on its share of them.
 
     Raises UserError when pruning everything changes nothing, or breaks the model.
@@ -83,4 +81,4 @@ def calibrate(
     outputs = torch.tensor(float(problems[0].noisy.numel()), dtype=torch.float64)
     processes.sum_([outputs])
     effects = {site: total / outputs.item() for site, total in found.items()}
-    return Calibration(constants, effect, effects)
+    return Start(constants, effect, effects)
