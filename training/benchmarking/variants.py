@@ -12,7 +12,7 @@ each gated convolution is multiplied by zeros and ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,15 +242,10 @@ def mask_only(unet: UNet2DConditionModel, keep_sets: Mapping[str, Tensor]) -> It
         planes = mask[:, None, None]  # a convolution's output is [B, C, H, W], a GEGLU's [B, N, C]
         return lambda module, inputs, output: output * (planes if output.dim() == 4 else mask)
 
-    hooks = [
-        unet.get_submodule(site).register_forward_hook(hook(keep))
-        for site, keep in keep_sets.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for site, keep in keep_sets.items():
+            hooks.enter_context(unet.get_submodule(site).register_forward_hook(hook(keep)))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _own_bytes(unet: UNet2DConditionModel, blocks: Mapping[str, CompactBlock]) -> int:

@@ -10,7 +10,7 @@ the losses themselves. Another picture's caption, and an empty one, are compared
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,12 +119,10 @@ def losses(unet: UNet2DConditionModel, probe: Probe) -> Tensor:
 @contextmanager
 def zeroed(unet: UNet2DConditionModel, *names: str) -> Iterator[None]:
     """Replace the outputs of the named modules by zero."""
-    handles = [unet.get_submodule(name).register_forward_hook(_zeros) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(unet.get_submodule(name).register_forward_hook(_zeros))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def effect(unet: UNet2DConditionModel, probe: Probe, intact: Tensor, *names: str) -> Effect:
@@ -161,11 +159,8 @@ def without_heads(unet: UNet2DConditionModel, name: str, heads: range) -> Iterat
         per_head[..., heads.start : heads.stop, :] = 0
         return (per_head.flatten(-2), *inputs[1:])
 
-    handle = attention.to_out[0].register_forward_pre_hook(cut)
-    try:
+    with attention.to_out[0].register_forward_pre_hook(cut):
         yield
-    finally:
-        handle.remove()
 
 
 def changes(unet: UNet2DConditionModel) -> Iterator[tuple[str, AbstractContextManager[None]]]:

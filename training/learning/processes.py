@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,24 @@ SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"
 
 
 class Processes:
-    """The processes of this run: which one this is, and what they do together."""
+    """The processes of this run: which one this is, and what they do together.
 
-    rank = 0
-    world = 1
+    ``state`` is accelerate's; None means that there is this process alone.
+    """
+
+    def __init__(self, state: Any = None) -> None:
+        self._state = state
+        self.rank = 0 if state is None else state.process_index
+        self.world = 1 if state is None else state.num_processes
 
     @classmethod
     def launched(cls, cpu: bool) -> Processes:
         """The processes that `accelerate launch`, torchrun or mpirun started, or just this one."""
-        several = any(int(os.environ.get(name, "1")) > 1 for name in SIZES)
-        return _Several(cpu) if several else cls()
+        if not any(int(os.environ.get(name, "1")) > 1 for name in SIZES):
+            return cls()
+        from accelerate import PartialState
+
+        return cls(PartialState(cpu=cpu))
 
     @property
     def first(self) -> bool:
@@ -38,7 +47,7 @@ class Processes:
     @property
     def device(self) -> torch.device | None:
         """The device this process should use; None leaves the choice open."""
-        return None
+        return None if self._state is None else self._state.device
 
     def share(self, count: int) -> slice:
         """The rows of this process among ``count`` rows of a batch: disjoint, and all of them.
@@ -50,9 +59,19 @@ class Processes:
 
     def wait(self) -> None:
         """Until all processes are here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors, in place, by their sum over the processes, in one exchange."""
+        parts = list(tensors)
+        if self._state is None or not parts:
+            return
+        wide = torch.float32 if self._state.device.type == "mps" else torch.float64
+        flat = torch.cat([part.detach().reshape(-1).to(self.device, wide) for part in parts])
+        torch.distributed.all_reduce(flat)
+        for part, found in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+            part.detach().copy_(found.view_as(part))
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
@@ -71,28 +90,3 @@ class Processes:
         whole = torch.tensor(loss, dtype=torch.float64)
         self.sum_([*(p.grad for p in module.parameters() if p.grad is not None), whole])
         return whole.item()
-
-
-class _Several(Processes):
-    def __init__(self, cpu: bool) -> None:
-        from accelerate import PartialState
-
-        self._state = PartialState(cpu=cpu)
-        self.rank, self.world = self._state.process_index, self._state.num_processes
-
-    @property
-    def device(self) -> torch.device:
-        return self._state.device
-
-    def wait(self) -> None:
-        self._state.wait_for_everyone()
-
-    def sum_(self, tensors: Iterable[Tensor]) -> None:
-        parts = list(tensors)
-        if not parts:
-            return
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        flat = torch.cat([part.detach().reshape(-1).to(self.device, wide) for part in parts])
-        torch.distributed.all_reduce(flat)
-        for part, found in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
-            part.detach().copy_(found.view_as(part))

@@ -7,7 +7,7 @@ evaluation; the modules and their weights stay what they are, and afterwards not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -137,17 +137,13 @@ def watched(unet: UNet2DConditionModel, sites: Iterable[Site]) -> Iterator[Calib
 
         return see
 
-    hooks = []
-    try:
+    with ExitStack() as hooks:
         for site in sites:
-            hooks.append(replaced_seen(unet, site, output_of(site)))
+            hooks.enter_context(replaced_seen(unet, site, output_of(site)))
             if site.reader is not None:
                 reader = unet.get_submodule(site.reader)
-                hooks.append(reader.register_forward_hook(input_of(site)))
+                hooks.enter_context(reader.register_forward_hook(input_of(site)))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def deviation(output: Tensor, reference: Tensor) -> Tensor:
