@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from diffusers import (
@@ -194,8 +194,13 @@ def check_one_stage(name: str, gates: Gates) -> None:
         )
 
 
-def draw(pipe: Pipeline, shots: Sequence[Shot], settings: Settings) -> Iterator[Image.Image]:
-    """One image per shot, each from its own seed, so that batches do not matter."""
+def draw(
+    pipe: Pipeline, shots: Sequence[Shot], settings: Settings, output_type: str = "pil"
+) -> Iterator[Any]:
+    """One image per shot, each from its own seed, so that batches do not matter.
+
+    Those of ``output_type`` "latent" are tensors [4, h, w].
+    """
     for start in range(0, len(shots), settings.batch_size):
         part = shots[start : start + settings.batch_size]
         generators = [torch.Generator().manual_seed(shot.seed) for shot in part]
@@ -204,6 +209,7 @@ def draw(pipe: Pipeline, shots: Sequence[Shot], settings: Settings) -> Iterator[
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             generator=generators,
+            output_type=output_type,
         ).images
 
 

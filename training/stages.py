@@ -32,7 +32,7 @@ from training.errors import UserError
 from training.evaluation.statistics import bootstrap
 from training.learning.corrections import corrections
 from training.options import COUNT, SEED, Bound, Options, correction_rank, option, parsed
-from training.output import GATES, claimed, output_file
+from training.output import claimed, gate_output
 from training.provenance import without_folders
 from training.sample import (
     Pipeline,
@@ -40,6 +40,7 @@ from training.sample import (
     Shot,
     check_fits,
     check_one_stage,
+    draw,
     pipeline_of,
     read_prompts,
 )
@@ -129,18 +130,9 @@ class Pictures:
         return (found - self._dense).square().mean((1, 2, 3)).sqrt()
 
     def _latents(self, label: str) -> Tensor:
-        size, found = self._settings.batch_size, []
-        for start in progress(range(0, len(self._shots), size), f"drawing {label}", unit="batch"):
-            part = self._shots[start : start + size]
-            latents = self._pipe(
-                [shot.prompt for shot in part],
-                num_inference_steps=self._settings.steps,
-                guidance_scale=self._settings.guidance,
-                generator=[torch.Generator().manual_seed(shot.seed) for shot in part],
-                output_type="latent",
-            ).images
-            found.append(latents.float().cpu())
-        return torch.cat(found)
+        drawn = draw(self._pipe, self._shots, self._settings, output_type="latent")
+        shown = progress(drawn, f"drawing {label}", len(self._shots), unit="image")
+        return torch.stack([latents.float().cpu() for latents in shown])
 
 
 def stage(config: StagesConfig) -> Gates:
@@ -148,10 +140,7 @@ def stage(config: StagesConfig) -> Gates:
 
     Where no stages bring the pictures nearer, nothing is written.
     """
-    output = Path(config.output)
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output is {output}.", "a file name ending in .safetensors")
-    output_file("--output", output, GATES, (config.gates, config.model, config.data))
+    output = gate_output(config.output, (config.gates, config.model, config.data))
     with claimed(output):
         return _stage(config, output)
 
