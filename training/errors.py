@@ -25,3 +25,9 @@ class UserError(Exception):
         if next_step:
             lines.append(f"  Next step: {next_step}")
         super().__init__("\n".join(lines))
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what a library says, printable."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from training.data.cache import weights_digest
 from training.data.stamps import file_stamp
-from training.errors import UserError
+from training.errors import UserError, first_line
 
 #: images given to a network at once
 BATCH = 32
@@ -179,7 +179,8 @@ def load_networks(
 
 
 def _unreadable(path: Path, source: Source, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [repr(error)])[0]
     return UserError(
-        f"{path} can't be loaded: {reason}", f"{source.name}, {source.published}", "get it again"
+        f"{path} can't be loaded: {first_line(error)}",
+        f"{source.name}, {source.published}",
+        "get it again",
     )

@@ -114,7 +114,7 @@ class GateLearner(nn.Module):
     def penalty(self) -> Tensor:
         """The sparsity penalty: what the scores leave of the budget, a scalar with gradient.
 
-        Counted in channels that is the mean of all scores, the seed's L1.
+        Counted in channels that is the mean of all scores, the original project's L1.
         """
         kept = {site: gate.score.sum() for site, gate in self.gate_of.items()}
         return self.budget.remaining(kept)

@@ -48,7 +48,7 @@ from transformers import (
 )
 
 from training.console import progress
-from training.errors import UserError
+from training.errors import UserError, first_line
 from training.model.configs import NAMES, config_of, folder, single_file
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         found.item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device {name} can't be used: {single_file.first_line(error)}",
+            f"--device {name} can't be used: {first_line(error)}",
             "cpu, cuda or mps",
             "change --device",
         ) from error
@@ -203,7 +203,7 @@ def _load_folder(root: Path, source: str, dtype: torch.dtype) -> DiffusionModel:
         )
     except Exception as error:  # odd files make the libraries raise nearly anything
         raise UserError(
-            f"{root} can't be loaded: {single_file.first_line(error)}",
+            f"{root} can't be loaded: {first_line(error)}",
             folder.EXPECTED,
             single_file.FETCH_AGAIN,
         ) from error
@@ -337,7 +337,7 @@ def _read_tensors(path: Path, prefix: str, dtype: torch.dtype) -> dict[str, Tens
             return {key: file.get_tensor(key).to(dtype, copy=True) for key in shown}
     except SafetensorError as error:
         raise UserError(
-            f"{path} is damaged ({single_file.first_line(error)}).",
+            f"{path} is damaged ({first_line(error)}).",
             single_file.EXPECTED,
             single_file.FETCH_AGAIN,
         ) from error
@@ -402,7 +402,7 @@ def _download(source: str) -> Path:
     except Exception as error:  # the transport's own exceptions differ between hub versions
         raise UserError(
             f"The hub could not be reached for {source}, it is not in the local cache, and there "
-            f"is no such path here ({str(error).splitlines()[0] if str(error) else error!r}).",
+            f"is no such path here ({first_line(error)}).",
             EXPECTED,
             "check the connection and HF_HUB_OFFLINE, or pass a checkpoint file you already have",
         ) from error

@@ -94,17 +94,18 @@ def check_folder_configs(folder: Path) -> str:
         raise UserError(f"{folder} is {found}.", EXPECTED, TAKE_ANOTHER)
     _refuse_other_folders(folder, index)
     _refuse_missing(folder, ("unet/config.json",))
-    family = _family(folder)
+    unet = _read_json(folder / "unet" / "config.json")
+    family = _family(folder, unet)
     wanted = [f"{part}/config.json" for part in weight_files(family)]
     _refuse_missing(folder, (*wanted, "scheduler/scheduler_config.json"), TEXT_ENCODERS[family])
-    _check_unet(folder, family)
-    _check_others(folder, family)
+    _check_unet(folder, family, unet)
+    _check_others(folder)
+    _check_text(folder, family, unet)
     return family
 
 
-def _family(folder: Path) -> str:
-    """Which family the U-Net is of; raises UserError for the refiner."""
-    config = _unet_config(folder)
+def _family(folder: Path, config: Mapping[str, Any]) -> str:
+    """Which family the U-Net of this config is of; raises UserError for the refiner."""
     if config.get("addition_embed_type") != "text_time":
         return "sd2" if config.get("use_linear_projection") else "sd15"
     if len(config.get("block_out_channels", ())) == 4:
@@ -167,10 +168,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _unet_config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "unet" / "config.json")
-
-
 def _transformer_pipeline(folder: Path, class_name: str) -> str:
     """What a folder without a U-Net is called; "" for one with."""
     if not (folder / "transformer").is_dir():
@@ -197,8 +194,8 @@ def _refuse_other_folders(folder: Path, index: dict[str, Any]) -> None:
     raise UserError(f"{folder} is not a diffusers folder.", EXPECTED, next_step)
 
 
-def _check_unet(folder: Path, family: str) -> None:
-    path, config, wanted = folder / "unet" / "config.json", _unet_config(folder), _UNETS[family]
+def _check_unet(folder: Path, family: str, config: Mapping[str, Any]) -> None:
+    path, wanted = folder / "unet" / "config.json", _UNETS[family]
     if config.get("in_channels", 4) in (8, 9):
         raise UserError(
             f"{folder} is an inpainting or editing model: its U-Net takes "
@@ -226,7 +223,7 @@ def _check_unet(folder: Path, family: str) -> None:
         )
 
 
-def _check_others(folder: Path, family: str) -> None:
+def _check_others(folder: Path) -> None:
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -255,12 +252,10 @@ def _check_others(folder: Path, family: str) -> None:
             "one scaling_factor, as in SD1.5, SD2 and SDXL",
             TAKE_ANOTHER,
         )
-    _check_text(folder, family)
 
 
-def _check_text(folder: Path, family: str) -> None:
+def _check_text(folder: Path, family: str, unet: Mapping[str, Any]) -> None:
     """The text encoders give what the U-Net takes."""
-    unet = _unet_config(folder)
     encoders = {part: _read_json(folder / part / "config.json") for part in TEXT_ENCODERS[family]}
     for part, config in encoders.items():
         if not str(config.get("model_type", "")).startswith("clip_text"):

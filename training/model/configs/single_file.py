@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from training.errors import UserError
+from training.errors import UserError, first_line
 
 EXPECTED = (
     "a full checkpoint of Stable Diffusion 1.5, 2 or XL (U-Net, VAE and text encoders in one "
@@ -219,12 +219,6 @@ def _named_code(error: pickle.UnpicklingError) -> str:
     """
     found = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
     return f" (it names {found[1]})" if found else ""
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of what a library says, printable."""
-    line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
 
 
 def check_single_file(path: Path, header: Header) -> str:
