@@ -258,15 +258,9 @@ def _times_gradient(weight: nn.Parameter) -> Tensor:
 
 
 def _owned_parameters(unet: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]:
-    found: dict[int, nn.Parameter] = {}
-
-    def remember(parameter: nn.Parameter) -> Tensor:
-        found[id(parameter)] = parameter
-        return parameter
-
-    for site in sites:
-        owned(unet, site, remember)
-    return list(found.values())
+    names = {site.weight for site in sites}
+    names |= {f"{site.reader}.weight" for site in sites if site.reader is not None}
+    return [unet.get_parameter(name) for name in sorted(names)]
 
 
 def own_effect(

@@ -82,7 +82,7 @@ def list_images(source: str) -> Sequence[Record]:
     elif os.path.isfile(path):
         records = _list_file(path.resolve())
     else:
-        records = _list_hub(source)
+        records = _list_rows(source, _hub_folder(source), _load_hub(source))
     if not records:
         raise UserError(f"{source} holds no images.", EXPECTED, "check the path")
     return records
@@ -373,10 +373,6 @@ def _load_tables(root: Path, files: Sequence[Path], streaming: bool = False) -> 
             EXPECTED,
             "download or pack the files again",
         ) from error
-
-
-def _list_hub(source: str) -> Sequence[Record]:
-    return _list_rows(source, _hub_folder(source), _load_hub(source))
 
 
 def _hub_folder(source: str) -> Path:
