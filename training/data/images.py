@@ -48,7 +48,7 @@ class Broken(dict[str, str]):
             log.warning("Skipping the broken image %s: %s", id, reason)
         self[id] = reason
 
-    def report(self, images: str) -> str:
+    def summary(self, images: str) -> str:
         """How many of the ``images`` were skipped and which, or "" when none were."""
         if not self:
             return ""
@@ -149,7 +149,7 @@ class ImageData:
         return found
 
     def broken_report(self) -> str:
-        return self.broken.report(f"of {len(self)} images")
+        return self.broken.summary(f"of {len(self)} images")
 
     def split(self, validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
         """Return disjoint, sorted indices for training and validation.

@@ -87,7 +87,7 @@ class StreamedImages:
         return found
 
     def broken_report(self) -> str:
-        return self.broken.report("streamed images")
+        return self.broken.summary("streamed images")
 
     def batches(
         self,

@@ -284,7 +284,7 @@ def _convert_text_encoder(path: Path, family: str, part: str) -> Any:
     renamed = _named_as_clip if prefix.endswith(".transformer.") else _named_as_open_clip
     config = CLIPTextConfig.from_pretrained(config_of(family, part), local_files_only=True)
     try:
-        module, report = cls.from_pretrained(
+        module, loading = cls.from_pretrained(
             None,
             config=config,
             state_dict=renamed(_read_tensors(path, prefix, torch.float32), prefix, config),
@@ -292,7 +292,7 @@ def _convert_text_encoder(path: Path, family: str, part: str) -> Any:
         )
     except RuntimeError as error:
         raise _incomplete(path, family, part, [str(error)]) from error
-    missing = [f"no {key}" for key in report["missing_keys"] if not key.endswith("position_ids")]
+    missing = [f"no {key}" for key in loading["missing_keys"] if not key.endswith("position_ids")]
     if missing:
         raise _incomplete(path, family, part, missing)
     return module.to(torch.float32)
