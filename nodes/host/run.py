@@ -268,7 +268,8 @@ class Run:
             return
         self._schedule, self._sigmas = schedule, schedule.tolist()
         steps = self.record.steps = len(self._sigmas) - 1
-        beyond = [str(r) for layer in self.layers for r in layer.schedule.beyond(steps)]
+        ranges = [str(r) for layer in self.layers for r in layer.schedule.beyond(steps)]
+        beyond = list(dict.fromkeys(ranges))
         if beyond:
             self.record.note(
                 f"this run has {steps} step{'s' * (steps != 1)} (0 to {steps - 1}); the range "
