@@ -33,3 +33,19 @@ class Channels:
 
     def tensors(self) -> list[Tensor]:
         return [self.kept, self.pruned, self.pairs, self.signs, self.rows]
+
+
+def add_(onto: Tensor, values: Tensor, channels: Channels) -> Tensor:
+    """``onto`` [B, C, ...] with ``values`` [B, K, ...] added to its kept channels.
+
+    ``onto`` may be written into. In a graph it is a gather that adds them, since few of the
+    runtimes that a graph is exported to know a scatter that adds.
+    """
+    if torch.compiler.is_compiling():
+        padded = torch.cat([values, values.new_zeros(values.shape[0], 1, *values.shape[2:])], 1)
+        places = torch.where(channels.rows < 0, values.shape[1], channels.rows)
+        return onto + padded.index_select(1, places).to(onto.dtype)
+    if values.dim() == 3:  # two numbers per channel: 80 times as fast on a CPU as rows of them
+        onto.view(onto.shape[0], -1).index_add_(1, channels.pairs, values.flatten(1))
+        return onto
+    return onto.index_add_(1, channels.kept, values.to(onto.dtype))

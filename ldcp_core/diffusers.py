@@ -47,6 +47,8 @@ CompactBlock = CompactResBlock | CompactFeedForward | CompactAttention
 BlockForward = Callable[..., Tensor]
 #: the last of the timesteps that Stable Diffusion was trained on
 LAST_TIMESTEP = 999
+#: attribute of a U-Net that `ldcp_core.export` loaded
+EXPORTED = "ldcp_exported"
 #: what diffusers' attention has where it computes something else; versions differ in which
 UNLIKE_PLAIN = ("norm_q", "norm_k", "group_norm", "residual_connection", "fused_projections")
 #: diffusers' classes that compute attention and nothing else
@@ -89,12 +91,18 @@ def pruned(
                 f"a U-Net does not know its step, and the schedule is {schedule}: give the "
                 "scheduler of the pipeline, pruned(..., scheduler=pipe.scheduler)"
             )
-    found = gates if isinstance(gates, Gates) else load_gates(Path(gates))
-    unet = getattr(unet, "_orig_mod", unet)  # of a shell that torch.compile made
-    _check_fit(unet, found)
+    unet, found = fitted(unet, gates)
     by_stage = found.by_stage(sparsity)
     stages = [(schedule.during(stage), keep_sets) for stage, keep_sets in by_stage]
     return Pruning(unet, found, stages, scheduler)
+
+
+def fitted(unet: Any, gates: Gates | str | PathLike[str]) -> tuple[Any, Gates]:
+    """The U-Net itself, and gates that fit it; see `pruned` for what is raised."""
+    found = gates if isinstance(gates, Gates) else load_gates(Path(gates))
+    unet = getattr(unet, "_orig_mod", unet)  # of a shell that torch.compile made
+    _check_fit(unet, found)
+    return unet, found
 
 
 class Pruning:
@@ -206,6 +214,10 @@ def _timestep_at(percent: float) -> float:
 
 
 def _check_fit(unet: Any, gates: Gates) -> None:
+    if getattr(unet, EXPORTED, False):
+        raise UnsupportedModel(
+            "this U-Net was exported with what its gates left; give the U-Net that it was made of"
+        )
     try:
         found = topology_of(unet)
     except (AttributeError, TypeError, ValueError) as error:
@@ -313,6 +325,7 @@ class DiffusersResBlock:
         self.block = block
         self.groups: int = block.norm2.num_groups
         self.eps: float = block.norm2.eps
+        self._affine: tuple[Tensor, Tensor] | None = None
 
     def layers(self) -> list[nn.Module]:
         return [self.block.conv1, self.block.conv2]
@@ -370,7 +383,7 @@ class DiffusersResBlock:
         return y
 
     def norm2_affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self._affine
+        return self._affine or (self.block.norm2.weight, self.block.norm2.bias)
 
     def conv1(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _base(self.block.conv1)._conv_forward(x, weight, bias)

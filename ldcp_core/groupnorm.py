@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused
-from .channels import Channels
+from .channels import Channels, add_
 
 #: Devices with one pass for the moments. Launches are counted on tensors without contents ("meta"),
 #: which stand for those of a GPU.
@@ -39,16 +39,15 @@ def group_norm_silu(
     and bias, each [C]. Statistics, scale and level are float32, what comes back has the dtype of
     ``h``.
     """
-    batch, count = emb.shape
     weight, bias = (t.float() for t in affine)
     if h.shape[1] and fused.usable(h):
         return fused.norm_silu(h, emb, shifts, channels, (weight, bias), groups, eps)
-    values = (emb[:, :, None] + shifts[:, None].expand(-1, 2)).float().flatten(1)
+    values = (emb[:, :, None] + shifts[:, None].expand(-1, 2)).float().contiguous()
     if h.shape[1]:
         mean, inverse = _moments(h)
         ends = torch.addcdiv(mean[:, :, None], channels.signs, inverse[:, :, None])
-        values.index_add_(1, channels.pairs, ends.flatten(1))
-    normed = F.group_norm(values.view(batch, count, 2), groups, weight, bias, eps)
+        values = add_(values, ends, channels)
+    normed = F.group_norm(values, groups, weight, bias, eps)
     constants = normed[:, :, 0].index_select(1, channels.pruned)
     constants = F.silu(constants.to(h.dtype))
     if h.shape[1] == 0:

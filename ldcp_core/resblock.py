@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import fused
 from .blocks import ALIGNMENT, Block, Cost, Latent, Padding, PrunedSite, SiteKind, SoftGate
-from .channels import Channels
+from .channels import Channels, add_
 from .correction import Correction
 from .groupnorm import group_norm_silu
 
@@ -201,7 +201,7 @@ class CompactResBlock:
         self.planes: Tensor | None = None
         #: What conv2 makes of the pruned constants.
         self.columns: Tensor | None = None
-        self._inside: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        self._inside: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
         if gate.correction is not None and gate.inner is not None and not folds:
             conv2 = ConvWeights(*gate.correction.added(conv2.weight, conv2.bias, gate.inner))
@@ -253,7 +253,7 @@ class CompactResBlock:
         if self.residual is None or self.planes is None:
             return skip + y
         out = skip + self.planes.to(skip.dtype)[:, None, None]
-        return out.index_add_(1, self.residual.kept, y.to(out.dtype))
+        return add_(out, y, self.residual)
 
     def _rows_only(self, ops: ResBlockOps, x: Tensor, emb: Tensor, channels: Channels) -> Tensor:
         assert self.shifts is not None
@@ -313,7 +313,7 @@ class CompactResBlock:
         """[9, H·W] of ones where a tap lies inside; kept, but for inside torch.compile."""
         if torch.compiler.is_compiling():
             return _taps_inside(size, like)
-        key = size, like.dtype
+        key = size, like.dtype, like.device
         if key not in self._inside:
             self._inside[key] = _taps_inside(size, like)
         return self._inside[key]
@@ -346,11 +346,12 @@ def _convolve(
 
     PyTorch's CPU convolution lays its weights out anew on every call; above the C library's largest
     threshold for that buffer (32 MiB in glibc) fresh pages are mapped and cleared each time, which
-    took as long as the convolution itself.
+    took as long as the convolution itself. In a graph it is whole.
     """
     # not .nbytes: torch.compile knows no symbolic size of it
     size = conv.weight.numel() * conv.weight.element_size()
-    pieces = -(-size // CPU_PIECE) if conv.weight.device.type == "cpu" else 1
+    cuts = conv.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    pieces = -(-size // CPU_PIECE) if cuts else 1
     if pieces <= 1:
         return convolution(x, conv.weight, conv.bias)
     rows = -(-conv.weight.shape[0] // pieces)
@@ -374,5 +375,7 @@ def _fold_columns(weight: Tensor, padding: Padding) -> Tensor:
 
 def _taps_inside(size: torch.Size, like: Tensor) -> Tensor:
     """[9, H·W] of ones where a tap of a 3x3 window centred on a position lies inside the map."""
-    ones = torch.ones(1, 1, *size, device=like.device)
-    return F.unfold(ones, 3, padding=1)[0].to(like.dtype)
+    height, width = size
+    ones = F.pad(torch.ones(size, dtype=like.dtype, device=like.device), (1, 1, 1, 1))
+    taps = [ones[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return torch.stack(taps).flatten(1)

@@ -20,11 +20,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from ldcp_core import write_atomically
-from ldcp_core.gatefile import FORMAT
+from ldcp_core import export as ldcp_export
+from ldcp_core import gatefile, write_atomically
 from training.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ BEGINNING = 4096
 PNG, PNG_HEADER = b"\x89PNG\r\n\x1a\n", 33
 #: what a system says of a lock that another process holds
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-#: bytes of a gate file's header, at most
+#: bytes of the header of a .safetensors file, at most
 MAX_HEADER = 64 * 1024 * 1024
 
 
@@ -54,17 +55,18 @@ def marked(name: str, mark: bytes) -> Kind:
     return Kind(name, lambda path: mark in _beginning(path))
 
 
-def _is_gate_file(path: Path) -> bool:
+def _has_format(path: Path, name: str) -> bool:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= MAX_HEADER else b""
     try:
-        return bool(json.loads(header)["__metadata__"]["format"] == FORMAT)
+        return bool(json.loads(header)["__metadata__"]["format"] == name)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-GATES = Kind("a gate file", _is_gate_file)
+GATES = Kind("a gate file", partial(_has_format, name=gatefile.FORMAT))
+EXPORT = Kind("an exported U-Net", partial(_has_format, name=ldcp_export.FORMAT))
 PICTURE = marked("a picture of an earlier run", MARK)
 HISTORY = marked("the history of an earlier run", b"step,reconstruction,")
 PAGE = marked("the report of an earlier run", b"<title>Pruning gates</title>")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from training import benchmark, evaluate, fit, inspect, sample, score, sweep
+from training import benchmark, evaluate, export, fit, inspect, sample, score, sweep
 from training.demo import build, draw
 from training.errors import UserError
 from training.output import GATES, PICTURE, claimed, output_file, write
@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "evaluate": (evaluate.main, ["--demo", "none.safetensors", "--output"], "a"),
     "sweep": (sweep.main, ["--demo", "--criteria", "random", "--output"], "a"),
     "benchmark": (benchmark.main, ["--output"], "a"),
+    "export": (export.main, ["none.safetensors", "--demo", "--output"], "a"),
     "inspect": (inspect.main, ["none.safetensors", "--image"], "a.png"),
 }
 
@@ -54,6 +55,7 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
         ("sweep", "a/evaluation.md"),
         ("benchmark", "a.md"),
         ("benchmark", "a.json"),
+        ("export", "a/unet/diffusion_pytorch_model.safetensors"),
         ("inspect", "a.png"),
     ],
 )
