@@ -67,8 +67,8 @@ def save_exported(
     """Write what ``gates`` leave of a `UNet2DConditionModel` to a .safetensors file.
 
     The U-Net in memory stays as it is; LoRA must be fused into it. ``sparsity`` prunes that share
-    of the gated channels by rank, whatever stages there are. Constants and corrections are folded in float32, and all is
-    rounded once to ``dtype`` (None: that of the U-Net).
+    of the gated channels by rank; without it the gates must not have stages. Constants and
+    corrections are folded in float32, and all is rounded once to ``dtype`` (None: the U-Net's).
 
     Raises GateFileError for a file that holds no gates, UnsupportedModel where gates and U-Net
     don't fit or the U-Net can't be exported, ValueError for a sparsity outside [0, 1], and OSError

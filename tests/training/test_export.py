@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_diffusers import SMALL_2, TOLERANCE, add_lora, evaluated, far, gates_of, reference
 from torch import nn
 
-from ldcp_core import Gates, Padding, Topology, load_gates, save_gates, savings
+from ldcp_core import Gates, Padding, Stage, Topology, load_gates, save_gates, savings
 from ldcp_core.diffusers import UnsupportedModel, pruned
 from ldcp_core.export import (
     WEIGHTS,
@@ -287,7 +287,7 @@ def test_other_files_and_folders_are_refused(written: bytes, path: Path, pipelin
         load_exported(path)
 
 
-def test_what_is_pruned_already_or_has_a_lora_is_refused(
+def test_what_is_pruned_already_or_in_stages_or_has_a_lora_is_refused(
     unet: UNet2DConditionModel, path: Path
 ) -> None:
     gates = gates_of(unet)
@@ -297,6 +297,9 @@ def test_what_is_pruned_already_or_has_a_lora_is_refused(
             use(found, gates)
     with pytest.raises(UnsupportedModel, match="made for"):
         save_exported(diffusers_unet(SMALL_XL, "cpu"), gates, path)
+    staged = replace(gates, stages=(Stage(0.0, None), Stage(0.5, 0.5)))
+    with pytest.raises(UnsupportedModel, match="the gates have 2 stages"):
+        save_exported(unet, staged, path)
     add_lora(unet)
     with pytest.raises(UnsupportedModel, match="Fuse and unload LoRA"):
         save_exported(unet, gates, path)
