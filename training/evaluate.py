@@ -4,15 +4,16 @@
     python -m training.evaluate a.safetensors --model sd15.safetensors --data ffhq/ \\
         --images images/ --output evaluation
     python -m training.evaluate a.safetensors --demo --precision fp32 fp8 int8 --unstructured l1
-    python -m training.evaluate a.safetensors --demo --baselines
+    python -m training.evaluate a.safetensors --demo --baselines --rivals obs structural
 
 All gate files, in every --precision, meet the same images, which all of them held out, the same
 noise and timesteps. Where the held-out deviations of two overlap, they share a rank. Bytes and
 times are measured. With --baselines, as many channels as learned gates keep are chosen by cheaper
-means as well; with --unstructured, single weights are set to zero. With --images, pictures are
-drawn from every model with the same prompts and seeds and compared with the dense ones, their
-prompts and a reference; what needs weights that are not there is left out, and the report says
-which file to put where. Writes PREFIX.md, PREFIX.json, PREFIX.png (quality against cost) and
+means as well; with --rivals, channels are removed for good as others do, until as few weights are
+left; with --unstructured, single weights are set to zero. With --images, pictures are drawn from
+every model with the same prompts and seeds and compared with the dense ones, their prompts and a
+reference; what needs weights that are not there is left out, and the report says which file to put
+where. Writes PREFIX.md, PREFIX.json, PREFIX.png (quality against cost) and
 PREFIX.grid.png.
 """
 
@@ -46,6 +47,7 @@ from training.evaluation.networks import CLIP, INCEPTION, VGG, load_networks
 from training.evaluation.plots import grid, plot
 from training.evaluation.reference import Reference
 from training.evaluation.report import render
+from training.evaluation.rivals import KINDS, Rival, rivals
 from training.evaluation.statistics import bootstrap, by_timestep, ranks, summary
 from training.evaluation.unstructured import Unstructured, unstructured_of
 from training.model.load import DiffusionModel, load_model, usable_device
@@ -103,7 +105,7 @@ def evaluate(
     model: DiffusionModel,
     images: Images,
     held_out: Sequence[int],
-    candidates: Mapping[str, Candidate | Unstructured],
+    candidates: Mapping[str, Candidate | Rival | Unstructured],
     samples: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def evaluate(
             deviation, loss = (values.double().numpy() for values in heldout.as_it_is(name))
             seconds = median_seconds(model, inputs)
             layers = candidate.layers(model.unet) if isinstance(candidate, Unstructured) else []
-        cost = {"bytes": size, "seconds": seconds, **counted(candidate.gates, side)}
+        cost = {"bytes": size, "seconds": seconds, **counted(candidate, parameters, side)}
         found = {"name": name, **described(name, candidate), **cost, "loss": summary(loss)}
         found["sparsity"] = 1 - found["parameters_left"]
         if layers:
@@ -142,7 +144,7 @@ def evaluate(
             found["deviation"] = summary(deviation)
             found["deviation_interval"] = bootstrap(deviation)
             found["deviation_by_timestep"] = by_timestep(deviation, timesteps, steps)
-            if candidate.gates is None and not layers:
+            if isinstance(candidate, Candidate) and candidate.gates is None:
                 rounding.setdefault(candidate.precision, float(deviation.mean()))
             elif candidate.precision in rounding and candidate.precision != Candidate.precision:
                 found["rounding"] = rounding[candidate.precision]
@@ -175,18 +177,10 @@ def notes_on_rounding(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def described(name: str, candidate: Candidate | Unstructured) -> dict[str, Any]:
+def described(name: str, candidate: Candidate | Rival | Unstructured) -> dict[str, Any]:
     """What a candidate is; raises UserError for a gate file that says so in other than words."""
-    if isinstance(candidate, Unstructured):
-        return {
-            "precision": candidate.precision,
-            "criterion": f"unstructured {candidate.kind}",
-            "scope": "",
-            "target": candidate.amount,
-            "channels_pruned": 0.0,
-            "zeroed": True,
-            "beside": "",
-        }
+    if not isinstance(candidate, Candidate):
+        return candidate.described()
     gates = candidate.gates
     info = {} if gates is None else gates.info
     return {
@@ -200,8 +194,13 @@ def described(name: str, candidate: Candidate | Unstructured) -> dict[str, Any]:
     }
 
 
-def counted(gates: Gates | None, side: int) -> dict[str, float]:
-    """Shares of the U-Net's parameters and FLOPs that are left, by the cost model."""
+def counted(
+    candidate: Candidate | Rival | Unstructured, parameters: int, side: int
+) -> dict[str, float]:
+    """Shares of the U-Net's ``parameters`` and of its FLOPs that are left, by the cost model."""
+    if not isinstance(candidate, Candidate):
+        return candidate.counted(parameters, side)
+    gates = candidate.gates
     if gates is None:
         return {"parameters_left": 1.0, "flops_left": 1.0}
     counts = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
@@ -235,6 +234,10 @@ class EvaluateOptions(Options):
     baselines: bool = option(
         "as many channels as learned gates keep by own effect, FLAP, L1 magnitude and chance", False
     )
+    rivals: tuple[str, ...] = option(
+        "other ways to leave as few weights as learned gates do", (), choices=KINDS
+    )
+    fine_tune_steps: int = option("rivals: structural, after removing channels", 200, COUNT)
     unstructured: tuple[str, ...] = option(
         "single weights at zero for comparison: l1, sensitivity, percentage, or l1=0.1,0.35",
         (),
@@ -281,14 +284,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_one_stage(name, of)
     pruned = candidates_of(gates, precisions)
     zeroed = unstructured_of(given.unstructured, precisions[0])
-    candidates: dict[str, Candidate | Unstructured] = {**pruned, **zeroed}
+    candidates: dict[str, Candidate | Rival | Unstructured] = {**pruned, **zeroed}
     for name, candidate in candidates.items():  # what a file says of itself makes sense
         described(name, candidate)
     data = open_dataset(given.data)
     seen, held_out = unseen(data, [Split.of_file(of.info, name) for name, of in gates.items()])
     learned = [name for name, of in gates.items() if of.info.get("criterion") == "learned"]
-    if given.baselines and not learned:
-        raise UserError("--baselines was given without learned gates.", "gates by training.fit")
+    for asked in ("baselines", "rivals"):
+        if getattr(given, asked) and not learned:
+            raise UserError(f"--{asked} was given without learned gates.", "gates by training.fit")
     prompts = read_prompts(given.prompts)
     for precision in precisions:  # a missing package shows before anything is computed
         storage_of(precision, torch.device(given.device))
@@ -308,6 +312,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in learned if given.baselines else ():
         denoising = Denoising(model, given.seed)
         candidates |= baselines(name, pruned[name], denoising, fresh, seen, given.seed)
+    for name in learned if given.rivals else ():
+        given_to = Denoising(model, given.seed), fresh, seen, given.fine_tune_steps, given.seed
+        left = counted(pruned[name], 0, model.resolution // model.vae_scale_factor)
+        share = left["parameters_left"]
+        candidates |= rivals(given.rivals, name, pruned[name], share, *given_to)
     result = evaluate(model, fresh, held_out, candidates, given.samples, given.seed)
     paths: dict[str, list[Path]] = {}
     if networks is not None and given.images is not None:
@@ -315,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shots = shots_of(prompts, given.seeds)
         settings = Settings(given.steps, given.guidance)
         paths = sample(model, candidates, shots, settings, Path(given.images))
-        found = compare_images(paths, prompts, networks, Reference(images, folder))
+        found = compare_images(paths, prompts, networks, Reference(images, folder), model.vae)
         result |= {"images": found.single, "sets": found.sets}
         result["notes"] += found.notes
         result["reference"] = {

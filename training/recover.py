@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldcp_core import RANK, Correction, Gates, SoftGate, gates_report, load_gates, save_gates
 from training.console import explaining, log_progress, name_of, progress
@@ -35,7 +35,7 @@ from training.output import claimed, gate_output
 from training.provenance import without_folders
 from training.sample import check_fits, check_one_stage
 from training.session import fit_to, frozen_model
-from training.step.denoising import Denoising, HeldOut, Problem
+from training.step.denoising import Denoising, HeldOut, Problem, without_prompts
 
 log = logging.getLogger("training.recover")
 
@@ -178,21 +178,6 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
     print(gates_report(recovered).text())
     print(f"wrote {output}")
     return recovered
-
-
-def without_prompts(problem: Problem, context: Tensor, pooled: Tensor) -> Problem:
-    """The problem with the empty prompt [1, T, D], [1, P] in the place of every second one.
-
-    Guidance asks the model with and without a prompt; trained with prompts alone, the two answers
-    would drift apart.
-    """
-    empty = torch.arange(len(problem)) % 2 == 1
-    contexts, added = problem.context.clone(), dict(problem.added)
-    contexts[empty] = context.to(contexts)
-    if "text_embeds" in added:
-        added["text_embeds"] = added["text_embeds"].clone()
-        added["text_embeds"][empty] = pooled.to(added["text_embeds"])
-    return replace(problem, context=contexts, added=added)
 
 
 def _deviation(unet: Any, heldout: HeldOut, gates: Gates, label: str) -> float:

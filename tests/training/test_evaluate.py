@@ -248,6 +248,8 @@ def test_gates_of_another_model_are_refused(
         (["--reference", "x"], "--reference given without --images"),
         (["--resolution", "33"], "--resolution is 33"),
         (["--baselines"], "--baselines was given without learned gates"),
+        (["--rivals", "obs"], "--rivals was given without learned gates"),
+        (["--rivals", "pruning"], "--rivals"),
         (["--images", "i", "--inception", "no.pt"], "There is no no.pt."),
         (["--images", "i", "--reference", "no/such/folder"], "no/such/folder"),
     ],
@@ -414,7 +416,40 @@ def test_cheap_choices_stand_beside_learned_gates(
     printed = capsys.readouterr().out
     assert "Beside mine: as many channels chosen by cheaper means" in printed
     line = next(x for x in printed.splitlines() if x.startswith("| own-effect, per site |"))
-    assert line.endswith(f"| {times:.2f} |")
+    assert line.endswith(f"| {times:.2f} | {cheap[0]['rank']} |")
+
+
+def test_rivals_stand_in_the_table_with_their_images(
+    source: list[str],
+    half: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("training.evaluation.rivals.SAMPLES", 4)
+    monkeypatch.setattr("training.evaluation.rivals.TIMESTEPS", 2)
+    file = described(half, tmp_path / "mine.safetensors", {"criterion": "learned", "scope": "all"})
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a face\na dog's face\n", encoding="utf-8")
+    drawing = ["--images", str(tmp_path / "i"), "--prompts", str(prompts), "--steps", "2"]
+    given = ["--rivals", "structural", "obs", "--fine-tune-steps", "1", "--samples", "2"]
+    output = ["--output", str(tmp_path / "e")]
+    assert evaluate.main([file, *source, *drawing, *given, *output]) == 0
+    found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    mine = found["rows"][1]
+    others = [row for row in found["rows"] if row["beside"] == "mine"]
+    kinds = [f"{kind}, {how}" for how in ("per layer", "global") for kind in ("structural", "obs")]
+    assert [row["criterion"] for row in others] == kinds
+    for row in others:
+        assert row["parameters_left"] == pytest.approx(mine["parameters_left"], abs=0.01)
+        assert row["deviation"]["mean"] > 0 and row["bytes"] < found["rows"][0]["bytes"]
+        assert found["images"][row["name"]]["L1"]["mean"] > 0
+    printed = capsys.readouterr().out
+    lines = [x for x in printed.splitlines() if x.startswith(("| obs, ", "| structural, "))]
+    assert len(lines) == 4 and all(line.count("|") == 8 for line in lines)
+    assert "| rank | L1 | VAE features |" in printed
+    with Image.open(tmp_path / "e.grid.png") as grid:
+        assert grid.height == 20 + 6 * (16 + 18)  # dense, mine and four rivals
 
 
 def test_nothing_to_compare_is_answered(

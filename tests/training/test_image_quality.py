@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
@@ -17,12 +18,18 @@ from training.data.images import open_dataset
 from training.errors import UserError
 from training.evaluation import images as image_quality
 from training.evaluation.distances import cmmd, fid, kid, precision_recall
-from training.evaluation.images import clip_scores, compare_images, pair_metrics
+from training.evaluation.images import clip_scores, compare_images, pair_metrics, vae_features
 from training.evaluation.networks import Clip, Inception, Networks, Vgg, load_networks
 from training.evaluation.reference import Reference
 from training.model.load import _clip_tokenizer
 
 FACES = ["a face", "a dog's face"]
+VAE = AutoencoderKL(
+    block_out_channels=(8, 8),
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    norm_num_groups=8,
+)
 
 
 class TinyInception(nn.Module):
@@ -169,6 +176,38 @@ def test_image_metrics_agree_with_scikit_image() -> None:
     assert of["L1"](a, b) == pytest.approx(abs(one / 255 - two / 255).mean(), rel=1e-5)
 
 
+def test_the_vae_compares_directions_of_its_maps_at_every_position() -> None:
+    one, other = torch.randint(0, 256, (2, 1, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        x = VAE.encoder.conv_in(torch.cat([one, other]).float() / 127.5 - 1)
+        expected = 0.0
+        for block, side in zip(VAE.encoder.down_blocks, (8, 8), strict=True):
+            x = block(x)
+            assert x.shape[-1] == side
+            a, b = x / x.square().sum(1, keepdim=True).sqrt()
+            expected += float((a - b).square().sum() / side**2)
+    distance = vae_features(VAE)
+    assert distance(one, other) == pytest.approx(expected, rel=1e-5) and expected > 0.01
+    assert distance(one, one) == 0
+    assert not any(block._forward_hooks for block in VAE.encoder.down_blocks)
+
+
+def test_images_against_dense_ones_have_an_interval_and_distances_a_rank(
+    tmp_path: Path, reference: Reference
+) -> None:
+    pixels = {"dense": 100, "near": 110, "far": 200}
+    paths = {}
+    for name, value in pixels.items():
+        (tmp_path / name).mkdir()
+        paths[name] = [tmp_path / name / f"{n}.png" for n in range(4)]
+        for n, path in enumerate(paths[name]):
+            Image.fromarray(np.full((16, 16, 3), value + n, dtype=np.uint8)).save(path)
+    found = compare_images(paths, FACES, Networks(), reference, VAE).single
+    assert found["near"]["L1"]["interval"] == pytest.approx((10 / 255, 10 / 255))
+    assert (found["near"]["L1"]["rank"], found["far"]["L1"]["rank"]) == (1, 2)
+    assert "rank" not in found["near"].get("SSIM", {})
+
+
 # --- networks -------------------------------------------------------------------------------------
 
 
@@ -198,7 +237,7 @@ def test_missing_weights_are_named_and_the_rest_goes_on(
 ) -> None:
     networks = load_networks(None, None, None, tmp_path / "metrics", "cpu")
     paths = {"dense": draw(tmp_path / "dense", range(4)), "half": draw(tmp_path / "half", range(4))}
-    found = compare_images(paths, FACES, networks, reference)
+    found = compare_images(paths, FACES, networks, reference, VAE)
     text = "\n".join(found.notes)
     for metrics, name, option in (
         ("FID and KID", "inception-2015-12-05.pt", "--inception"),
@@ -209,6 +248,7 @@ def test_missing_weights_are_named_and_the_rest_goes_on(
         assert f"{metrics} not measured: put {name} (" in text
         assert f"at {where}, or give it with {option}" in text
     assert found.single["half"]["L1"]["maximum"] == 0  # the same seeds, the same noise
+    assert found.single["half"]["VAE features"]["maximum"] == 0
     assert set(found.single["dense"]) == {"diversity (L1)"}
     assert found.sets == {"dense": {}, "half": {}}
 
@@ -234,7 +274,7 @@ def test_sets_are_compared_by_every_network_that_is_there(
         "dense": draw(tmp_path / "dense", range(100, 106)),
         "half": draw(tmp_path / "half", range(6)),
     }
-    found = compare_images(paths, FACES, networks, reference)
+    found = compare_images(paths, FACES, networks, reference, VAE)
     of_dense, of_half = found.sets["dense"], found.sets["half"]
     assert set(of_dense) == {"FID", "KID", "KID std", "CMMD", "precision", "recall"}
     assert of_dense["precision"] == of_dense["recall"] == 1
@@ -249,14 +289,14 @@ def test_too_few_images_get_a_note_instead_of_a_figure(
     tmp_path: Path, networks: Networks, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {"dense": draw(tmp_path / "dense", range(3))}
-    found = compare_images(paths, FACES[:1], networks, reference)
+    found = compare_images(paths, FACES[:1], networks, reference, VAE)
     assert found.sets == {"dense": {}}
     text = "\n".join(found.notes)
     for metrics in ("FID and KID", "precision and recall", "CMMD"):
         assert f"{metrics} not given: fewer would say little, that is 100 images; 3 were" in text
     monkeypatch.setattr(image_quality, "MINIMUM", 3)
     few = Networks(inception=networks.inception)
-    found = compare_images(paths, FACES[:1], few, reference)  # 3 images of 3 features
+    found = compare_images(paths, FACES[:1], few, reference, VAE)  # 3 images of 3 features
     assert set(found.sets["dense"]) == {"KID", "KID std"}
     assert "FID not given: its covariance needs more images than features, that is 4" in "\n".join(
         found.notes

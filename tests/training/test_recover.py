@@ -9,7 +9,7 @@ import torch
 
 from ldcp_core import Gates, load_gates
 from training import recover, score
-from training.step.denoising import Problem
+from training.step.denoising import Problem, without_prompts
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_every_second_prompt_is_the_empty_one() -> None:
     )
     zeros = torch.zeros(3, 4, 2, 2)
     problem = Problem(zeros, torch.zeros(3), context, zeros, zeros, text)
-    found = recover.without_prompts(problem, torch.zeros(1, 2, 5), torch.zeros(1, 4))
+    found = without_prompts(problem, torch.zeros(1, 2, 5), torch.zeros(1, 4))
     assert found.context.amax((1, 2)).tolist() == [1, 0, 1]
     assert found.added["text_embeds"].amax(1).tolist() == [1, 0, 1]
     assert found.added["time_ids"].all() and context.all() and text["text_embeds"].all()

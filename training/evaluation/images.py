@@ -16,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from ldcp_core.diffusers import hooked
 from training.console import progress
 from training.data.images import open_image
 from training.evaluation import distances
 from training.evaluation.networks import BATCH, Clip, Inception, Networks, Vgg
 from training.evaluation.reference import Reference
-from training.evaluation.statistics import summary
+from training.evaluation.statistics import bootstrap, ranks, summary
 from training.sample import DENSE
 
 #: images on each side below which no set metric is given: our choice, since with fewer an estimate
@@ -32,6 +35,8 @@ MINIMUM = 100
 #: pixels that the five scales of MS-SSIM need more than
 MS_SSIM_PIXELS = 160
 INSTALL = 'pip install ".[evaluate]"'
+#: metrics of an image against another of which less is nearer
+DISTANCES = ("L1", "LPIPS", "VAE features")
 
 #: a metric of one image against another, each uint8 [1, 3, H, W]
 PairMetric = Callable[[Tensor, Tensor], float]
@@ -41,11 +46,12 @@ PairMetric = Callable[[Tensor, Tensor], float]
 class ImageQuality:
     """What was found out about each model's images.
 
-    ``single``: model -> metric -> summary over its images (diversity: over its prompts); ``sets``:
-    model -> metric -> value; ``notes``: what is missing, and why.
+    ``single``: model -> metric -> summary over its images (diversity: over its prompts), against
+    the dense ones with an interval of the mean, and of `DISTANCES` a rank; ``sets``: model ->
+    metric -> value; ``notes``: what is missing, and why.
     """
 
-    single: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    single: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     sets: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -55,22 +61,32 @@ def compare_images(
     prompts: Sequence[str],
     networks: Networks,
     reference: Reference,
+    vae: AutoencoderKL,
 ) -> ImageQuality:
     """Everything about the images of ``paths``: model -> files, which take the prompts in turn."""
     found = ImageQuality(notes=list(networks.notes))
     pairs = pair_metrics(networks, read_image(paths[DENSE][0]).shape[-1], found.notes)
+    pairs["VAE features"] = vae_features(vae)
+    beside: dict[str, dict[str, np.ndarray]] = {metric: {} for metric in pairs}
     texts = None if networks.clip is None else networks.clip.texts(prompts)
     distance: tuple[str, PairMetric] = ("LPIPS", networks.vgg.lpips) if networks.vgg else ("L1", l1)
     for name, files in paths.items():
         metrics = found.single.setdefault(name, {})
         if name != DENSE:
-            metrics |= against(files, paths[DENSE], pairs)
+            for metric, values in against(files, paths[DENSE], pairs).items():
+                beside[metric][name] = values
+                metrics[metric] = summary(values)
+                if np.isfinite(values).all():  # the PSNR of equal images is not
+                    metrics[metric]["interval"] = bootstrap(values)
         if networks.clip is not None and texts is not None:
             scores = clip_scores(features(networks.clip, files), texts)
             metrics["CLIP score"] = summary(scores.numpy())
         if len(files) > len(prompts):
             values = diversity(files, len(prompts), distance[1])
             metrics[f"diversity ({distance[0]})"] = summary(values)
+    for metric in set(DISTANCES) & set(beside):
+        for name, place in ranks(beside[metric]).items():
+            found.single[name][metric]["rank"] = place
     if len(paths[DENSE]) == len(prompts):
         found.notes.append("diversity within a prompt needs --seeds 2 or more")
     found.sets = compare_sets(paths, networks, reference, found.notes)
@@ -136,17 +152,37 @@ def l1(one: Tensor, other: Tensor) -> float:
     return float((one.float() - other.float()).abs().mean() / 255)
 
 
+def vae_features(vae: AutoencoderKL) -> PairMetric:
+    """Distance of two images in what the pipeline's own VAE sees in them.
+
+    Of the maps behind each block of its encoder, as LPIPS has it (Zhang et al. 2018,
+    arXiv:1801.03924, eq. 1) with all weights one: channels normalised at each position, squared
+    distance, mean over the positions, sum over the maps. It compares models of one VAE.
+    """
+
+    @torch.no_grad()
+    def distance(one: Tensor, other: Tensor) -> float:
+        maps: list[Tensor] = []
+        blocks = vae.encoder.down_blocks
+        hooks = [b.register_forward_hook(lambda m, i, o: maps.append(normalize(o))) for b in blocks]
+        with hooked(*hooks):
+            vae.encoder(torch.cat([one, other]).to(vae.device, vae.dtype) / 127.5 - 1)
+        return sum(float((a - b).square().sum(0).mean()) for a, b in maps)
+
+    return distance
+
+
 def against(
     files: Sequence[Path], dense: Sequence[Path], metrics: Mapping[str, PairMetric]
-) -> dict[str, dict[str, float]]:
-    """Metric -> summary of each image against the dense model's of the same prompt and seed."""
+) -> dict[str, np.ndarray]:
+    """Metric -> its value for each image against the dense model's of the same prompt and seed."""
     values: dict[str, list[float]] = {name: [] for name in metrics}
     pairs = list(zip(files, dense, strict=True))
     for pair in progress(pairs, "images beside dense ones", unit="image"):
         a, b = (read_image(path) for path in pair)
         for name, metric in metrics.items():
             values[name].append(metric(a, b))
-    return {name: summary(np.array(of)) for name, of in values.items()}
+    return {name: np.array(of) for name, of in values.items()}
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldcp_core import markdown
+from training.evaluation.images import DISTANCES
 from training.evaluation.statistics import SECTIONS
 
 #: so that nothing is divided by zero
@@ -59,7 +60,7 @@ def render(result: Mapping[str, Any]) -> str:
             "the U-Net's parameters that is left out or zero; every layer's is in the JSON file.",
         ]
     for name in dict.fromkeys(r["beside"] for r in result["rows"] if r["beside"]):
-        lines += ["", *_baseline_table(name, result["rows"])]
+        lines += ["", *_table_beside(name, result["rows"], result.get("images", {}))]
     edges = [f"{p / SECTIONS:.0%} to {(p + 1) / SECTIONS:.0%}" for p in range(SECTIONS)]
     lines += ["", "Denoising loss by part of the timestep schedule (0 is the clean end):", ""]
     lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * SECTIONS}"]
@@ -93,37 +94,61 @@ def _deviation(r: Mapping[str, Any]) -> str:
     return f"{r['deviation']['mean']:.2e} ({low:.1e} to {high:.1e})"
 
 
-def _baseline_table(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table_beside(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    images: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> list[str]:
     learned = next(r for r in rows if r["name"] == name)
+    distances = [metric for metric in DISTANCES if metric in images.get(name, {})]
+    heads = ["chosen by", "weights left", "deviation from dense", "× learned", "rank", *distances]
     lines = [
         f"Beside {markdown(name)}: as many channels chosen by cheaper means, with the same "
         "constants; per site: as many at each site as learned; together: over all sites. What "
         "lies between own-effect together and per site is how much each layer gives; between that "
-        "and learned, which channels:",
+        "and learned, which channels. obs and structural remove channels for good, and leave as "
+        "many weights; per layer: the same share of each; global: shared out as learned. Images "
+        "are those of full sampling with guidance against the dense model's, with intervals and "
+        "ranks as well:",
         "",
-        "| chosen by | deviation from dense | × learned |",
-        "|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
     ]
     for r in [learned, *(r for r in rows if r["beside"] == name)]:
         times = r["deviation"]["mean"] / max(learned["deviation"]["mean"], TINY)
-        lines.append(f"| {markdown(r['criterion'])} | {_deviation(r)} | {times:.2f} |")
+        shown = [markdown(r["criterion"]), f"{r['parameters_left']:.1%}", _deviation(r)]
+        shown += [f"{times:.2f}", str(r["rank"])]
+        shown += [_ranked(images[r["name"]][metric]) for metric in distances]
+        lines.append(f"| {' | '.join(shown)} |")
     return lines
+
+
+def _ranked(s: Mapping[str, Any]) -> str:
+    return f"{_mean(s)}, {s['rank']}"
+
+
+def _mean(s: Mapping[str, Any]) -> str:
+    """The mean, with its interval where there is one."""
+    if "interval" not in s:
+        return f"{s['mean']:.4g}"
+    low, high = s["interval"]
+    return f"{s['mean']:.4g} ({low:.2g} to {high:.2g})"
 
 
 def _image_table(images: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     lines = [
         "Images against the dense model's of the same prompt and seed; CLIP score against the "
-        "prompt; diversity between the images of a prompt:",
+        "prompt; diversity between the images of a prompt. Means against dense ones have 95% "
+        "bootstrap intervals over the images:",
         "",
         "| gates | metric | mean | median | min | max | std |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, metrics in images.items():
         for metric, s in metrics.items():
-            values = (s["mean"], s["median"], s["minimum"], s["maximum"], s["deviation"])
-            lines.append(
-                f"| {markdown(name)} | {metric} | {' | '.join(f'{v:.4g}' for v in values)} |"
-            )
+            values = (s[word] for word in ("median", "minimum", "maximum", "deviation"))
+            shown = " | ".join([_mean(s), *(f"{value:.4g}" for value in values)])
+            lines.append(f"| {markdown(name)} | {metric} | {shown} |")
     return lines
 
 

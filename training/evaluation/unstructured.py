@@ -63,6 +63,22 @@ class Unstructured:
         """What tells its images from those of another."""
         return f"{self.name} {self.precision}"
 
+    def described(self) -> dict[str, Any]:
+        """What a row of a comparison says of it."""
+        return {
+            "precision": self.precision,
+            "criterion": f"unstructured {self.kind}",
+            "scope": "",
+            "target": self.amount,
+            "channels_pruned": 0.0,
+            "zeroed": True,
+            "beside": "",
+        }
+
+    def counted(self, parameters: int, side: int) -> dict[str, float]:
+        """Shares left of a U-Net's parameters and FLOPs: all of them."""
+        return {"parameters_left": 1.0, "flops_left": 1.0}
+
     def layers(self, unet: UNet2DConditionModel) -> list[dict[str, Any]]:
         """Layer, type, weights, those that are not zero, and sparsity; while it is running."""
         back = storage_of(self.precision, unet.device).back

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -239,6 +239,21 @@ class HeldOut:
             return self._denoising.dense(problem)
         finally:
             cudnn.allow_tf32 = allowed
+
+
+def without_prompts(problem: Problem, context: Tensor, pooled: Tensor) -> Problem:
+    """The problem with the empty prompt [1, T, D], [1, P] in the place of every second one.
+
+    Guidance asks the model with and without a prompt; trained with prompts alone, the two answers
+    would drift apart.
+    """
+    empty = torch.arange(len(problem)) % 2 == 1
+    contexts, added = problem.context.clone(), dict(problem.added)
+    contexts[empty] = context.to(contexts)
+    if "text_embeds" in added:
+        added["text_embeds"] = added["text_embeds"].clone()
+        added["text_embeds"][empty] = pooled.to(added["text_embeds"])
+    return replace(problem, context=contexts, added=added)
 
 
 def _distance(output: Tensor, target: Tensor) -> Tensor:
