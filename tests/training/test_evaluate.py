@@ -249,7 +249,6 @@ def test_gates_of_another_model_are_refused(
         (["--resolution", "33"], "--resolution is 33"),
         (["--baselines"], "--baselines was given without learned gates"),
         (["--rivals", "obs"], "--rivals was given without learned gates"),
-        (["--rivals", "pruning"], "--rivals"),
         (["--images", "i", "--inception", "no.pt"], "There is no no.pt."),
         (["--images", "i", "--reference", "no/such/folder"], "no/such/folder"),
     ],
