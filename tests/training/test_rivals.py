@@ -135,6 +135,28 @@ def test_keeping_everything_changes_nothing(
     assert torch.equal(denoising.dense(given[0]), before)
 
 
+def test_every_group_of_a_norm_keeps_as_many_channels(
+    denoising: Denoising, sites: list[Site], fresh: FreshImages
+) -> None:
+    site = next(s for s in sites if s.name == "mid_block.resnets.0.conv1")
+    kept = {site.name: 24}
+    block = denoising.model.unet.mid_block.resnets[0]
+    with torch.no_grad():
+        block.conv1.bias.copy_(torch.arange(32.0))  # tells afterwards which are left
+        block.conv2.weight[:, :16] *= 100  # and makes the last ones matter least
+    groups = []
+    for way in ("obs", "structural"):
+        unet = copy.deepcopy(denoising.model.unet)
+        if way == "obs":
+            smaller = Denoising(replace(denoising.model, unet=unet), 0)
+            obs_(smaller, problems(smaller, fresh, 2), [site], kept)
+        else:
+            structural_(unet, {site.name: -torch.arange(32.0)}, [site], kept)
+        left = unet.mid_block.resnets[0].conv1.bias.long()
+        groups.append((left // 4).bincount(minlength=8).tolist())
+    assert groups == [[3] * 8] * 2
+
+
 @torch.no_grad()
 def test_a_removed_channel_leaves_nothing_behind(denoising: Denoising, sites: list[Site]) -> None:
     """Against a block written out again, in which the norm knows the survivors alone."""
