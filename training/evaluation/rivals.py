@@ -34,7 +34,14 @@ from torch import Tensor, nn
 
 from ldcp_core import Gates, Latent, Site, aligned_counts, savings, top_channels
 from training.console import progress
-from training.criteria import Importances, Ladder, diff_pruning, noise_loss
+from training.criteria import (
+    CriterionOptions,
+    Importances,
+    Ladder,
+    Subject,
+    diff_pruning,
+    noise_loss,
+)
 from training.data.cache import weights_digest
 from training.data.encoding import Batch, Images
 from training.errors import UserError
@@ -48,8 +55,8 @@ from training.step.denoising import Denoising, Problem, without_prompts
 KINDS = ("obs", "structural")
 #: OBS-Diff's number of module packages (appendix B), and bounds of α, which the paper does not give
 PACKAGES, ALPHA = 4, (0.5, 1.0)
-#: images that are noised for ``obs``; images and timesteps of each for ``structural``, and its T
-SAMPLES, TAYLOR_SAMPLES, TIMESTEPS, THRESHOLD = 128, 16, 20, 0.1
+#: images that are noised for ``obs``; images and timesteps of each for ``structural``
+SAMPLES, TAYLOR_SAMPLES, TIMESTEPS = 128, 16, 20
 #: share of all weights by which a rival may differ from the gates
 SLACK = 0.0005
 #: fine-tuning: images per step and Adam's learning rate, falling to zero
@@ -265,7 +272,7 @@ def hessians(
         for site in sites:
             reader = unet.get_submodule(site.reader or "")
             hook = reader.register_forward_pre_hook(lambda m, x, name=site.name: see(name, x[0]))
-            hooks.callback(hook.remove)
+            hooks.enter_context(hook)
         for problem in problems:
             low, high = ALPHA
             later = torch.log(problem.timesteps + 1.0) / log(steps)  # T − t + 1 is timestep + 1
@@ -287,7 +294,7 @@ def importances(
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     steps = torch.linspace(0, denoising.model.alphas_cumprod.numel() - 1, TIMESTEPS)
     ladder = Ladder(denoising, latents, context, noise, steps.round().long().tolist(), added)
-    found, _ = diff_pruning(ladder, sites, THRESHOLD)
+    found = diff_pruning(Subject([ladder], sites, {}, "zero", seed, CriterionOptions()))
     return {site.name: site.shared(found[site.name]) for site in sites}
 
 
