@@ -26,6 +26,7 @@ class Pretend(Processes):
     """One process of several, without the others."""
 
     def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
         self.rank, self.world = rank, world
 
 
