@@ -137,7 +137,7 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     many = "a stream of" if config.streaming else str(len(train))
     log.info("%s: %s images to learn from, %d held out", data.source, many, len(held_out))
     images = _encoded(config, data, model, processes)
-    samples = _samples(config, data, held_out or train, model) if processes.first else None
+    sheet = _sample_sheet(config, data, held_out or train, model) if processes.first else None
     if isinstance(images, CachedImages):
         model = model.without_encoders()
     if config.run.gradient_checkpointing:
@@ -179,11 +179,11 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
             log.warning("The checkpoint of step %d can't be written: %s.", learning.step, error)
 
     try:
-        with _recorded(config, output, learning, samples) as record:
+        with _recorded(config, output, learning, sheet) as record:
             run(learning, config.run.checkpoint_every, save, record)
         if not processes.first:
             return None
-        result = finish(config, learning, denoising, data, images, held_out, output, samples)
+        result = finish(config, learning, denoising, data, images, held_out, output, sheet)
     except BaseException:
         log.warning("%s", checkpoints.advice())
         raise
@@ -231,7 +231,7 @@ def _encoded(
     return images
 
 
-def _samples(
+def _sample_sheet(
     config: FitConfig, data: Data, indices: Sequence[int], model: DiffusionModel
 ) -> SampleSheet | None:
     """What draws sample images, from the captions of a few images; None when not asked for."""
@@ -245,7 +245,7 @@ def _samples(
 
 @contextmanager
 def _recorded(
-    config: FitConfig, output: Path, learning: Learning, samples: SampleSheet | None
+    config: FitConfig, output: Path, learning: Learning, sheet: SampleSheet | None
 ) -> Iterator[Callable[[Learning], None]]:
     """All recorders of the run, as one function to call after each step."""
     if not learning.processes.first:
@@ -254,9 +254,9 @@ def _recorded(
     recorders: list[Recorder] = [CsvHistory(output.with_suffix(".history.csv"), learning)]
     if config.run.tensorboard:
         recorders.append(TensorBoard(output.with_suffix(".tensorboard"), learning))
-    if samples is not None:
+    if sheet is not None:
         folder = output.with_suffix(".samples")
-        recorders.append(SampleImages(folder, samples, config.run.sample_every))
+        recorders.append(SampleImages(folder, sheet, config.run.sample_every))
 
     def record(learning: Learning) -> None:
         for recorder in recorders:

@@ -96,13 +96,13 @@ class TensorBoard:
 class SampleImages:
     """Dense against pruned, every so many steps, as PNG files in ``folder``."""
 
-    def __init__(self, folder: Path, samples: SampleSheet, every: int) -> None:
-        self._folder, self._samples, self._every = folder, samples, every
+    def __init__(self, folder: Path, sheet: SampleSheet, every: int) -> None:
+        self._folder, self._sheet, self._every = folder, sheet, every
 
     def record(self, learning: Learning) -> None:
         if learning.step % self._every:
             return
-        picture = self._samples.picture(learning.pruned())
+        picture = self._sheet.picture(learning.pruned())
         path = self._folder / f"step-{learning.step:08d}.png"
         try:
             self._folder.mkdir(exist_ok=True)

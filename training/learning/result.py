@@ -57,7 +57,7 @@ def finish(
     images: Images | StreamedImages,
     held_out: Sequence[int],
     output: Path,
-    samples: SampleSheet | None,
+    sheet: SampleSheet | None,
 ) -> FitResult:
     """From logits to a gate file and all that lies beside it."""
     learning.finish()
@@ -82,8 +82,8 @@ def finish(
         history.heldout_deviation = heldout
     gates = replace(gates, info={**gates.info, "history": history.to_json()})
     picture = None
-    if samples is not None:
-        picture = samples.picture(gates.pruned())
+    if sheet is not None:
+        picture = sheet.picture(gates.pruned())
     curves, scores = curves_png(history), scores_png(gates)
     notes = [] if heldout is None else [f"held-out deviation from dense (MSE, fp32): {heldout:.3g}"]
     page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
