@@ -69,12 +69,12 @@ from .report import (
 )
 from .report_image import report_image
 from .resblock import (
-    BlockGate,
     CompactResBlock,
     ConvWeights,
     ResBlock,
+    ResBlockGate,
     ResBlockOps,
-    masked_forward,
+    masked_resblock,
 )
 from .schedule import (
     ALWAYS,
@@ -118,7 +118,7 @@ __all__ = [
     "Attention",
     "AttentionWeights",
     "Block",
-    "BlockGate",
+    "ResBlockGate",
     "Calibration",
     "ChannelGate",
     "CompactAttention",
@@ -179,7 +179,7 @@ __all__ = [
     "markdown",
     "masked_attention",
     "masked_feed_forward",
-    "masked_forward",
+    "masked_resblock",
     "moving_cost",
     "one_line",
     "printable",

@@ -32,12 +32,12 @@ from .gates import Gates
 from .linear import LinearWeights
 from .pruning import Pruned, block_gates
 from .resblock import (
-    BlockGate,
     CompactResBlock,
     ConvWeights,
     ResBlock,
+    ResBlockGate,
     masked_conv2,
-    masked_forward,
+    masked_resblock,
 )
 from .schedule import ALWAYS, Schedule, StepRange, step_index
 from .sites import Topology, blocks_of, kind_of
@@ -334,7 +334,7 @@ class DiffusersResBlock:
         conv1, conv2 = self.layers()
         return ConvWeights(*weights_of(conv1, dtype)), ConvWeights(*weights_of(conv2, dtype))
 
-    def compact(self, gate: BlockGate, dtype: torch.dtype | None) -> CompactResBlock:
+    def compact(self, gate: ResBlockGate, dtype: torch.dtype | None) -> CompactResBlock:
         return CompactResBlock(gate, *self.weights(dtype))
 
     def running(self, compact: Callable[..., Tensor]) -> BlockForward:
@@ -346,7 +346,9 @@ class DiffusersResBlock:
         def forward(x: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             conv1, conv2 = self.weights()
             inner, residual = gates
-            return masked_forward(self, x, self.embed(temb), conv1, conv2, inner, residual, padding)
+            return masked_resblock(
+                self, x, self.embed(temb), conv1, conv2, inner, residual, padding
+            )
 
         return forward
 

@@ -6,7 +6,7 @@ A Stable Diffusion ResBlock has ``y = skip(x) + conv2(silu(norm2(conv1(silu(norm
   is added. The channel becomes spatially constant, so conv2 can evaluate it in closed form.
 - *residual* gate: a pruned output channel of conv2 is replaced by its constant.
 
-`masked_forward` says so literally and is what training differentiates; `CompactResBlock` computes
+`masked_resblock` says so literally and is what training differentiates; `CompactResBlock` computes
 the same from the kept channels alone. With zero padding conv2 sees a constant plane fall to zero
 at the border: rule ``zero`` reproduces that exactly from the nine taps of each pruned column.
 Rule ``extend`` takes the constants to go on past the border, so that one tap-sum per column is
@@ -73,9 +73,9 @@ class ResBlock(Block):
         )
 
     @staticmethod
-    def gate(found: Sequence[PrunedSite | None], padding: Padding) -> BlockGate:
+    def gate(found: Sequence[PrunedSite | None], padding: Padding) -> ResBlockGate:
         inner, residual = found
-        gate = BlockGate(padding)
+        gate = ResBlockGate(padding)
         if inner is not None:
             gate = replace(
                 gate, inner=inner.keep, inner_constant=inner.constant, correction=inner.correction
@@ -135,7 +135,7 @@ def masked_conv2(
     return ops.conv2(a * mask, conv2.weight, conv2.bias) + F.conv2d(constant_planes, conv2.weight)
 
 
-def masked_forward(
+def masked_resblock(
     ops: ResBlockOps,
     x: Tensor,
     emb: Tensor,
@@ -159,7 +159,7 @@ def masked_forward(
 
 
 @dataclass(frozen=True)
-class BlockGate:
+class ResBlockGate:
     """What is kept of one ResBlock: bool keep-sets [C] (None: not gated) and constants [C].
 
     ``correction`` is that of conv2, which reads the inner channels.
@@ -187,7 +187,7 @@ class CompactResBlock:
     """
 
     def __init__(
-        self, gate: BlockGate, conv1: ConvWeights, conv2: ConvWeights, *, folds: bool = True
+        self, gate: ResBlockGate, conv1: ConvWeights, conv2: ConvWeights, *, folds: bool = True
     ) -> None:
         device, dtype = conv2.weight.device, conv2.weight.dtype
         self.padding = gate.padding
@@ -236,7 +236,7 @@ class CompactResBlock:
         return [t for t in found if t is not None]
 
     def __call__(self, ops: ResBlockOps, x: Tensor, emb: Tensor) -> Tensor:
-        """[B, I, H, W] and [B, C] to [B, O, H, W], equal to `masked_forward` of the same gate."""
+        """[B, I, H, W] and [B, C] to [B, O, H, W], equal to `masked_resblock` of the same gate."""
         if self.conv2.weight.shape[0] == 0:  # no residual channel is kept: only constants are left
             y = x.new_empty(x.shape[0], 0, *x.shape[2:])
         elif self.inner is not None and self.folds:

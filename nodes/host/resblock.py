@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ...ldcp_core import (
-    BlockGate,
     CompactResBlock,
     ConvWeights,
     ResBlock,
+    ResBlockGate,
     SiteKind,
     expected_output,
 )
@@ -88,7 +88,7 @@ class ComfyResBlock:
         return ""
 
     def compact(
-        self, gate: BlockGate, device: torch.device, dtype: torch.dtype, rows_only: str = ""
+        self, gate: ResBlockGate, device: torch.device, dtype: torch.dtype, rows_only: str = ""
     ) -> Compact | None:
         block = self.module
         prunes1, prunes2 = prunes(gate.inner), prunes(gate.residual)

@@ -25,13 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldcp_core import (
     PADDINGS,
     SD15,
-    BlockGate,
     CompactResBlock,
     ConvWeights,
     Cost,
     Latent,
     Padding,
     ResBlock,
+    ResBlockGate,
     Topology,
     savings,
     unet_cost,
@@ -199,16 +199,18 @@ class ConvOnly:
 
 
 @st.composite
-def gated_blocks(draw: st.DrawFn) -> tuple[ResBlock, BlockGate, CompactResBlock]:
+def gated_blocks(draw: st.DrawFn) -> tuple[ResBlock, ResBlockGate, CompactResBlock]:
     flags = st.lists(st.booleans(), min_size=8, max_size=8).map(torch.tensor)
     block = ResBlock("block", 1, draw(st.sampled_from([4, 8])), 8)
-    gate = BlockGate(draw(paddings), draw(st.none() | flags), None, draw(st.none() | flags), None)
+    gate = ResBlockGate(
+        draw(paddings), draw(st.none() | flags), None, draw(st.none() | flags), None
+    )
     conv1 = ConvWeights(torch.randn(8, block.in_channels, 3, 3), torch.randn(8))
     conv2 = ConvWeights(torch.randn(8, 8, 3, 3), torch.randn(8))
     return block, gate, CompactResBlock(gate, conv1, conv2)
 
 
-def kept_counts(gate: BlockGate) -> tuple[int, int]:
+def kept_counts(gate: ResBlockGate) -> tuple[int, int]:
     inner, residual = (8 if k is None else int(k.sum()) for k in (gate.inner, gate.residual))
     return inner, residual
 
@@ -216,7 +218,7 @@ def kept_counts(gate: BlockGate) -> tuple[int, int]:
 @quick
 @given(gated_blocks())
 def test_parameters_equal_what_the_compact_block_holds(
-    case: tuple[ResBlock, BlockGate, CompactResBlock],
+    case: tuple[ResBlock, ResBlockGate, CompactResBlock],
 ) -> None:
     block, gate, compact = case
     # which channels are kept is bookkeeping; weights, biases, constants and columns are floats
@@ -232,7 +234,7 @@ def test_parameters_equal_what_the_compact_block_holds(
 @quick
 @given(gated_blocks(), st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
 def test_flops_equal_what_the_compact_block_computes(
-    case: tuple[ResBlock, BlockGate, CompactResBlock], height: int, width: int, batch: int
+    case: tuple[ResBlock, ResBlockGate, CompactResBlock], height: int, width: int, batch: int
 ) -> None:
     """Exactly, but for the spread of the nine taps under rule zero, which the model leaves out.
 

@@ -32,15 +32,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ldcp_core import (
     PADDINGS,
-    BlockGate,
     CompactResBlock,
     ConvWeights,
     Correction,
     Padding,
     PrunedSite,
+    ResBlockGate,
     SoftGate,
     block_gates,
-    masked_forward,
+    masked_resblock,
 )
 from ldcp_core.resblock import _convolve
 
@@ -140,14 +140,14 @@ class Block:
         h = self.conv1(self.norm1(x), self.first.weight, self.first.bias) + emb[:, :, None, None]
         return self.skip(x) + self.conv2(self.norm2(h), self.second.weight, self.second.bias)
 
-    def masked(self, x: Tensor, emb: Tensor, gate: BlockGate) -> Tensor:
+    def masked(self, x: Tensor, emb: Tensor, gate: ResBlockGate) -> Tensor:
         inner = soft(gate.inner, gate.inner_constant)
         if inner is not None:
             inner = replace(inner, correction=gate.correction)
         gates = inner, soft(gate.residual, gate.residual_constant)
-        return masked_forward(self, x, emb, self.first, self.second, *gates, gate.padding)
+        return masked_resblock(self, x, emb, self.first, self.second, *gates, gate.padding)
 
-    def compact(self, x: Tensor, emb: Tensor, gate: BlockGate) -> Tensor:
+    def compact(self, x: Tensor, emb: Tensor, gate: ResBlockGate) -> Tensor:
         return CompactResBlock(gate, self.first, self.second, folds=self.folds)(self, x, emb)
 
     def to(self, dtype: torch.dtype) -> Block:
@@ -175,7 +175,7 @@ class Case:
     """One block, one gate and one input, in float64 but rounded to ``dtype``."""
 
     block: Block
-    gate: BlockGate
+    gate: ResBlockGate
     x: Tensor
     emb: Tensor
     dtype: torch.dtype
@@ -255,7 +255,7 @@ def make_case(
     mu = [
         0.5 * random(o).float() if constants and k is not None else None for k in (inner, residual)
     ]
-    gate = BlockGate(padding, inner, mu[0], residual, mu[1])
+    gate = ResBlockGate(padding, inner, mu[0], residual, mu[1])
     if correction and inner is not None and not bool(inner.all()):
         left, right = random(o, 2), random(2, 9 * int(inner.sum())) / math.sqrt(9 * o)
         gate = replace(gate, correction=Correction(left.half(), right.half(), random(o).float()))
@@ -403,7 +403,7 @@ def test_a_circular_host_equals_masked_under_both_rules(case: Case) -> None:
 @given(cases(), st.booleans(), st.booleans())
 def test_all_kept_is_bit_identical_to_the_plain_block(case: Case, one: bool, two: bool) -> None:
     every = torch.ones(case.emb.shape[1], dtype=torch.bool)
-    case.gate = BlockGate(
+    case.gate = ResBlockGate(
         case.gate.padding,
         every if one else None,
         torch.full((every.numel(),), 7.0) if one else None,
@@ -582,7 +582,7 @@ def test_the_masked_reference_agrees_with_arithmetic_by_hand(
     conv2[0, 0, 1, 1] = 10.0  # channel 0: ten times its value ...
     conv2[0, 0, 1, 2] = 1.0  # ... plus its right neighbour, zero outside under either rule
     conv2[0, 1] = torch.arange(1.0, 10.0).view(3, 3)
-    y = masked_forward(
+    y = masked_resblock(
         Plain(),
         x,
         torch.tensor([[0.0, 0.5]]),
@@ -609,7 +609,7 @@ def test_the_compact_block_agrees_with_arithmetic_by_hand(padding: Padding) -> N
     weight[0, 1] = taps  # from the pruned channel to output 0
     weight[1, 0] = taps  # from the kept channel to output 1: zero outside under either rule
     block.second = ConvWeights(weight, None)
-    gate = BlockGate(padding, torch.tensor([True, False]), torch.tensor([0.0, 4.0]))
+    gate = ResBlockGate(padding, torch.tensor([True, False]), torch.tensor([0.0, 4.0]))
     y = block.compact(case.x, case.emb, gate) - case.x
     s = [1 / (1 + math.exp(-1)), 2 / (1 + math.exp(-2))]
     # the sums of taps of the test above
@@ -628,7 +628,7 @@ def test_a_residual_gate_leaves_the_constant_beside_the_skip(padding: Padding) -
     ops = Plain()
     ops.skip = lambda x: x  # type: ignore[method-assign]
     both = ConvWeights(weight, None)
-    y = masked_forward(ops, x, torch.zeros(1, 1), both, both, None, gate, padding)
+    y = masked_resblock(ops, x, torch.zeros(1, 1), both, both, None, gate, padding)
     assert torch.equal(y, x + 2.5)
 
 
@@ -931,8 +931,8 @@ def test_dense_equals_diffusers_bit_for_bit(in_channels: int) -> None:
     block, x, temb = resnet_block(in_channels)
     ops = DiffusersOps(block)
     emb, plain = ops.emb(temb), block(x, temb)
-    ungated = BlockGate("zero")
-    masked = masked_forward(ops, x, emb, ops.first, ops.second, None, None, "zero")
+    ungated = ResBlockGate("zero")
+    masked = masked_resblock(ops, x, emb, ops.first, ops.second, None, None, "zero")
     assert torch.equal(masked, plain)
     assert torch.equal(CompactResBlock(ungated, ops.first, ops.second)(ops, x, emb), plain)
 
@@ -957,7 +957,7 @@ def test_pruned_equals_diffusers_with_its_convolutions_masked_by_hooks(in_channe
     hooked = block(x, temb)
     for hook in hooks:
         hook.remove()
-    compact = CompactResBlock(BlockGate("zero", inner, mu, residual, mu), ops.first, ops.second)
+    compact = CompactResBlock(ResBlockGate("zero", inner, mu, residual, mu), ops.first, ops.second)
     assert deviation(compact(ops, x, ops.emb(temb)), hooked, torch.float32) < 1e-6
     assert deviation(dense, hooked, torch.float32) > 1e-4
 
