@@ -183,12 +183,10 @@ class Sample(nn.Module):
         return self.unet(latents, t, text, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("padding", ["zero", "extend"])
 @torch.no_grad()
-def test_it_is_a_graph_of_standard_operations(
-    unet: UNet2DConditionModel, path: Path, padding: Padding
-) -> None:
-    gates = replace(gates_of(unet), padding=padding)
+def test_it_is_a_graph_of_standard_operations(unet: UNet2DConditionModel, path: Path) -> None:
+    gates = gates_of(unet)
+    assert gates.padding == "zero"  # which needs one operation more than the other rule
     module = Sample(exported(unet, gates, path))
     given = torch.randn(2, 4, 16, 8), torch.tensor([5.0, 700.0]), torch.randn(2, 7, 16)
     expected = module(*given)
