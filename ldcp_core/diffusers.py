@@ -165,9 +165,13 @@ class Pruning:
             return
         t = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).max())
         step = self._step(t)
-        active = [schedule.is_active(step, t, _timestep_at) for schedule, _ in self._stages]
-        self.active = any(active)
-        self._stage = active.index(True) if self.active else self._stage
+        active = [
+            number
+            for number, (schedule, _) in enumerate(self._stages)
+            if schedule.is_active(step, t, _timestep_at)
+        ]
+        self.active = bool(active)
+        self._stage = active[-1] if active else self._stage  # of two that meet the later
 
     def _select(self) -> None:
         """Select the kept rows and columns anew if the weights are not those they came from.

@@ -108,10 +108,8 @@ def status(model: Any, layers: Sequence[Layer], share: float | None) -> list[str
         saved = savings(model_topology(model.model), counts, layer.gates.padding)
         pruned.append(f"{saved.sparsity:.1%}")
         left_out.append(f"{saved.saved_bytes(model.model.get_dtype().itemsize) / 2**20:,.1f}")
-    sites, requested = (
-        len(layers[0].keep_sets),
-        "" if share is None else f" ({share:.1%} requested)",
-    )
+    sites = len(layers[0].keep_sets)
+    requested = "" if share is None else f" ({share:.1%} requested)"
     return [
         f"{sites} site{'s' * (sites != 1)}, {', then '.join(pruned)} pruned{requested}",
         f"{', then '.join(left_out)} MiB of weights left out (counted)",
