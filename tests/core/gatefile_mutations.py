@@ -486,7 +486,7 @@ def independently_read(data: bytes) -> Contents | None:
     """What a valid gate file holds, by docs/gate_file.md; None: not valid."""
     try:
         return _read(data)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError):
         return None
 
 
@@ -525,6 +525,8 @@ def _read(data: bytes) -> Contents | None:
         first, last = entry["data_offsets"]
         site, _, part = name.rpartition(".")
         if topology is None or not has_16_channels(site, topology):
+            return None
+        if min(entry["shape"], default=0) < 0:  # numpy would work it out
             return None
         values = np.frombuffer(body[first:last], FORMATS[entry["dtype"]]).reshape(entry["shape"])
         used.append((first, last))
