@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import browser
@@ -39,7 +40,10 @@ def start(needs_browser, comfy, comfyui_path, tmp_path_factory, sd15_checkpoint,
         base = tmp_path_factory.mktemp(name) / "base"
         comfy_server.prepare_folder(base, REPOSITORY, sd15_checkpoint)
         full_addons.add_to(base, comfyui_path)
-        comfy.core.save_gates(gates, base / "models" / "ldcp_gates" / "gates.safetensors")
+        stages = (comfy.core.Stage(0.0, 0.25), comfy.core.Stage(0.5, None))
+        for name, found in (("gates", gates), ("staged", replace(gates, stages=stages))):
+            file = base / "models" / "ldcp_gates" / f"{name}.safetensors"
+            comfy.core.save_gates(found, file)
         return comfy_server.Server(comfyui_path, base)
 
     return make
@@ -293,6 +297,26 @@ def test_every_line_on_a_node_is_seen_also_what_the_run_noticed(page, keep, load
     assert text["cut"] <= 1
     apart(page)
     keep(page, f"notes_{'nodes_2' if nodes_2 else 'classic'}")
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+def test_gates_in_stages_say_what_each_stage_prunes(page, keep, loading, nodes_2):
+    if not page.use_nodes_2(nodes_2):
+        pytest.skip("this frontend has no Nodes 2.0")
+    page.drop(loading("ldcp_basic", full_model=False))
+    make_small(page, steps=4)
+    page.set_widgets("LDCPLoadGates", gates_name="staged.safetensors")
+    page.set_all("KSampler", seed=int(nodes_2))
+    page.queue()
+    text = page.text("4 sites")
+    pruned, left_out, stages, run = text["lines"][:4]
+    assert re.fullmatch(r"4 sites, 25\.\d%, then \d\d\.\d% pruned", pruned)
+    assert re.fullmatch(r"[\d.]+, then [\d.]+ MiB of weights left out \(counted\)", left_out)
+    assert stages == "0%-50%, then 50%-100%"
+    assert run.startswith("steps 0-3 of 4 ran pruned (4 of 4 evaluations), ")
+    assert text["cut"] <= 1
+    apart(page)
+    keep(page, f"stages_{'nodes_2' if nodes_2 else 'classic'}")
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
