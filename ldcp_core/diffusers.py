@@ -168,7 +168,7 @@ class Pruning:
         active = [
             number
             for number, (schedule, _) in enumerate(self._stages)
-            if schedule.is_active(step, t, _timestep_at)
+            if schedule.is_active(step, t, timestep_at)
         ]
         self.active = bool(active)
         self._stage = active[-1] if active else self._stage  # of two that meet the later
@@ -210,7 +210,7 @@ class Pruning:
         return step_index(t, self._firsts)
 
 
-def _timestep_at(percent: float) -> float:
+def timestep_at(percent: float) -> float:
     """The timestep at a share of the full denoising schedule, as ComfyUI takes it."""
     if percent <= 0.0:
         return math.inf

@@ -88,6 +88,7 @@ class FitConfig(Options):
     padding: Padding = option("how constants meet the border", "zero")
     constant: Constant = option("stand-in of a pruned channel", "mean")
     correction_rank: int = correction_rank()
+    recover: bool = option("train constants and corrections afterwards", False)
     reconstruction: Reconstruction = option(
         "MSE against the dense output, or the true noise", "teacher"
     )

@@ -29,9 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from ldcp_core import Gates, Latent, markdown, one_line, savings
+from ldcp_core import ALWAYS, Gates, Latent, PercentRange, markdown, one_line, savings
+from ldcp_core.diffusers import timestep_at
 from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
@@ -68,7 +70,6 @@ from training.sample import (
     Settings,
     Shot,
     check_fits,
-    check_one_stage,
     image_paths,
     named_gates,
     read_prompts,
@@ -127,14 +128,13 @@ def evaluate(
     parameters = sum(p.numel() for p in model.unet.parameters())
     rows, deviations = [], {}
     for name, candidate in candidates.items():
-        with candidate.running(model.unet) as size:
-            deviation, loss = (values.double().numpy() for values in heldout.as_it_is(name))
-            seconds = median_seconds(model, inputs)
-            layers = candidate.layers(model.unet) if isinstance(candidate, Unstructured) else []
-        cost = {"bytes": size, "seconds": seconds, **counted(candidate, parameters, side)}
+        deviation, loss, cost = measured(name, candidate, model, heldout, inputs)
+        cost |= counted(candidate, parameters, side)
         found = {"name": name, **described(name, candidate), **cost, "loss": summary(loss)}
         found["sparsity"] = 1 - found["parameters_left"]
-        if layers:
+        if isinstance(candidate, Unstructured):
+            with candidate.running(model.unet):
+                layers = candidate.layers(model.unet)
             zeros = sum(layer["parameters"] - layer["nonzero"] for layer in layers)
             found |= {"sparsity": zeros / parameters, "layers": layers}
         steps = model.alphas_cumprod.numel()
@@ -149,7 +149,9 @@ def evaluate(
             elif candidate.precision in rounding and candidate.precision != Candidate.precision:
                 found["rounding"] = rounding[candidate.precision]
         rows.append(found)
-        log.info("%s: deviation %.3g, %.0f ms", one_line(name), deviation.mean(), 1000 * seconds)
+        log.info(
+            "%s: deviation %.3g, %.0f ms", one_line(name), deviation.mean(), 1000 * cost["seconds"]
+        )
     places = ranks(deviations)
     for found in rows[1:]:
         found["rank"] = places[found["name"]]
@@ -164,6 +166,35 @@ def evaluate(
         "rows": rows,
         "notes": notes_on_rounding(rows),
     }
+
+
+def measured(
+    name: str,
+    candidate: Candidate | Rival | Unstructured,
+    model: DiffusionModel,
+    heldout: HeldOut,
+    inputs: Inputs,
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Deviations from dense and denoising losses, float64 [N] each, and bytes and seconds.
+
+    Of gates with stages each sample is that of the stage its timestep lies in. The bytes are those
+    of the largest stage, the time is the mean over the schedule.
+    """
+    stages = candidate.by_stage() if isinstance(candidate, Candidate) else [(None, candidate)]
+    timesteps = heldout.timesteps
+    deviation, loss = torch.zeros(2, len(timesteps), dtype=torch.float64)
+    size, seconds = 0, 0.0
+    for stretch, running in stages:
+        schedule = ALWAYS.during(stretch)
+        within = torch.tensor(
+            [schedule.is_active(-1, float(t), timestep_at) for t in timesteps], dtype=torch.bool
+        )
+        with running.running(model.unet) as bytes_there:
+            found = heldout.as_it_is(name if stretch is None else f"{name}, {stretch}")
+            seconds += share_of(stretch) * median_seconds(model, inputs)
+        size = max(size, bytes_there)
+        deviation[within], loss[within] = (values.double()[within] for values in found)
+    return deviation.numpy(), loss.numpy(), {"bytes": size, "seconds": seconds}
 
 
 def notes_on_rounding(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -188,24 +219,47 @@ def described(name: str, candidate: Candidate | Rival | Unstructured) -> dict[st
         "criterion": read(info, "criterion", DENSE, is_text, "a line of text", name),
         "scope": read(info, "scope", "", is_text, "a line of text", name),
         "target": read(info, "target_sparsity", None, is_number, "a number", name),
-        "channels_pruned": 0.0 if gates is None else gates.sparsity,
+        "channels_pruned": 0.0 if gates is None else mean_sparsity(gates),
         "zeroed": False,
         "beside": candidate.beside,
     }
 
 
+def mean_sparsity(gates: Gates) -> float:
+    """Share of the gated channels that is pruned; with stages the mean over the schedule."""
+    return sum(
+        share_of(stretch) * (1 - sum(int(keep.sum()) for keep in kept.values()) / gates.channels)
+        for stretch, kept in gates.by_stage()
+    )
+
+
+def share_of(stretch: PercentRange | None) -> float:
+    """How much of the schedule a stretch (None: all of it) is."""
+    return 1.0 if stretch is None else stretch.end - stretch.start
+
+
 def counted(
     candidate: Candidate | Rival | Unstructured, parameters: int, side: int
 ) -> dict[str, float]:
-    """Shares of the U-Net's ``parameters`` and of its FLOPs that are left, by the cost model."""
+    """Shares of the U-Net's ``parameters`` and of its FLOPs that are left, by the cost model.
+
+    Of gates with stages the parameters are those of the largest, the FLOPs the mean over the
+    schedule.
+    """
     if not isinstance(candidate, Candidate):
         return candidate.counted(parameters, side)
     gates = candidate.gates
     if gates is None:
         return {"parameters_left": 1.0, "flops_left": 1.0}
-    counts = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
-    cost = savings(gates.topology, counts, gates.padding, Latent(side, side))
-    return {"parameters_left": 1 - cost.parameter_share, "flops_left": 1 - cost.flop_share}
+    found = []
+    for stretch, keep_sets in gates.by_stage():
+        counts = {site: int(keep.sum()) for site, keep in keep_sets.items()}
+        cost = savings(gates.topology, counts, gates.padding, Latent(side, side))
+        found.append((cost, share_of(stretch)))
+    return {
+        "parameters_left": max(1 - cost.parameter_share for cost, _ in found),
+        "flops_left": sum((1 - cost.flop_share) * share for cost, share in found),
+    }
 
 
 def median_seconds(model: DiffusionModel, inputs: Inputs) -> float:
@@ -280,8 +334,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parse_arguments(argv)
     precisions = list(dict.fromkeys(given.precision))
     gates = named_gates(given.gates)
-    for name, of in gates.items():
-        check_one_stage(name, of)
     pruned = candidates_of(gates, precisions)
     zeroed = unstructured_of(given.unstructured, precisions[0])
     candidates: dict[str, Candidate | Rival | Unstructured] = {**pruned, **zeroed}
@@ -289,10 +341,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         described(name, candidate)
     data = open_dataset(given.data)
     seen, held_out = unseen(data, [Split.of_file(of.info, name) for name, of in gates.items()])
-    learned = [name for name, of in gates.items() if of.info.get("criterion") == "learned"]
+    learned = [
+        name
+        for name, of in gates.items()
+        if of.info.get("criterion") == "learned" and not of.stages
+    ]
     for asked in ("baselines", "rivals"):
         if getattr(given, asked) and not learned:
-            raise UserError(f"--{asked} was given without learned gates.", "gates by training.fit")
+            raise UserError(
+                f"--{asked} was given without learned gates.",
+                "gates by training.fit, without stages",
+            )
     prompts = read_prompts(given.prompts)
     for precision in precisions:  # a missing package shows before anything is computed
         storage_of(precision, torch.device(given.device))

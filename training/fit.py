@@ -54,6 +54,7 @@ from training.learning.result import FitResult, finish
 from training.learning.sample_sheet import SampleSheet
 from training.learning.start import measure_start
 from training.learning.stopping import Stopped
+from training.model.encode import embed_prompts
 from training.model.load import DiffusionModel, usable_device
 from training.options import (
     DEMO_SETTINGS,
@@ -79,7 +80,10 @@ __all__ = ["FitResult", "fit", "main", "parse_arguments"]
 log = logging.getLogger("training.fit")
 
 #: settings that a resumed run may change: paths, checked by content, and what comes after learning
-MAY_CHANGE = ("model", "data", "output", "device", "correction_rank", "correction_samples")
+MAY_CHANGE = (
+    *("model", "data", "output", "device"),
+    *("correction_rank", "correction_samples", "recover"),
+)
 #: the original project's two settings: target sparsity and λ
 PRESETS: dict[str, dict[str, float]] = {
     "quality": {"target_sparsity": 0.1, "sparsity_weight": 0.003},
@@ -138,6 +142,7 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     log.info("%s: %s images to learn from, %d held out", data.source, many, len(held_out))
     images = _encoded(config, data, model, processes)
     sheet = _sample_sheet(config, data, held_out or train, model) if processes.first else None
+    empty_prompt = embed_prompts(model, [""]) if config.recover else None
     if isinstance(images, CachedImages):
         model = model.without_encoders()
     if config.run.gradient_checkpointing:
@@ -183,7 +188,9 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
             run(learning, config.run.checkpoint_every, save, record)
         if not processes.first:
             return None
-        result = finish(config, learning, denoising, data, images, held_out, output, sheet)
+        result = finish(
+            config, learning, denoising, data, images, held_out, output, sheet, empty_prompt
+        )
     except BaseException:
         log.warning("%s", checkpoints.advice())
         raise

@@ -18,18 +18,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from ldcp_core import RANK, Correction, Gates, SoftGate, gates_report, load_gates, save_gates
-from training.console import explaining, log_progress, name_of, progress
+from ldcp_core import RANK, Gates, gates_report, load_gates, save_gates
+from training.console import explaining, log_progress, name_of
 from training.data.encoding import FreshImages
 from training.data.images import open_dataset
 from training.data.splits import Split, unseen
 from training.errors import UserError
 from training.learning.corrections import corrections
+from training.learning.recovery import LEARNING_RATE, STEPS, recovered
 from training.model.encode import embed_prompts
-from training.model.gating import compacted, deviation
+from training.model.gating import compacted
 from training.options import COUNT, POSITIVE, SEED, Bound, Options, option, parsed
 from training.output import claimed, gate_output
 from training.provenance import without_folders
@@ -41,8 +39,6 @@ log = logging.getLogger("training.recover")
 
 #: problems that the closed form is computed from
 CLOSED_FORM_SAMPLES = 128
-#: the gradient's norm is cut to this many times the running mean of the norms before
-CLIP = 3.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,8 @@ class RecoverConfig(Options):
     model: str = option("checkpoint file, diffusers folder or hub id")
     data: str = option("folder of images in any of FFHQ's layouts, or a data set")
     output: str = option("the gate file to write (.safetensors)")
-    steps: int = option("of Adam", 200, COUNT)
-    learning_rate: float = option("of Adam, falling to zero", 2e-3, POSITIVE)
+    steps: int = option("of Adam", STEPS, COUNT)
+    learning_rate: float = option("of Adam, falling to zero", LEARNING_RATE, POSITIVE)
     correction_rank: int = option(
         "of corrections that the gate file does not have",
         RANK,
@@ -65,48 +61,6 @@ class RecoverConfig(Options):
     resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
     device: str = option("cpu, cuda, mps", "cpu")
     seed: int = option("of everything random", 0, SEED)
-
-
-class StandIns(nn.Module):
-    """Constants and corrections of pruned sites as parameters, in float32."""
-
-    def __init__(self, gates: Gates) -> None:
-        super().__init__()
-        keep_sets = {site: keep for site, keep in gates.keep_sets().items() if not bool(keep.all())}
-        self._gates = gates
-        self._keys = {site: str(number) for number, site in enumerate(keep_sets)}
-        self.masks = {site: keep.float() for site, keep in keep_sets.items()}
-        self.constants = nn.ParameterDict(
-            {self._keys[site]: gates.constant(site).clone() for site in keep_sets}
-        )
-        self.corrections = nn.ModuleDict(
-            {
-                self._keys[site]: nn.ParameterDict(
-                    {part: value.float() for part, value in vars(correction).items()}
-                )
-                for site, correction in gates.corrections.items()
-            }
-        )
-
-    def soft_gates(self) -> dict[str, SoftGate]:
-        """Site -> gate of the masked reference, differentiable in all parameters."""
-        found = {}
-        for site, key in self._keys.items():
-            constant, correction = self.constants[key], None
-            if key in self.corrections:
-                correction = Correction(**dict(self.corrections[key].items()))  # type: ignore[operator]
-            found[site] = SoftGate(self.masks[site], constant, correction)
-        return found
-
-    def gates(self) -> Gates:
-        """The gates with what has been trained, as a file holds it."""
-        constants, found = dict(self._gates.constants), {}
-        for site, gate in self.soft_gates().items():
-            constants[site] = gate.constant.detach().cpu().clone()
-            if gate.correction is not None:
-                left, right, bias = (t.detach().cpu() for t in vars(gate.correction).values())
-                found[site] = Correction(left.half(), right.half(), bias.clone())
-        return replace(self._gates, constants=constants, corrections=found)
 
 
 def recover(config: RecoverConfig) -> Gates:
@@ -144,23 +98,8 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
             gates, corrections=corrections(denoising, problems, gates, config.correction_rank)
         )
     closed = _deviation(model.unet, heldout, start, "closed form")
-    stand_ins = StandIns(start).to(model.unet.device)
-    optimizer = torch.optim.Adam(stand_ins.parameters(), config.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    norm = 0.0
-    with progress(range(config.steps), "recovering", unit="step") as bar:
-        for _ in bar:
-            given = problem()
-            dense = denoising.dense(given)
-            loss = deviation(denoising.gated(given, stand_ins.soft_gates(), gates.padding), dense)
-            optimizer.zero_grad()
-            loss.backward()
-            found = nn.utils.clip_grad_norm_(stand_ins.parameters(), CLIP * norm or torch.inf)
-            norm = 0.9 * norm + 0.1 * min(found.item(), CLIP * norm or torch.inf)
-            optimizer.step()
-            schedule.step()
-    recovered = stand_ins.gates()
-    after = _deviation(model.unet, heldout, recovered, "recovered")
+    found = recovered(denoising, lambda: [problem()], start, config.steps, config.learning_rate)
+    after = _deviation(model.unet, heldout, found, "recovered")
     print(
         f"held-out deviation from dense (MSE): {before:.3g} as given, {closed:.3g} in closed form, "
         f"{after:.3g} recovered ({after / before:.2f} of what it was)"
@@ -173,11 +112,11 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
         )
     best = {"deviation": before, "closed_form": closed, "recovered": after}
     settings = without_folders(asdict(config)) | {"gates": name_of(config.gates)}
-    recovered = replace(recovered, info={**gates.info, "recovered": {**settings, **best}})
-    save_gates(recovered, output)
-    print(gates_report(recovered).text())
+    found = replace(found, info={**gates.info, "recovered": {**settings, **best}})
+    save_gates(found, output)
+    print(gates_report(found).text())
     print(f"wrote {output}")
-    return recovered
+    return found
 
 
 def _deviation(unet: Any, heldout: HeldOut, gates: Gates, label: str) -> float:

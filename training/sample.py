@@ -16,7 +16,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -30,7 +30,7 @@ from diffusers import (
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldcp_core import Gates, load_gates, one_line
+from ldcp_core import Gates, PercentRange, load_gates, one_line
 from ldcp_core.diffusers import compact_blocks, pruned, topology_of
 from training.console import explaining, log_progress, name_of, progress
 from training.data.cache import digest
@@ -123,21 +123,30 @@ def pipeline_of(model: DiffusionModel) -> Pipeline:
 class Candidate:
     """One model to draw with or to measure: ``gates`` (None: dense) and a precision.
 
-    ``beside`` names the gates that it is a baseline of.
+    ``beside`` names the gates that it is a baseline of. Of gates with stages ``stage`` chooses one;
+    None switches between them.
     """
 
     gates: Gates | None = None
     precision: str = "fp32"
     beside: str = ""
+    stage: int | None = None
+
+    def by_stage(self) -> list[tuple[PercentRange | None, Candidate]]:
+        """Of every stage the stretch of the schedule (None: all of it) and what runs there."""
+        if self.gates is None or not self.gates.stages:
+            return [(None, self)]
+        stretches = (stretch for stretch, _ in self.gates.by_stage())
+        return [(stretch, replace(self, stage=number)) for number, stretch in enumerate(stretches)]
 
     @contextmanager
     def running(self, unet: UNet2DConditionModel) -> Iterator[int]:
         """Context in which the U-Net is this one; yields its bytes (`in_precision`).
 
-        Gates with stages switch in place, and the bytes are then those of the dense U-Net.
+        Gates that switch between stages do so in place, and the bytes are those of the dense U-Net.
         """
         gates = self.gates
-        if gates is not None and gates.stages:
+        if gates is not None and gates.stages and self.stage is None:
             if self.precision in STORED:
                 raise UserError(
                     f"Gates with stages can't be drawn with in {self.precision}.",
@@ -146,7 +155,10 @@ class Candidate:
             with in_precision(unet, self.precision, {}) as size, pruned(unet, gates):
                 yield size
             return
-        blocks = {} if gates is None else compact_blocks(unet, gates.pruned())
+        blocks = {}
+        if gates is not None:
+            keep_sets = gates.by_stage()[self.stage or 0][1]
+            blocks = compact_blocks(unet, gates.pruned(keep_sets))
         with in_precision(unet, self.precision, blocks) as size:
             yield size
 

@@ -153,6 +153,27 @@ def test_a_fit_leaves_corrections_out_that_make_the_whole_worse(
     assert not load_gates(output).corrections
 
 
+def deviation_of(gates: Gates) -> float:
+    found: float = gates.info["history"]["heldout_deviation"]
+    return found
+
+
+def test_a_fit_recovers_what_it_has_learned(
+    pipeline: Path, images: Path, tmp_path: Path, short_fits: None, no_pictures: None
+) -> None:
+    given = ["--model", str(pipeline), "--data", str(images), "--scope", "mid+ff"]
+    given += ["--max-steps", "2", "--correction-rank", "4", "--device", "cpu"]
+    found = []
+    for more in ([], ["--recover"]):
+        output = tmp_path / f"gates{len(more)}.safetensors"
+        assert fit.main([*given, *more, "--output", str(output)]) == 0
+        found.append(load_gates(output))
+    plain, recovered = found
+    assert recovered.info["config"]["recover"] and not plain.info["config"]["recover"]
+    assert all(torch.equal(plain.scores[site], recovered.scores[site]) for site in plain.scores)
+    assert deviation_of(recovered) < 0.99 * deviation_of(plain)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_score_writes_them_too(pipeline: Path, images: Path, tmp_path: Path, rank: int) -> None:
     output = tmp_path / "gates.safetensors"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldcp_core import SD15, Gates, load_gates, save_gates
+from ldcp_core import SD15, Gates, Stage, load_gates, save_gates
 from training import evaluate, fit, sample, score
 from training.data.images import open_dataset
 from training.evaluation.plots import panels_of
@@ -456,3 +456,26 @@ def test_nothing_to_compare_is_answered(
 ) -> None:
     assert evaluate.main(source) == 1
     assert "nothing to compare the dense model with" in capsys.readouterr().err
+
+
+def test_gates_with_stages_are_measured_stage_by_stage(
+    source: list[str], half: Path, tmp_path: Path
+) -> None:
+    gates = replace(load_gates(half), importances={}, corrections={})
+    early, late = Stage(0.0, 0.25), Stage(0.4, None)
+    variants = {"quarter": (replace(early, start=0.0),), "half": (), "staged": (early, late)}
+    files = []
+    for name, stages in variants.items():
+        files.append(str(tmp_path / f"{name}.safetensors"))
+        save_gates(replace(gates, stages=stages), Path(files[-1]))
+    output = ["--samples", "12", "--output", str(tmp_path / "e")]
+    assert evaluate.main([*files, *source, *output]) == 0
+    rows = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["rows"]
+    quarter, whole, staged = rows[1:]
+    times = np.array([quarter["deviation_by_timestep"], whole["deviation_by_timestep"]], float)
+    # fifths of the schedule from the image on: three in the late stage, two in the early one
+    assert staged["deviation_by_timestep"] == [*times[1, :3], *times[0, 3:]]
+    assert staged["bytes"] == quarter["bytes"] > whole["bytes"]
+    for cost in ("channels_pruned", "flops_left"):
+        assert staged[cost] == pytest.approx(0.4 * quarter[cost] + 0.6 * whole[cost])
+    assert staged["parameters_left"] == quarter["parameters_left"]

@@ -83,7 +83,7 @@ def validated(model: DiffusionModel, images: Path, gates: Gates) -> float:
     )
     data = open_dataset(str(images), resolution=16)
     images_of = FreshImages(data, model)
-    return outcome._validated(config, Denoising(model, 0), images_of, [0, 1, 2, 3], gates)[1]
+    return outcome._validated(config, Denoising(model, 0), images_of, [0, 1, 2, 3], {"": gates})[1]
 
 
 def test_a_deviation_in_bf16_is_not_that_of_rounding(
