@@ -38,7 +38,7 @@ from training.benchmarking import machine
 from training.benchmarking.timing import Variant, stopwatch
 from training.benchmarking.variants import Inputs
 from training.console import explaining, log_progress, name_of
-from training.data.cache import default_cache
+from training.data.cache import default_cache, digest
 from training.data.encoding import FreshImages, Images
 from training.data.images import open_dataset
 from training.data.splits import Split, unseen
@@ -341,11 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         described(name, candidate)
     data = open_dataset(given.data)
     seen, held_out = unseen(data, [Split.of_file(of.info, name) for name, of in gates.items()])
-    learned = [
-        name
-        for name, of in gates.items()
-        if of.info.get("criterion") == "learned" and not of.stages
-    ]
+    learned = to_stand_beside(gates)
     for asked in ("baselines", "rivals"):
         if getattr(given, asked) and not learned:
             raise UserError(
@@ -396,6 +392,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = {name: files[: len(prompts)] for name, files in paths.items()}
         save(result, first, prompts, given.output)
     return 0
+
+
+def to_stand_beside(gates: Mapping[str, Gates]) -> list[str]:
+    """The names of learned gates without stages, of those that keep the same channels the first."""
+    found: dict[str, str] = {}
+    for name, of in gates.items():
+        if of.info.get("criterion") == "learned" and not of.stages:
+            kept = digest(f"{site} {keep.tolist()}" for site, keep in of.keep_sets().items())
+            found.setdefault(kept, name)
+    return list(found.values())
 
 
 def check(given: EvaluateOptions) -> None:

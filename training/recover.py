@@ -31,7 +31,7 @@ from training.model.gating import compacted
 from training.options import COUNT, POSITIVE, SEED, Bound, Options, option, parsed
 from training.output import claimed, gate_output
 from training.provenance import without_folders
-from training.sample import check_fits, check_one_stage
+from training.sample import check_fits
 from training.session import fit_to, frozen_model
 from training.step.denoising import Denoising, HeldOut, Problem, without_prompts
 
@@ -75,7 +75,6 @@ def recover(config: RecoverConfig) -> Gates:
 
 def _recover(config: RecoverConfig, output: Path) -> Gates:
     gates = load_gates(config.gates)
-    check_one_stage(config.gates, gates)
     data = open_dataset(config.data)
     seen, held_out = unseen(data, [Split.of_file(gates.info, config.gates)])
     model = frozen_model(config.model, "fp32", config.device)
@@ -96,6 +95,12 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
     if not gates.corrections:
         start = replace(
             gates, corrections=corrections(denoising, problems, gates, config.correction_rank)
+        )
+    if gates.stages and not start.corrections:
+        raise UserError(
+            f"{config.gates} has stages, and no layer for which a correction helps.",
+            "gates without stages, or with corrections to train",
+            "recover the gates that the stages were made of",
         )
     closed = _deviation(model.unet, heldout, start, "closed form")
     found = recovered(denoising, lambda: [problem()], start, config.steps, config.learning_rate)

@@ -5,9 +5,10 @@
 
 The original project's ablation, target sparsity × λ, is ``--criteria learned --targets 0.1 0.3
 --weights 0.003 0.01 0.02``, and draws a heat map. A run that was stopped goes on where it was: gate
-files that are there and were made with the same settings are kept. Ends with `training.evaluate`
-over all of them, which gets every option that is not listed here, such as ``--precision fp32 int8``
-or ``--unstructured l1``.
+files that are there and were made with the same settings are kept. ``--variants plain
+recovered stages`` makes others of every learned one: without corrections, by `training.recover`, by
+`training.stages`. Ends with `training.evaluate` over all of them, which gets every option that is
+not listed here, such as ``--precision fp32 int8``, ``--rivals obs`` or ``--images pictures/``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ldcp_core import DEFAULT_SCOPE, GateFileError, Ranking, load_gates
-from training import evaluate, fit, score
+from ldcp_core import DEFAULT_SCOPE, GateFileError, Ranking, load_gates, save_gates
+from training import evaluate, fit, recover, score, stages
 from training.config import FitConfig
 from training.console import explaining, log_progress
 from training.criteria import CRITERIA
@@ -43,11 +44,13 @@ from training.options import (
 )
 from training.output import PICTURE, gate_output, output_file, output_folder, write
 from training.provenance import without_folders
+from training.sample import Settings
 from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure
 
 log = logging.getLogger("training.sweep")
 
 LEARNED = "learned"
+Variant = Literal["plain", "recovered", "stages", "stages-recovered"]
 WITHOUT_CUT: dict[str, Any] = {f.name: f.default for f in fields(ScoreConfig) if f.name in CUT}
 WITHOUT_CUT["output"] = ""
 
@@ -73,7 +76,8 @@ class SweepOptions(Options):
     )
     budget: BudgetKind = option("what targets are shares of", "parameters")
     correction_rank: int = correction_rank()
-    steps: int | None = option("optimizer steps of a fit", None)
+    max_steps: int | None = option("optimizer steps of a fit", None)
+    variants: tuple[Variant, ...] = option("others to make of every learned gate file", ())
     samples: int = option("held-out samples of the evaluation", 48)
     seed: int = option("of everything random", 0, SEED)
 
@@ -166,8 +170,8 @@ def config_of(plan: Plan, given: SweepOptions, demo: bool) -> FitConfig | ScoreC
             settings = DEMO_SETTINGS | settings
         if plan.weight is not None:
             settings["sparsity_weight"] = plan.weight
-        if given.steps is not None:
-            settings["max_steps"] = given.steps
+        if given.max_steps is not None:
+            settings["max_steps"] = given.max_steps
         return FitConfig(**settings)
     settings |= {"ranking": plan.ranking, "threshold": plan.threshold}
     return ScoreConfig(**settings, criterion=plan.criterion)
@@ -185,6 +189,74 @@ def make(
         fit.fit(config)
     else:
         score.score(config, measured(replace(config, **WITHOUT_CUT)))
+
+
+def make_variant(kind: Variant, of: Path, options: evaluate.EvaluateOptions) -> Path | None:
+    """The variant of a learned gate file, made now unless it is there and newer.
+
+    None where it brings nothing, so that there is none.
+    """
+    path = variant_of(kind, of)
+    if path.exists() and path.stat().st_mtime >= of.stat().st_mtime:
+        log.info("%s is there", path)
+        return path
+    log.info("making %s", path)
+    try:
+        VARIANTS[kind](of, path, options)
+    except UserError as error:
+        log.warning("%s is left out: %s", path.name, error)
+        return None
+    return path
+
+
+def variant_of(kind: str, of: Path) -> Path:
+    """
+    >>> variant_of("stages", Path("sweep/learned_mid_30.safetensors")).name
+    'learned_mid_30_stages.safetensors'
+    """
+    return of.with_stem(f"{of.stem}_{kind}")
+
+
+def _plain(of: Path, path: Path, options: evaluate.EvaluateOptions) -> None:
+    save_gates(replace(load_gates(of), corrections={}), path)
+
+
+def _recovered(of: Path, path: Path, options: evaluate.EvaluateOptions) -> None:
+    recover.recover(
+        recover.RecoverConfig(
+            str(of), options.model, options.data, str(path), device=options.device
+        )
+    )
+
+
+def _in_stages(of: Path, path: Path, options: evaluate.EvaluateOptions) -> None:
+    """Found by pictures of other seeds than the evaluation draws."""
+    stages.stage(
+        stages.StagesConfig(
+            str(of),
+            options.model,
+            options.data,
+            str(path),
+            prompts=options.prompts,
+            settings=Settings(options.steps, options.guidance),
+            device=options.device,
+        )
+    )
+
+
+def _recovered_in_stages(of: Path, path: Path, options: evaluate.EvaluateOptions) -> None:
+    staged = make_variant("stages", of, options)
+    if staged is None:
+        raise UserError("There are no stages to recover.", "")
+    _recovered(staged, path, options)
+
+
+VARIANTS: dict[Variant, Callable[[Path, Path, evaluate.EvaluateOptions], None]] = {
+    "plain": _plain,
+    "recovered": _recovered,
+    "stages": _in_stages,
+    "stages-recovered": _recovered_in_stages,
+}
 
 
 def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
@@ -215,17 +287,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         config_of(plan, given, demo) for plan in chosen
     ]  # all that can fail before the long part
     paths = [config.output for config in configs]
-    evaluate.parse_arguments([*paths, *options])
+    wanted = evaluate.parse_arguments([*paths, *options])
     for config in configs:
         if isinstance(config, FitConfig):
             fit.checked_output(config)
         else:
             gate_output(config.output, (config.model, config.data))
+        for kind in given.variants if isinstance(config, FitConfig) else ():
+            gate_output(variant_of(kind, Path(config.output)), (config.model, config.data))
     output_file("--output", folder / "heatmap.png", PICTURE, (given.model, given.data))
     # settings that differ only in where they cut follow each other
     measured = lru_cache(maxsize=1)(measure)
     for config in configs:
         make(config, measured)
+    for config in configs:
+        for kind in given.variants if isinstance(config, FitConfig) else ():
+            made = make_variant(kind, Path(config.output), wanted)
+            paths += [str(made)] * (made is not None)
     status = evaluate.main([*paths, *options])
     learned = [plan for plan in chosen if plan.weight is not None]
     several = len({p.target for p in learned}) > 1 and len({p.weight for p in learned}) > 1

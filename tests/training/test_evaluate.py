@@ -479,3 +479,17 @@ def test_gates_with_stages_are_measured_stage_by_stage(
     for cost in ("channels_pruned", "flops_left"):
         assert staged[cost] == pytest.approx(0.4 * quarter[cost] + 0.6 * whole[cost])
     assert staged["parameters_left"] == quarter["parameters_left"]
+
+
+def test_what_keeps_the_same_channels_is_compared_with_others_once(half: Path) -> None:
+    gates = load_gates(half)
+    learned = replace(gates, info={"criterion": "learned"})
+    other = {site: score.flip(0) for site, score in gates.scores.items()}
+    given = {
+        "cheap": gates,
+        "a": learned,
+        "a recovered": replace(learned, corrections={}, constants={}),
+        "in stages": replace(learned, stages=(Stage(0.0, None), Stage(0.5, 0.7))),
+        "b": replace(learned, scores=other),
+    }
+    assert evaluate.to_stand_beside(given) == ["a", "b"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldcp_core import Gates, Stage, load_gates, save_gates
-from training import benchmark, evaluate, recover, sample, score, stages
+from training import benchmark, sample, score, stages
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,6 @@ def test_other_commands_refuse_stages(
     save_gates(gates, staged)
     for main, options in (
         (stages.main, [str(staged), *source, "--output", output]),
-        (recover.main, [str(staged), *source, "--output", output]),
-        (evaluate.main, [str(staged), *source]),
         (benchmark.main, ["--gates", str(staged), *source[:2]]),
     ):
         assert main(options) == 1

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from ldcp_core import load_gates
-from training import score, sweep
+from ldcp_core import load_gates, save_gates
+from training import recover, score, stages, sweep
 from training.config import FitConfig
 from training.evaluation.plots import Cell, heat_map
 from training.score import ScoreConfig
 
 Config = FitConfig | ScoreConfig
+INNER = "mid_block.resnets.0.conv1"
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,8 @@ def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
     source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--criteria", "learned", "random", "--targets", "0.3", "--budget", "channels"]
-    options += ["--weights", "0.01", "--steps", "3", "--samples", "2", "--output", str(tmp_path)]
+    options += ["--weights", "0.01", "--max-steps", "3", "--samples", "2"]
+    options += ["--output", str(tmp_path)]
     assert sweep.main([*source, *options]) == 0
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == ["learned_0.01_mid_30.safetensors", "random_global_mid_30.safetensors"]
@@ -49,6 +52,40 @@ def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
     options[options.index("0.3")] = "0.5"
     assert sweep.main([*source, *options]) == 0
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_variants_of_learned_gates_stand_in_the_same_table(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_two(config: stages.StagesConfig) -> None:
+        save_gates(stages.in_stages(load_gates(config.gates), (0.1, 0.5)), config.output)
+
+    shortly = recover.recover
+    monkeypatch.setattr(
+        recover, "recover", lambda config: shortly(replace(config, steps=2, samples=8))
+    )
+    monkeypatch.setattr(recover, "CLOSED_FORM_SAMPLES", 20)
+    monkeypatch.setattr(stages, "stage", in_two)
+    options = ["--scopes", "mid+ff", "--max-steps", "3", "--samples", "4"]
+    options += ["--variants", "plain", "recovered", "stages-recovered", "stages"]
+    options += ["--output", str(tmp_path)]
+    assert sweep.main([*source, *options]) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    names = [row["name"].removeprefix("learned_mid+ff_30") for row in result["rows"]]
+    assert names == ["dense", "", "_plain", "_recovered", "_stages-recovered", "_stages"]
+    learned, plain, recovered, both, staged = (
+        load_gates(tmp_path / f"learned_mid+ff_30{name}.safetensors") for name in names[1:]
+    )
+    assert recovered.corrections and not plain.corrections
+    assert torch.equal(plain.constants[INNER], learned.constants[INNER])
+    assert "recovered" in recovered.info and "recovered" not in learned.info
+    assert staged.stages == both.stages != () and "recovered" in both.info
+    for site, constant in staged.constants.items():  # all stages share them
+        assert torch.equal(constant, both.constants[site])
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert sweep.main([*source, *options]) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 @pytest.fixture
@@ -138,7 +175,7 @@ def test_a_threshold_reaches_the_score(source: list[str], tmp_path: Path) -> Non
         (["--criteria", "taylor", "--thresholds", "taylor=1"], "that has a threshold"),
         (["--criteria", "percentage", "--thresholds", "percentage=120"], "above 0 and below 100"),
         (["--seeds", "3", "--reference", "x"], "--reference given without --images"),
-        (["--criteria", "random", "learned", "--steps", "0"], "--max-steps is 0"),
+        (["--criteria", "random", "learned", "--max-steps", "0"], "--max-steps is 0"),
         (["--criteria", "random", "--targets", "0.3", "1.5"], "--target-sparsity is 1.5"),
     ],
 )

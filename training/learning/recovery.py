@@ -28,7 +28,9 @@ def recovered(
 ) -> Gates:
     """The gates with constants and corrections trained so that the answers are the dense model's.
 
-    Each step draws ``next_problems``. Scores, and so the channels kept, stay as they are.
+    Each step draws ``next_problems``. Scores, and so the channels kept, stay as they are. Of gates
+    with stages the corrections alone are trained, for the stage that has them: all stages share
+    the constants.
     """
     stand_ins = StandIns(gates).to(denoising.model.unet.device)
     optimizer = torch.optim.Adam(stand_ins.parameters(), learning_rate)
@@ -60,6 +62,7 @@ class StandIns(nn.Module):
         self.constants = nn.ParameterDict(
             {self._keys[site]: gates.constant(site).clone() for site in keep_sets}
         )
+        self.constants.requires_grad_(not gates.stages)
         self.corrections = nn.ModuleDict(
             {
                 self._keys[site]: nn.ParameterDict(
