@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,14 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
     stream = images.batches(seen, config.batch_size, seed=config.seed, epochs=None)
     unconditional = embed_prompts(model, [""])
 
+    turn = count()
+
     def problem() -> Problem:
-        return without_prompts(denoising.problem(next(stream)), *unconditional)
+        return without_prompts(denoising.problem(next(stream)), *unconditional, next(turn))
 
     before = _deviation(model.unet, heldout, gates, "as given")
-    count = -(-CLOSED_FORM_SAMPLES // config.batch_size)
-    problems = [problem() for _ in range(max(count, 5))]
+    needed = -(-CLOSED_FORM_SAMPLES // config.batch_size)
+    problems = [problem() for _ in range(max(needed, 5))]
     start = gates
     if not gates.corrections:
         start = replace(

@@ -94,5 +94,7 @@ def test_every_second_prompt_is_the_empty_one() -> None:
     problem = Problem(zeros, torch.zeros(3), context, zeros, zeros, text)
     found = without_prompts(problem, torch.zeros(1, 2, 5), torch.zeros(1, 4))
     assert found.context.amax((1, 2)).tolist() == [1, 0, 1]
+    later = without_prompts(problem, torch.zeros(1, 2, 5), torch.zeros(1, 4), first=1)
+    assert later.context.amax((1, 2)).tolist() == [0, 1, 0]
     assert found.added["text_embeds"].amax(1).tolist() == [1, 0, 1]
     assert found.added["time_ids"].all() and context.all() and text["text_embeds"].all()

@@ -124,7 +124,7 @@ def _recovered(
 ) -> Gates:
     def next_problems() -> list[Problem]:
         found = learning.next_problems(RECOVERY_SAMPLES)
-        return [without_prompts(problem, *empty_prompt) for problem in found]
+        return [without_prompts(one, *empty_prompt, number) for number, one in enumerate(found)]
 
     with in_precision(denoising.model.unet, "fp32", {}):
         return recovered(denoising, next_problems, gates)

@@ -241,13 +241,15 @@ class HeldOut:
             cudnn.allow_tf32 = allowed
 
 
-def without_prompts(problem: Problem, context: Tensor, pooled: Tensor) -> Problem:
+def without_prompts(problem: Problem, context: Tensor, pooled: Tensor, first: int = 0) -> Problem:
     """The problem with the empty prompt [1, T, D], [1, P] in the place of every second one.
+
+    With a ``first`` that counts up, also where a problem has one image.
 
     Guidance asks the model with and without a prompt; trained with prompts alone, the two answers
     would drift apart.
     """
-    empty = torch.arange(len(problem)) % 2 == 1
+    empty = (first + torch.arange(len(problem))) % 2 == 1
     contexts, added = problem.context.clone(), dict(problem.added)
     contexts[empty] = context.to(contexts)
     if "text_embeds" in added:
