@@ -103,7 +103,10 @@ def save_exported(
     metadata = {"format": FORMAT, "version": VERSION, "padding": found.padding}
     temporary = path.with_name(f".{path.name[:50]}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # save_file lets nobody else read it
         save_file(kept, temporary, {**metadata, "config": json.dumps(config)})
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -308,5 +311,15 @@ class PrunedResBlock(nn.Module, CompactResBlock):
             self.register_parameter(name, new)
 
     def forward(self, x: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, I, H, W] and the time embedding to [B, O, H, W]."""
+        """[B, I, H, W] and the time embedding to [B, O, H, W].
+
+        Raises UnsupportedModel where an adapter has been put on a convolution: weights are read.
+        """
+        for layer in map(self.get_submodule, ("conv1", "conv2")):
+            if type(layer) is not nn.Conv2d:
+                raise UnsupportedModel(
+                    f"{type(layer).__name__} is in the place of a convolution of an exported "
+                    "ResBlock; fuse LoRA into the U-Net before it is exported, or put it on other "
+                    "layers"
+                )
         return CompactResBlock.__call__(self, self.ops, x, self.ops.embed(temb))

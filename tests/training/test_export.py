@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -302,6 +303,31 @@ def test_what_is_pruned_already_or_in_stages_or_has_a_lora_is_refused(
     with pytest.raises(UnsupportedModel, match="Fuse and unload LoRA"):
         save_exported(unet, gates, path)
     assert far(evaluated(load_exported(path)), evaluated(found)) == 0  # neither overwrote it
+
+
+def test_a_lora_works_or_is_refused_but_never_ignored(
+    unet: UNet2DConditionModel, path: Path
+) -> None:
+    from peft import LoraConfig
+
+    found = exported(unet, gates_of(unet), path)
+    plain = evaluated(found)
+    for layers, refused in ((["to_q", "ff.net.2", "time_emb_proj"], False), (["conv1"], True)):
+        config = LoraConfig(r=4, target_modules=layers, init_lora_weights=False)
+        found.add_adapter(config, adapter_name="of" + layers[0])
+        if refused:
+            with pytest.raises(UnsupportedModel, match="put it on other layers"):
+                evaluated(found)
+        else:
+            assert far(evaluated(found), plain) > 1e-3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_others_may_read_it_as_any_new_file(unet: UNet2DConditionModel, path: Path) -> None:
+    plain = path.with_name("plain")
+    plain.touch()
+    save_exported(unet, gates_of(unet), path)
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 # --- the command ----------------------------------------------------------------------------------
