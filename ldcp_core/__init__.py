@@ -57,8 +57,10 @@ from .gates import (
     moving_cost,
     top_channels,
 )
+from .gathering import HELD_OUT_EVERY, PASS_BYTES, Pass, passes
 from .linear import LinearWeights
 from .pruning import Pruned, block_gates
+from .readers import See, watch_conv2, watch_linear
 from .report import (
     Report,
     ReportLayer,
@@ -104,11 +106,13 @@ __all__ = [
     "DEFAULT_FLOOR",
     "DEFAULT_SCOPE",
     "HEADS",
+    "HELD_OUT_EVERY",
     "HIDDEN",
     "MAGNITUDES",
     "MAX_RANK",
     "NEVER",
     "PADDINGS",
+    "PASS_BYTES",
     "RANK",
     "RANKINGS",
     "SCOPES",
@@ -135,6 +139,7 @@ __all__ = [
     "Magnitude",
     "Moments",
     "Padding",
+    "Pass",
     "PercentRange",
     "Pruned",
     "PrunedSite",
@@ -148,6 +153,7 @@ __all__ = [
     "Savings",
     "Schedule",
     "ScheduleError",
+    "See",
     "Site",
     "SiteKind",
     "SiteSaving",
@@ -182,6 +188,7 @@ __all__ = [
     "masked_resblock",
     "moving_cost",
     "one_line",
+    "passes",
     "printable",
     "remove_abandoned",
     "report_image",
@@ -194,5 +201,7 @@ __all__ = [
     "step_index",
     "top_channels",
     "unet_cost",
+    "watch_conv2",
+    "watch_linear",
     "write_atomically",
 ]

@@ -82,6 +82,12 @@ class SoftGate:
     constant: Tensor
     correction: Correction | None = None
 
+    @classmethod
+    def of(cls, site: PrunedSite) -> SoftGate:
+        """The same as a mask; zero where there is no constant."""
+        constant = torch.zeros(site.keep.numel()) if site.constant is None else site.constant
+        return cls(site.keep.float(), constant, site.correction)
+
     def __call__(self, h: Tensor, axis: int = 1) -> Tensor:
         """m·h + (1 − m)·μ, with the channels in dimension ``axis`` of ``h``."""
         shape = [1] * h.dim()

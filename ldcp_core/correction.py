@@ -117,10 +117,12 @@ class Regression:
             return None
         if not bool(self._moments.isfinite().all() and self._products.isfinite().all()):
             return None
-        moments, products = (t.double() / self._rows for t in (self._moments, self._products))
-        mean_x, mean_y = moments[-1, :-1], products[-1]  # the last feature is one
-        centred = moments[:-1, :-1] - mean_x[:, None] * mean_x
-        products = products[:-1] - mean_x[:, None] * mean_y
+        # in place from here on: they may be gigabytes
+        parts = (self._moments, self._products)
+        moments, products = (part.double().div_(self._rows) for part in parts)
+        mean_x, mean_y = moments[-1, :-1].clone(), products[-1].clone()  # the last feature is one
+        centred = moments[:-1, :-1].addr_(mean_x, mean_x, alpha=-1)
+        products = products[:-1].addr_(mean_x, mean_y, alpha=-1)
         diagonal = centred.diagonal().clone()
         best = None
         for ridge in RIDGES:

@@ -20,23 +20,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .attention import HEADS, Attention, AttentionWeights, CompactAttention, masked_attention
 from .blocks import Block, Padding, PrunedSite, SoftGate
 from .feedforward import HIDDEN, CompactFeedForward, FeedForward, masked_feed_forward
 from .gatefile import load_gates
 from .gates import Gates
+from .gathering import WatchesReader
 from .linear import LinearWeights
 from .pruning import Pruned, block_gates
+from .readers import See, watch_conv2, watch_linear
 from .resblock import (
     CompactResBlock,
     ConvWeights,
     ResBlock,
     ResBlockGate,
-    masked_conv2,
     masked_resblock,
 )
 from .schedule import ALWAYS, Schedule, StepRange, step_index
@@ -279,7 +278,7 @@ def _depths(block: Any) -> tuple[int, ...]:
     return (*depths, *[0] * (len(block.resnets) - len(depths)))
 
 
-class Adapter(Protocol):
+class Adapter(WatchesReader, Protocol):
     """What pruning needs of one block of the host, of whatever kind."""
 
     def layers(self) -> list[nn.Module]:
@@ -296,15 +295,6 @@ class Adapter(Protocol):
 
     def masked(self, gates: Sequence[SoftGate | None], padding: Padding) -> BlockForward:
         """The masked reference in the place of the block's own forward, with a gate per site."""
-
-    def watch_reader(
-        self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
-    ) -> AbstractContextManager[None]:
-        """Context in which each evaluation calls ``see`` with two maps of the reader of a site.
-
-        What it would be fed if the site were pruned and nothing before it, and what its output
-        lacks then; zero where a later gate of the block replaces the output.
-        """
 
 
 class DiffusersResBlock:
@@ -357,28 +347,13 @@ class DiffusersResBlock:
         return forward
 
     def watch_reader(
-        self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: See
     ) -> AbstractContextManager[None]:
         inner, residual = gates
         assert inner is not None
-        came: list[Tensor] = []  # out of conv1 and into norm2
-
-        def read(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            h, with_emb = came
-            fed = self.norm2(inner(h) + (with_emb - h))
-            came.clear()  # of what the norm has just been given, too
-            _, conv2 = self.weights()
-            missing = output - masked_conv2(self, fed, conv2, inner, padding)
-            if residual is not None:
-                missing = missing * residual.mask.to(missing)[:, None, None]
-            see(fed, missing)
-
         conv1, conv2 = self.layers()
-        return hooked(
-            conv1.register_forward_hook(lambda module, inputs, output: came.append(output)),
-            self.block.norm2.register_forward_pre_hook(lambda module, inputs: came.append(*inputs)),
-            conv2.register_forward_hook(read),
-        )
+        layers = conv1, self.block.norm2, conv2
+        return watch_conv2(self, layers, lambda _: self.weights()[1], inner, residual, padding, see)
 
     def norm1(self, x: Tensor) -> Tensor:
         y: Tensor = self.block.nonlinearity(self.block.norm1(x))
@@ -435,10 +410,10 @@ class DiffusersFeedForward:
         return lambda x, *args, **kwargs: masked_feed_forward(x, *self.weights(), *gates)
 
     def watch_reader(
-        self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: See
     ) -> AbstractContextManager[None]:
         (hidden,) = gates
-        return watch_linear(self.block.net[2], hidden, HIDDEN.axis, see)
+        return _watch_linear(self.block.net[2], hidden, HIDDEN.axis, see)
 
 
 class DiffusersAttention:
@@ -496,10 +471,10 @@ class DiffusersAttention:
         return self.running(masked)
 
     def watch_reader(
-        self, gates: Sequence[SoftGate | None], padding: Padding, see: Callable[..., None]
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: See
     ) -> AbstractContextManager[None]:
         (heads,) = gates
-        return watch_linear(self.block.to_out[0], heads, HEADS.axis, see)
+        return _watch_linear(self.block.to_out[0], heads, HEADS.axis, see)
 
     def _check(self, attention_mask: Tensor | None = None) -> None:
         """Raises UnsupportedModel where something else than plain attention is computed."""
@@ -513,17 +488,11 @@ class DiffusersAttention:
         )
 
 
-def watch_linear(
-    layer: nn.Module, gate: SoftGate | None, axis: int, see: Callable[..., None]
+def _watch_linear(
+    layer: nn.Module, gate: SoftGate | None, axis: int, see: See
 ) -> AbstractContextManager[None]:
-    """`Adapter.watch_reader` of a linear layer, whose inputs the gate prunes."""
     assert gate is not None
-
-    def read(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        fed = gate(inputs[0], axis=axis)
-        see(fed, output - F.linear(fed, *gate.reader(*weights_of(layer))))
-
-    return hooked(layer.register_forward_hook(read))
+    return watch_linear(layer, lambda _: LinearWeights(*weights_of(layer)), gate, axis, see)
 
 
 #: kind of block -> its adapter
@@ -595,16 +564,6 @@ def _state(layer: Any) -> tuple[Any, ...]:
 def _version(weight: Tensor) -> tuple[Any, ...]:
     written = 0 if weight.is_inference() else weight._version
     return weight.data_ptr(), written, weight.dtype, weight.device
-
-
-@contextmanager
-def hooked(*hooks: RemovableHandle) -> Iterator[None]:
-    """Context that removes these hooks in the end."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ldcp_core.diffusers import hooked
+from ldcp_core.readers import hooked
 from training.console import progress
 from training.data.images import open_image
 from training.evaluation import distances

@@ -66,11 +66,7 @@ def compacted(unet: UNet2DConditionModel, pruned: Pruned) -> Any:
 
 def hard_gates(pruned: Pruned) -> dict[str, SoftGate]:
     """Keep-sets as masks for `masked`; sites without constants use zero."""
-    found = {}
-    for name, site in pruned.items():
-        constant = torch.zeros(site.keep.numel()) if site.constant is None else site.constant
-        found[name] = SoftGate(site.keep.float(), constant, site.correction)
-    return found
+    return {name: SoftGate.of(site) for name, site in pruned.items()}
 
 
 def replaced_seen(

@@ -1,0 +1,108 @@
+"""Corrections of all sites that have a reader, from runs of the dense model.
+
+Each site is corrected by itself: its reader is fed what it would be fed if the site were pruned and
+nothing before it, and what its output then lacks is predicted from that (`Regression`). On the demo
+that is as good as feeding it what the whole pruned model makes, in one pass instead of one per
+site, and better where much is pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
+
+from torch import Tensor
+
+from .blocks import Padding, Site, SoftGate
+from .correction import Correction, Regression
+from .gates import Gates
+from .readers import See
+from .sites import block_of, sites_of
+
+#: one part in so many of what is seen is held out, to tell whether a correction holds elsewhere
+HELD_OUT_EVERY = 5
+#: bytes of sums that are gathered together, where nothing else is known
+PASS_BYTES = 2**30
+
+
+class WatchesReader(Protocol):
+    """A block of a host."""
+
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: See
+    ) -> AbstractContextManager[None]:
+        """Context in which each evaluation calls ``see`` with two maps of the reader of a site.
+
+        ``gates`` has one for each site of the block. The maps are what the reader would be fed if
+        its site were pruned and nothing before it, and what its output lacks then; zero where a
+        later gate of the block replaces the output.
+        """
+
+
+class Pass:
+    """The regressions of some sites that are gathered together.
+
+    ``held_out`` says of what is seen next whether it only checks what was found.
+    """
+
+    def __init__(self, gates: Gates, sites: Sequence[str]) -> None:
+        pruned = gates.pruned()
+        self.held_out = False
+        self._padding = gates.padding
+        self._gates = {site: SoftGate.of(found) for site, found in pruned.items()}
+        self._regressions = {site: Regression(pruned[site].keep) for site in sites}
+
+    def __len__(self) -> int:
+        return len(self._regressions)
+
+    @contextmanager
+    def watching(self, block: Callable[[str], WatchesReader]) -> Iterator[None]:
+        """Context in which the evaluations of the dense model are gathered."""
+        with ExitStack() as hooks:
+            for site, regression in self._regressions.items():
+                name = block_of(site)
+                of_block = [self._gates.get(each) for each in sites_of(name)]
+                watch = block(name).watch_reader(of_block, self._padding, self._adding(regression))
+                hooks.enter_context(watch)
+            yield
+
+    def _adding(self, regression: Regression) -> See:
+        def add(fed: Tensor, missing: Tensor) -> None:
+            regression.add(fed, missing, self.held_out)
+
+        return add
+
+    def solved(self, rank: int) -> Iterator[tuple[str, Correction | None]]:
+        """Site -> correction, None where it does not hold; what was gathered is let go."""
+        for site in list(self._regressions):
+            yield site, self._regressions.pop(site).correction(rank)
+
+
+def passes(gates: Gates, most: int) -> list[Pass]:
+    """All sites that a layer reads and of which a part is pruned: as many together as go.
+
+    That is as many as ``most`` bytes hold the sums of, at least one.
+    """
+    keep_sets = gates.keep_sets()
+    parts: list[list[str]] = []
+    size = 0
+    for site in gates.topology.all_sites():
+        if site.reader is None or not _is_part(keep_sets.get(site.name)):
+            continue
+        needed = _bytes(site, int(keep_sets[site.name].sum()))
+        if not parts or size + needed > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(site.name)
+        size += needed
+    return [Pass(gates, part) for part in parts]
+
+
+def _is_part(keep: Tensor | None) -> bool:
+    return keep is not None and bool(keep.any()) and not bool(keep.all())
+
+
+def _bytes(site: Site, kept: int) -> int:
+    features = kept * site.kind.reader_taps + 1
+    return 4 * features * (features + site.block.outputs())
