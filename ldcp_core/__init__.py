@@ -57,7 +57,7 @@ from .gates import (
     moving_cost,
     top_channels,
 )
-from .gathering import HELD_OUT_EVERY, PASS_BYTES, Pass, passes
+from .gathering import HELD_OUT_EVERY, PASS_BYTES, Pass, correctable, passes
 from .linear import LinearWeights
 from .pruning import Pruned, block_gates
 from .readers import See, watch_conv2, watch_linear
@@ -168,6 +168,7 @@ __all__ = [
     "build_report",
     "column_norms",
     "content_digest",
+    "correctable",
     "expected_heads",
     "expected_hidden",
     "expected_output",

@@ -8,6 +8,7 @@ evaluation is reduced to a count, a mean and a sum of squares per channel, and t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,15 @@ class Calibration:
     ``outputs[site]`` are the moments of what a constant would replace. Where one layer reads a
     site's channels, ``inputs[site]`` are the moments of what that layer read, and
     ``columns[site]`` those of the squared norms of the weights it read them with, one sample per
-    evaluation; a residual channel is read by the residual sum, with weight one.
+    evaluation; a residual channel is read by the residual sum, with weight one. ``runs`` are what
+    was run, in the host's own words, for one that runs them once more.
     """
 
     outputs: dict[str, Moments] = field(default_factory=dict)
     inputs: dict[str, Moments] = field(default_factory=dict)
     columns: dict[str, Moments] = field(default_factory=dict)
     evaluations: int = 0
+    runs: list[Any] = field(default_factory=list)
 
     def saw_output(self, site: str, x: Tensor, channels: int = 1) -> None:
         """``x`` came out where a constant would stand; its dimension ``channels`` is the site's."""
@@ -97,6 +100,7 @@ class Calibration:
             both(self.inputs, other.inputs),
             both(self.columns, other.columns),
             self.evaluations + other.evaluations,
+            self.runs + other.runs,
         )
 
     def _widths(self) -> dict[str, int]:

@@ -57,18 +57,26 @@ class Pass:
         return len(self._regressions)
 
     @contextmanager
-    def watching(self, block: Callable[[str], WatchesReader]) -> Iterator[None]:
-        """Context in which the evaluations of the dense model are gathered."""
+    def watching(
+        self, block: Callable[[str], WatchesReader], before: Callable[[], None] | None = None
+    ) -> Iterator[None]:
+        """Context in which the evaluations of the dense model are gathered.
+
+        ``before`` is called before each layer's, which may take seconds on a CPU.
+        """
         with ExitStack() as hooks:
             for site, regression in self._regressions.items():
                 name = block_of(site)
                 of_block = [self._gates.get(each) for each in sites_of(name)]
-                watch = block(name).watch_reader(of_block, self._padding, self._adding(regression))
+                see = self._adding(regression, before)
+                watch = block(name).watch_reader(of_block, self._padding, see)
                 hooks.enter_context(watch)
             yield
 
-    def _adding(self, regression: Regression) -> See:
+    def _adding(self, regression: Regression, before: Callable[[], None] | None) -> See:
         def add(fed: Tensor, missing: Tensor) -> None:
+            if before is not None:
+                before()
             regression.add(fed, missing, self.held_out)
 
         return add
@@ -79,30 +87,29 @@ class Pass:
             yield site, self._regressions.pop(site).correction(rank)
 
 
-def passes(gates: Gates, most: int) -> list[Pass]:
-    """All sites that a layer reads and of which a part is pruned: as many together as go.
+def correctable(gates: Gates) -> list[Site]:
+    """The sites that a layer reads, and of which a part is pruned."""
+    keep_sets = gates.keep_sets()
+    return [
+        site
+        for site in gates.topology.all_sites()
+        if site.reader is not None
+        and site.name in keep_sets
+        and keep_sets[site.name].unique().numel() == 2
+    ]
 
-    That is as many as ``most`` bytes hold the sums of, at least one.
-    """
+
+def passes(gates: Gates, most: int) -> list[Pass]:
+    """The `correctable` sites, at least one at a time and no more sums than ``most`` bytes."""
     keep_sets = gates.keep_sets()
     parts: list[list[str]] = []
     size = 0
-    for site in gates.topology.all_sites():
-        if site.reader is None or not _is_part(keep_sets.get(site.name)):
-            continue
-        needed = _bytes(site, int(keep_sets[site.name].sum()))
+    for site in correctable(gates):
+        features = int(keep_sets[site.name].sum()) * site.kind.reader_taps + 1
+        needed = 4 * features * (features + site.block.outputs())
         if not parts or size + needed > most:
             parts.append([])
             size = 0
         parts[-1].append(site.name)
         size += needed
     return [Pass(gates, part) for part in parts]
-
-
-def _is_part(keep: Tensor | None) -> bool:
-    return keep is not None and bool(keep.any()) and not bool(keep.all())
-
-
-def _bytes(site: Site, kept: int) -> int:
-    features = kept * site.kind.reader_taps + 1
-    return 4 * features * (features + site.block.outputs())

@@ -1,4 +1,4 @@
-"""Gates made by watching the model at work: the user's own prompts, sampled once."""
+"""Gates made by watching the model at work on the user's own prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ldcp_core import Calibration, Gates, Padding, Ranking
+from ..ldcp_core import Calibration, Gates, Padding, Ranking, correctable
 from .choose import CRITERIA, Choice, Criterion, calibrate
 from .inputs import check_offered, denoise, how_to_prune, how_to_sample
 from .shared import CATEGORY, CalibrationType, GatesType, schema, show_on_node
@@ -15,17 +15,35 @@ from .shared import CATEGORY, CalibrationType, GatesType, schema, show_on_node
 log = logging.getLogger("ldcp")
 
 
-def status(gates: Gates, given: bool) -> list[str]:
-    """Sites and the share of channels pruned; how they were chosen; how much was seen."""
+def status(gates: Gates, given: Gates | None, corrections: bool) -> list[str]:
+    """Sites and the share of channels pruned; how they were chosen; how much was seen.
+
+    And how many layers were corrected, or why none.
+    """
     info, sites = gates.info, len(gates.scores)
     seen = info["calibration_evaluations"]
-    requested = "" if given else f" ({info['target_sparsity']:.1%} requested)"
-    chosen = "scores as given" if given else f"{info['criterion']}, {info['ranking']}"
+    requested = "" if given is not None else f" ({info['target_sparsity']:.1%} requested)"
+    chosen = "scores as given" if given is not None else f"{info['criterion']}, {info['ranking']}"
     return [
         f"{sites} site{'s' * (sites != 1)}, {gates.sparsity:.1%} pruned{requested}",
         f"{chosen}, rule '{gates.padding}'",
         f"{seen:,} evaluation{'s' * (seen != 1)} watched",
+        *_corrected(gates, given, corrections),
     ]
+
+
+def _corrected(gates: Gates, given: Gates | None, wanted: bool) -> list[str]:
+    if not wanted:
+        return (
+            ["corrections of the given gates left out"]
+            if given is not None and given.corrections
+            else []
+        )
+    layers, found = len(correctable(gates)), len(gates.corrections)
+    if not layers:
+        return ["no layer to correct: none reads a site of which a part is pruned"]
+    why = "" if found else ": nothing found held for other noise"
+    return [f"{found} of {layers} layer{'s' * (layers != 1)} corrected{why}"]
 
 
 class LDCPCalibrateGates(io.ComfyNode):
@@ -86,7 +104,18 @@ class LDCPCalibrateGates(io.ComfyNode):
                     "calibration",
                     optional=True,
                     tooltip="What another Calibrate Gates has seen, with another prompt, say: the "
-                    "gates then rest on both.",
+                    "gates then rest on both. With corrections, its prompt is sampled once more as "
+                    "well.",
+                ),
+                io.Boolean.Input(
+                    "corrections",
+                    default=True,
+                    optional=True,
+                    tooltip="Whether layers that read pruned channels get a small update which "
+                    "makes up for a part of what the means lose. It costs nothing when the gates "
+                    "are used. To find it the node samples twice: once more as before, and a "
+                    "few steps from the next seed, to check it. A large scope takes minutes and "
+                    "gigabytes of main memory on top.",
                 ),
             ],
             outputs=[
@@ -126,6 +155,7 @@ class LDCPCalibrateGates(io.ComfyNode):
         scope: str,
         gates: Gates | None = None,
         calibration: Calibration | None = None,
+        corrections: bool = False,  # in a prompt without it, all is as it was
     ) -> io.NodeOutput:
         from comfy.samplers import KSampler  # which takes its first sampler for an unknown one
 
@@ -143,8 +173,8 @@ class LDCPCalibrateGates(io.ComfyNode):
             "denoise": denoise,
         }
         choice = Choice(criterion, sparsity, ranking, padding, scope)
-        made, latent, seen = calibrate(model, choice, sampling, gates, calibration)
-        lines = status(made, given=gates is not None)
+        made, latent, seen = calibrate(model, choice, sampling, gates, calibration, corrections)
+        lines = status(made, gates, corrections)
         log.info("LDCP: gates calibrated: %s", ", ".join(lines))
         show_on_node("\n".join(lines), cls.hidden.unique_id if cls.hidden else None)
         return io.NodeOutput(made, latent, seen)

@@ -21,6 +21,7 @@ from ..ldcp_core import (
     scores_at,
     sites_of,
 )
+from .correct import corrected
 from .host.blocks import HostBlock
 from .host.identity import own_fingerprint
 from .host.model import LEAVE_OUT, ModelError, find_blocks, model_topology
@@ -109,13 +110,16 @@ def calibrate(
     sampling: dict[str, Any],
     given: Gates | None = None,
     earlier: Calibration | None = None,
+    corrections: bool = False,
 ) -> tuple[Gates, dict[str, Any], Calibration]:
-    """Sample once with the ModelPatcher ``model``; gates, the latent sampled, and what was seen.
+    """Sample with the ModelPatcher ``model``; gates, the latent sampled, and what was seen.
 
     ``sampling`` are the arguments of the host's ``common_ksampler``. With ``given`` gates their
     scores stay, and their constants become the means seen. ``earlier`` adds what another run has
-    seen. Raises ModelError when the model is none that can be pruned or its layers can't be
-    watched, ValueError for a choice that is not offered or an ``earlier`` of other layers.
+    seen. With ``corrections`` all that was seen is sampled once more (see `corrected`); without,
+    those of ``given`` are left out. Raises ModelError when the model is none that can be pruned or
+    its layers can't be watched, ValueError for a choice that is not offered or an ``earlier`` of
+    other layers.
     """
     from nodes import common_ksampler  # ComfyUI's own nodes.py
 
@@ -129,6 +133,7 @@ def calibrate(
     watched, observer = observed(model, sites, topology)
     (latent,) = common_ksampler(watched, **sampling)
     observer.check()
+    observer.seen.runs.append(sampling)
     seen = observer.seen if earlier is None else earlier + observer.seen
     if given is not None:
         gates = given
@@ -145,4 +150,5 @@ def calibrate(
     means = seen.constants()
     constants = {site.name: means[site.name] for site in sites}
     # corrections are of the difference from the constants there were
-    return replace(gates, constants=constants, info=info, corrections={}), latent, seen
+    made = replace(gates, constants=constants, info=info, corrections={})
+    return (corrected(model, made, seen.runs) if corrections else made), latent, seen

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +14,14 @@ from ...ldcp_core import (
     Attention,
     AttentionWeights,
     CompactAttention,
+    LinearWeights,
+    Padding,
     PrunedSite,
+    See,
     SiteKind,
+    SoftGate,
     expected_heads,
+    watch_linear,
 )
 from .blocks import Compact, Judgement, Watched, dropping, first_of, prunes, rebuilt
 from .changes import Watch, changed_call, changed_class, changed_function, hooks_on_all
@@ -112,6 +118,18 @@ class ComfyAttention:
 
     def watched(self, kind: SiteKind) -> Watched:
         return Watched(None, self.module.to_out[0])
+
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: See
+    ) -> AbstractContextManager[None]:
+        if self.judge().bypassed:
+            return nullcontext()
+        (heads,), out = gates, self.module.to_out[0]
+
+        def weights(fed: Tensor) -> LinearWeights:
+            return captured_linear(out, fed.device, fed.dtype)
+
+        return watch_linear(out, weights, heads, HEADS.axis, see)
 
     def estimates(
         self, device: torch.device, dtype: torch.dtype

@@ -6,14 +6,15 @@ kind; `nodes.host.model` names the kinds there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ...ldcp_core import SiteKind
+from ...ldcp_core import Padding, See, SiteKind, SoftGate
 from .changes import Watch
 
 Forward = Callable[..., Tensor]
@@ -94,6 +95,14 @@ class HostBlock(Protocol):
 
     def watched(self, kind: SiteKind) -> Watched:
         """The places to watch for a site of this block."""
+
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: See
+    ) -> AbstractContextManager[None]:
+        """`ldcp_core.gathering.WatchesReader`. A block that is not pruned as it is now shows none.
+
+        An evaluation raises NotCaptured when the reader's weights can't be had.
+        """
 
     def estimates(
         self, device: torch.device, dtype: torch.dtype

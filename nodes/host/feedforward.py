@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ from ...ldcp_core import (
     HIDDEN,
     CompactFeedForward,
     FeedForward,
+    LinearWeights,
+    Padding,
     PrunedSite,
+    See,
     SiteKind,
+    SoftGate,
     expected_hidden,
+    watch_linear,
 )
 from .blocks import Compact, Judgement, Watched, dropping, first_of, prunes, rebuilt
 from .changes import Watch, changed_call, changed_class, changed_function, hooks_on_all
@@ -78,6 +84,18 @@ class ComfyFeedForward:
 
     def watched(self, kind: SiteKind) -> Watched:
         return Watched(self.module.net[0], self.module.net[2])
+
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: See
+    ) -> AbstractContextManager[None]:
+        if self.judge().bypassed:
+            return nullcontext()
+        (hidden,), out = gates, self.module.net[2]
+
+        def weights(fed: Tensor) -> LinearWeights:
+            return captured_linear(out, fed.device, fed.dtype)
+
+        return watch_linear(out, weights, hidden, HIDDEN.axis, see)
 
     def estimates(
         self, device: torch.device, dtype: torch.dtype

@@ -121,11 +121,19 @@ class Observer:
 
 def observed(model: Any, sites: Sequence[Site], topology: Topology) -> tuple[Any, Observer]:
     """A clone of the ModelPatcher ``model``, unpruned and watched, and its observer."""
-    from comfy.patcher_extension import CallbacksMP, WrappersMP
+    from comfy.patcher_extension import CallbacksMP
 
     observer = Observer(find_watched(model.model, sites, topology))
-    clone = detached(model)
-    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, observer)
+    clone = watched_by(model, observer)
     clone.add_callback_with_key(CallbacksMP.ON_APPLY_HOOKS, KEY, observer.weights_changed)
     return clone, observer
+
+
+def watched_by(model: Any, wrapper: Callable[..., Any]) -> Any:
+    """A clone of the ModelPatcher ``model``, unpruned, whose evaluations go through ``wrapper``."""
+    from comfy.patcher_extension import WrappersMP
+
+    clone = detached(model)
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    return clone

@@ -7,7 +7,8 @@ alone and runs the host's own modules otherwise; one with other changes is left 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 from ...ldcp_core import (
     CompactResBlock,
     ConvWeights,
+    Padding,
     ResBlock,
     ResBlockGate,
+    See,
     SiteKind,
+    SoftGate,
     expected_output,
+    watch_conv2,
 )
 from .blocks import Compact, Judgement, Watched, dropping, first_of, instead, prunes, rebuilt
 from .changes import (
@@ -120,6 +125,20 @@ class ComfyResBlock:
     def watched(self, kind: SiteKind) -> Watched:
         conv1, conv2 = self.module.in_layers[-1], self.module.out_layers[-1]
         return Watched(conv1, conv2) if kind.reader else Watched(conv2, None)
+
+    def watch_reader(
+        self, gates: Sequence[SoftGate | None], padding: Padding, see: See
+    ) -> AbstractContextManager[None]:
+        if self.judge().bypassed:
+            return nullcontext()
+        block, (inner, residual) = self.module, gates
+        conv1, norm2, conv2 = block.in_layers[-1], block.out_layers[0], block.out_layers[-1]
+        ops = ComfyResBlockOps(block, None, conv2.weight.new_empty(0))
+
+        def weights(fed: Tensor) -> ConvWeights:
+            return captured(conv2, fed.device, fed.dtype)
+
+        return watch_conv2(ops, (conv1, norm2, conv2), weights, inner, residual, padding, see)
 
     def estimates(
         self, device: torch.device, dtype: torch.dtype
