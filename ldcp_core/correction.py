@@ -13,6 +13,7 @@ the host delivers, LoRA included. Of low rank it is a small part of a gate file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,8 +107,12 @@ class Regression:
             known, product = getattr(self, name), product.cpu()  # they may be gigabytes
             setattr(self, name, product if known is None else known.add_(product))
 
-    def correction(self, rank: int = RANK) -> Correction | None:
+    def correction(
+        self, rank: int = RANK, between: Callable[[], None] | None = None
+    ) -> Correction | None:
         """The correction of this rank, as a file holds it; None where it does not hold elsewhere.
+
+        ``between`` is called now and then: a layer of 1280 channels takes a minute of a CPU core.
 
         That is where it leaves more of what was missing in the rows held out than nothing does. Of
         the least-squares update the part is kept that matters most to the outputs seen: the leading
@@ -126,6 +131,8 @@ class Regression:
         diagonal = centred.diagonal().clone()
         best = None
         for ridge in RIDGES:
+            if between is not None:
+                between()
             centred.diagonal().copy_(diagonal + ridge * diagonal.mean() + torch.finfo().tiny)
             root, failed = torch.linalg.cholesky_ex(centred)
             if failed:

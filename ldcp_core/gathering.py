@@ -81,10 +81,15 @@ class Pass:
 
         return add
 
-    def solved(self, rank: int) -> Iterator[tuple[str, Correction | None]]:
-        """Site -> correction, None where it does not hold; what was gathered is let go."""
+    def solved(
+        self, rank: int, between: Callable[[], None] | None = None
+    ) -> Iterator[tuple[str, Correction | None]]:
+        """Site -> correction, None where it does not hold; what was gathered is let go.
+
+        ``between`` is called now and then.
+        """
         for site in list(self._regressions):
-            yield site, self._regressions.pop(site).correction(rank)
+            yield site, self._regressions.pop(site).correction(rank, between)
 
 
 def correctable(gates: Gates) -> list[Site]:

@@ -67,7 +67,7 @@ class LDCPCalibrateGates(io.ComfyNode):
                 ),
                 *how_to_sample(
                     seed="The random seed of the noise. It stays as it is, so that the node "
-                    "samples once and keeps its gates until an input changes.",
+                    "keeps its gates, and does not sample anew, until an input changes.",
                     steps="The number of sampling steps; all of them are watched.",
                     cfg="Classifier-free guidance, as in KSampler. At 1.0 the negative prompt "
                     "is not evaluated, and not watched.",

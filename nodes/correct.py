@@ -46,7 +46,7 @@ def corrected(model: Any, gates: Gates, runs: Sequence[dict[str, Any]]) -> Gates
     next seed in `held_out`, or several times where main memory is short. What an `Observer` could
     watch can be corrected; of a block that another extension has changed nothing is.
     """
-    from comfy.model_management import throw_exception_if_processing_interrupted
+    from comfy.model_management import throw_exception_if_processing_interrupted as check
     from comfy.utils import ProgressBar
 
     from nodes import common_ksampler  # ComfyUI's own nodes.py
@@ -58,8 +58,7 @@ def corrected(model: Any, gates: Gates, runs: Sequence[dict[str, Any]]) -> Gates
         for run in runs:
             for part.held_out, sampling in ((False, run), (True, held_out(run))):
                 common_ksampler(watched, **sampling)
-        for site, correction in part.solved(RANK):
-            throw_exception_if_processing_interrupted()
+        for site, correction in part.solved(RANK, between=check):
             progress.update(1)
             if correction is not None:
                 found[site] = correction

@@ -455,11 +455,11 @@ def test_the_node_shows_what_came_out(comfy, model, run, sampling, make_gates, s
     run(model, gates=gates)
     text = (
         f"1 site, {gates.sparsity:.1%} pruned  \nscores as given, rule 'zero'  \n"
-        "2 evaluations watched"
+        "2 evaluations watched  \ncorrections of the given gates left out"
     )
     assert shown == [(text, "7", "browser")]
     shown.clear()
-    run(model, gates=gates, settings=sampling(steps=1))
+    run(model, settings=sampling(steps=1))
     ((text, *_),) = shown
     assert text.endswith("\n1 evaluation watched")
 
@@ -538,7 +538,10 @@ def test_in_the_server_calibrated_gates_are_made_saved_and_applied(comfyui_path,
         "model": ("LDCPTestSmallModel", {}),
         "latent": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 1}),
         "first": ("LDCPCalibrateGates", calibrate),
-        "second": ("LDCPCalibrateGates", {**calibrate, "seed": 2, "calibration": ["first", 2]}),
+        "second": (
+            "LDCPCalibrateGates",
+            {**calibrate, "seed": 2, "calibration": ["first", 2], "corrections": True},
+        ),
         "apply": (
             "LDCPApplyDynamicPruning",
             {"model": ["model", 0], "gates": ["second", 0], "sparsity": -1.0},
@@ -561,7 +564,7 @@ def test_in_the_server_calibrated_gates_are_made_saved_and_applied(comfyui_path,
     assert result.status["first"].endswith("\n2 evaluations watched")
     assert result.status["second"] == (
         "4 sites, 50.0% pruned (50.0% requested)\nflap, per layer, rule 'zero'\n"
-        "4 evaluations watched"
+        "4 evaluations watched\n2 of 2 layers corrected"
     )
     assert result.status["save"] == "saved as calibrated_00001.safetensors"
     import safetensors.torch

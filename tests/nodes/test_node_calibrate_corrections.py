@@ -111,7 +111,7 @@ def made(node, given):
 @pytest.fixture
 def apply(comfy):
     made = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPApplyDynamicPruning"]
-    return lambda model, gates: made.execute(model, gates, -1.0).args[0]
+    return lambda *given: made.execute(*given[:2], -1.0, *given[2:]).args[0]
 
 
 @pytest.fixture
@@ -227,9 +227,11 @@ def test_a_model_pruned_by_them_is_the_masked_reference(
 
 
 @pytest.mark.parametrize("share", [0.3, 0.4])
-def test_on_the_demo_model_other_noise_comes_nearer_to_dense(made, apply, ksampler, capsys, share):
+def test_on_the_demo_model_other_noise_comes_nearer_to_dense(
+    comfy, made, apply, ksampler, capsys, share
+):
     model = demo_model.load()
-    settings = {"steps": 12, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+    settings = {"steps": 20, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal"}
     settings |= {"seed": 1, "denoise": 1.0, "latent_image": {"samples": torch.zeros(1, 4, 32, 32)}}
     prompt = "a young woman with long blond hair, smiling, red background"
     settings["positive"] = demo_model.conditioning(prompt)
@@ -238,13 +240,15 @@ def test_on_the_demo_model_other_noise_comes_nearer_to_dense(made, apply, ksampl
     gates = made(model, None, settings=settings, **choice)
     other = {**settings, "seed": 20, "latent_image": {"samples": torch.zeros(4, 4, 32, 32)}}
     dense = ksampler(model, other)
-    far = {
-        name: rms(ksampler(apply(model, chosen), other) - dense)
-        for name, chosen in {"with": gates, "without": replace(gates, corrections={})}.items()
-    }
-    with capsys.disabled():
-        print(f"\n{share:.0%} of all+ff: {far['with']:.3f} with, {far['without']:.3f} without")
-    assert far["with"] < 0.95 * far["without"]
+    for steps, most in (("0-", 1.0), ("8", 0.9)):  # small differences grow over the steps
+        schedule = comfy.core.Schedule.steps(steps)
+        far = [
+            rms(ksampler(apply(model, chosen, schedule), other) - dense)
+            for chosen in (gates, replace(gates, corrections={}))
+        ]
+        with capsys.disabled():
+            print(f"\n{share:.0%}, steps {steps}: {far[0]:.3f} corrected, {far[1]:.3f} not", end="")
+        assert far[0] < most * far[1]
 
 
 def rms(x):
@@ -320,15 +324,12 @@ def test_an_interrupt_leaves_nothing_on_the_model(
 
     model, settings = redundant(), sampling()
     plain, before = ksampler(model, settings), state(model)
-    if moment == "the solving":
-        target = comfy.core.Regression
-        original, name = target.correction, "correction"
-    elif moment == "a layer":
-        target = comfy.core.Regression
-        original, name = target.add, "add"
-    else:
-        target, name = comfy.nodes, "common_ksampler"
-        original = target.common_ksampler
+    target, name = {
+        "a layer": (comfy.core.Regression, "add"),
+        "the second run": (comfy.nodes, "common_ksampler"),
+        "the solving": (torch.linalg, "cholesky_ex"),
+    }[moment]
+    original = getattr(target, name)
     calls = []
 
     def stop(*given, **options):

@@ -439,3 +439,19 @@ def test_at_full_size_most_of_what_is_left_out_lies_on_pages_of_its_own(
     print(f"\n{scope}: {left_out / 2**20:.0f} MiB, {alone / left_out:.0%} on pages of their own")
     assert left_out / 2**20 == pytest.approx(megabytes, rel=2e-3)
     assert alone / left_out == pytest.approx(share, abs=0.01)
+
+
+def test_corrections_are_those_of_a_model_loaded_in_full(comfy, dynamic, classic, aimdo, sampling):
+    node = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPCalibrateGates"]
+    choice = {"criterion": "flap", "sparsity": 0.5, "ranking": "per layer", "padding": "zero"}
+    model = dynamic()
+    found, expected = (
+        node.execute(model, **sampling(), **choice, scope="mid", corrections=True).args[0]
+        for model in (model, classic)
+    )
+    assert expected.corrections and list(found.corrections) == list(expected.corrections)
+    for site, correction in expected.corrections.items():
+        for part, value in vars(correction).items():
+            other = getattr(found.corrections[site], part)
+            assert torch.allclose(value, other, rtol=1e-3, atol=1e-4)
+    assert not any(module._forward_hooks for module in model.model.modules())
