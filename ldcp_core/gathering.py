@@ -100,7 +100,8 @@ def correctable(gates: Gates) -> list[Site]:
         for site in gates.topology.all_sites()
         if site.reader is not None
         and site.name in keep_sets
-        and keep_sets[site.name].unique().numel() == 2
+        and bool(keep_sets[site.name].any())
+        and not bool(keep_sets[site.name].all())
     ]
 
 
