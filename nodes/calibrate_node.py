@@ -109,7 +109,7 @@ class LDCPCalibrateGates(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "corrections",
-                    default=True,
+                    default=False,
                     optional=True,
                     tooltip="Whether layers that read pruned channels get a small update which "
                     "makes up for a part of what the means lose. It costs nothing when the gates "
@@ -155,7 +155,7 @@ class LDCPCalibrateGates(io.ComfyNode):
         scope: str,
         gates: Gates | None = None,
         calibration: Calibration | None = None,
-        corrections: bool = False,  # in a prompt without it, all is as it was
+        corrections: bool = False,
     ) -> io.NodeOutput:
         from comfy.samplers import KSampler  # which takes its first sampler for an unknown one
 

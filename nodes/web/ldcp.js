@@ -1,11 +1,12 @@
 // What the browser alone can do for these nodes, in both of ComfyUI's frontends: open workflows and
-// prompts that are older than the widget "channels", grey out a sparsity that is not used, give the
+// prompts that are older than the widget "channels" or "corrections", grey out a sparsity that is not used, give the
 // text on a node the room that it needs, and say in a toast what a node off the screen cannot.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const APPLY = "LDCPApplyDynamicPruning";
+const CALIBRATE = "LDCPCalibrateGates";
 const TEXT = "$$node-text-preview"; // ComfyUI's widget for the text on a node
 const MARGIN = 20; // around that widget: above and below, left and right
 const HIGHEST = 200; // ComfyUI's own limit; what is longer scrolls
@@ -59,6 +60,17 @@ function watch(node) {
   greyOut(node);
 }
 
+/** A workflow without "corrections" made none. ComfyUI 0.3.64 may have saved a text in its place. */
+function watchCorrections(node) {
+  const { onConfigure } = node;
+  node.onConfigure = function (saved) {
+    onConfigure?.apply(this, arguments);
+    const corrections = widgetOf(node, "corrections");
+    const value = saved.widgets_values?.[node.widgets.indexOf(corrections)];
+    if (typeof value !== "boolean") corrections.value = false;
+  };
+}
+
 /** Height of a text in the classic canvas, which gives every text two lines. */
 function heightOf(text, width) {
   const box = document.createElement("div");
@@ -91,11 +103,12 @@ function onCanvas(id) {
 app.registerExtension({
   name: "LDCP",
   beforeRegisterNodeDef(nodeType, { name }) {
-    if (name !== APPLY) return;
+    const watcher = { [APPLY]: watch, [CALIBRATE]: watchCorrections }[name];
+    if (!watcher) return;
     const { onNodeCreated } = nodeType.prototype;
     nodeType.prototype.onNodeCreated = function () {
       onNodeCreated?.apply(this, arguments);
-      watch(this);
+      watcher(this);
     };
   },
   setup() {

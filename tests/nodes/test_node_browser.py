@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "nodes" / "web" / "docs"
 PIXELS = 128  # the mid block sees 2x2
 APPLY, COMPARE = "LDCPApplyDynamicPruning", "LDCPCompareShares"
+CALIBRATE = "LDCPCalibrateGates"
 RESIDENT = r"gated layers on cpu: [\d.]+ MiB resident, [\d.]+ MiB in full"
 
 
@@ -340,6 +341,23 @@ def test_a_workflow_without_channels_opens_as_it_was_meant(page, tmp_path, nodes
         (opened,) = (n["widgets"] for n in page.state()["nodes"] if n["type"] == APPLY)
         rest = dict(zip(("full_weights", "sites"), saved[1:3], strict=True))
         assert opened == {"sparsity": sparsity, **rest, "channels": channels}
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])
+def test_a_workflow_without_corrections_makes_none(page, tmp_path, nodes_2):
+    if not page.use_nodes_2(nodes_2):
+        pytest.skip("this frontend has no Nodes 2.0")
+    workflow = ui_workflow.read(ui_workflow.FOLDER / "ldcp_calibrate.json")
+    (node,) = (n for n in workflow["nodes"] if n["type"] == CALIBRATE)
+    *before, _ = node["widgets_values"]
+    # ComfyUI 0.3.64 saves what the node shows as if it were a widget
+    for saved, opened in (([], False), (["4 sites"], False), ([False], False), ([True], True)):
+        node["widgets_values"] = [*before, *saved]
+        path = tmp_path / "old.json"
+        path.write_text(json.dumps(workflow), encoding="utf-8")
+        page.drop(path)
+        (found,) = (n["widgets"] for n in page.state()["nodes"] if n["type"] == CALIBRATE)
+        assert list(found.values())[: len(before) + 1] == [*before, opened]
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "Nodes 2.0"])

@@ -240,15 +240,17 @@ def test_on_the_demo_model_other_noise_comes_nearer_to_dense(
     gates = made(model, None, settings=settings, **choice)
     other = {**settings, "seed": 20, "latent_image": {"samples": torch.zeros(4, 4, 32, 32)}}
     dense = ksampler(model, other)
-    for steps, most in (("0-", 1.0), ("8", 0.9)):  # small differences grow over the steps
+    far = {}
+    for steps in ("0-", "8"):
         schedule = comfy.core.Schedule.steps(steps)
-        far = [
+        far[steps] = [
             rms(ksampler(apply(model, chosen, schedule), other) - dense)
             for chosen in (gates, replace(gates, corrections={}))
         ]
-        with capsys.disabled():
-            print(f"\n{share:.0%}, steps {steps}: {far[0]:.3f} corrected, {far[1]:.3f} not", end="")
-        assert far[0] < most * far[1]
+    with capsys.disabled():
+        print(f"\n{share:.0%}, far from dense, corrected and not: {far}")
+    # where every step prunes, another picture comes out, and how far it lies says little
+    assert far["8"][0] < 0.9 * far["8"][1]
 
 
 def rms(x):
