@@ -250,7 +250,7 @@ def test_on_the_demo_model_other_noise_comes_nearer_to_dense(
     with capsys.disabled():
         print(f"\n{share:.0%}, far from dense, corrected and not: {far}")
     # where every step prunes, another picture comes out, and how far it lies says little
-    assert far["8"][0] < 0.9 * far["8"][1]
+    assert far["8"][0] < 0.95 * far["8"][1]
 
 
 def rms(x):
