@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from training import fit
+from training import fit, score
 from training.learning import result as outcome
 from training.model.load import DiffusionModel, _clip_tokenizer, load_model
 
@@ -148,3 +148,19 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         coarse.resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{i:05d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def source(pipeline: Path, images: Path) -> list[str]:
+    """The options of a command that say what to work on."""
+    return ["--model", str(pipeline), "--data", str(images)]
+
+
+@pytest.fixture(scope="session")
+def given(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gates of chance, without corrections."""
+    output = tmp_path_factory.mktemp("given") / "gates.safetensors"
+    options = ["--criterion", "random", "--scope", "mid+ff", "--samples", "2", "--timesteps", "2"]
+    options += ["--correction-rank", "0", "--target-sparsity", "0.4", "--output", str(output)]
+    assert score.main([*source, *options]) == 0
+    return output

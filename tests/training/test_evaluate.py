@@ -25,11 +25,6 @@ QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
-def source(pipeline: Path, images: Path) -> list[str]:
-    return ["--model", str(pipeline), "--data", str(images)]
-
-
-@pytest.fixture(scope="module")
 def half(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gates that prune half of all layers at random."""
     path = tmp_path_factory.mktemp("gates") / "half.safetensors"

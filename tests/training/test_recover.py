@@ -8,23 +8,8 @@ import pytest
 import torch
 
 from ldcp_core import Gates, load_gates
-from training import recover, score
+from training import recover
 from training.step.denoising import Problem, without_prompts
-
-
-@pytest.fixture(scope="module")
-def source(pipeline: Path, images: Path) -> list[str]:
-    return ["--model", str(pipeline), "--data", str(images)]
-
-
-@pytest.fixture(scope="module")
-def given(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gates of chance, without corrections."""
-    output = tmp_path_factory.mktemp("given") / "gates.safetensors"
-    options = ["--criterion", "random", "--scope", "mid+ff", "--samples", "2", "--timesteps", "2"]
-    options += ["--correction-rank", "0", "--output", str(output)]
-    assert score.main([*source, *options]) == 0
-    return output
 
 
 @pytest.fixture(autouse=True)

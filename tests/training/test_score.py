@@ -13,11 +13,6 @@ from training.criteria import CRITERIA
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2", "--directions", "1"]
 
 
-@pytest.fixture(scope="module")
-def source(pipeline: Path, images: Path) -> list[str]:
-    return ["--model", str(pipeline), "--data", str(images)]
-
-
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_writes_a_gate_file_with_its_importances(
     source: list[str], tmp_path: Path, criterion: str, capsys: pytest.CaptureFixture[str]

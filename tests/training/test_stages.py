@@ -9,23 +9,7 @@ import pytest
 import torch
 
 from ldcp_core import Gates, Stage, load_gates, save_gates
-from training import benchmark, sample, score, stages
-
-
-@pytest.fixture(scope="module")
-def source(pipeline: Path, images: Path) -> list[str]:
-    return ["--model", str(pipeline), "--data", str(images)]
-
-
-@pytest.fixture(scope="module")
-def given(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gates of chance, without corrections."""
-    output = tmp_path_factory.mktemp("given") / "gates.safetensors"
-    options = ["--criterion", "random", "--scope", "mid+ff", "--samples", "2", "--timesteps", "2"]
-    options += ["--correction-rank", "0", "--target-sparsity", "0.4", "--output", str(output)]
-    assert score.main([*source, *options]) == 0
-    return output
-
+from training import benchmark, sample, stages
 
 QUICK = ["--steps", "4", "--guidance", "1", "--seeds", "1", "--correction-rank", "2"]
 

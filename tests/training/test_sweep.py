@@ -26,11 +26,6 @@ def quick(short_fits: None, no_pictures: None) -> None:
     """What a fit measures and draws is not what is tested."""
 
 
-@pytest.fixture(scope="module")
-def source(pipeline: Path, images: Path) -> list[str]:
-    return ["--model", str(pipeline), "--data", str(images)]
-
-
 def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
     source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
