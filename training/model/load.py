@@ -9,11 +9,9 @@ headers and configs before a weight is read, and what is none of them is refused
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +37,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -351,22 +350,14 @@ def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     Token order (OpenAI CLIP, `simple_tokenizer.py`): the 256 byte symbols, the same at the end of
     a word, one token per merge, start and end of text.
     """
-    merges = gzip.decompress(
-        (config_of("sd15", "tokenizer") / "merges.txt.gz").read_bytes()
-    ).decode("utf-8")
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
-    tokens = symbols + [f"{symbol}</w>" for symbol in symbols]
-    tokens += [line.replace(" ", "") for line in merges.splitlines()[1:] if line]
+    packed = (config_of("sd15", "tokenizer") / "merges.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").splitlines()[1:]
+    merges = [tuple(line.split()) for line in lines if line]
+    symbols = sorted(ByteLevel.alphabet())
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as name:
-        files = Path(name)
-        vocabulary = json.dumps({token: i for i, token in enumerate(tokens)})
-        (files / "vocab.json").write_text(vocabulary, encoding="utf-8")
-        (files / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
-        return CLIPTokenizer.from_pretrained(
-            name, model_max_length=77, pad_token=pad_token, local_files_only=True
-        )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocabulary, merges, pad_token=pad_token, model_max_length=77)
 
 
 # --- the hub --------------------------------------------------------------------------------------
