@@ -7,6 +7,10 @@ defect in this code and keeps its traceback.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+from pathlib import Path
+
 
 class UserError(Exception):
     """Says what was found, what was expected, and what to do next.
@@ -25,6 +29,16 @@ class UserError(Exception):
         if next_step:
             lines.append(f"  Next step: {next_step}")
         super().__init__("\n".join(lines))
+
+
+def refuse_unless_hub_id(source: str, suffixes: Collection[str], expected: str) -> None:
+    """Raises UserError unless ``source``, where nothing lies, is `owner/name` without a suffix."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or Path(source).suffix.lower() in suffixes:
+        raise UserError(
+            f"There is no file or folder {source}.",
+            expected,
+            f"check the spelling; the path is taken from {Path.cwd()}",
+        )
 
 
 def first_line(error: Exception) -> str:

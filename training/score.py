@@ -264,14 +264,10 @@ def layer_table(gates: Gates) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(argv: list[str] | None) -> ScoreConfig:
-    return parsed(ScoreConfig, argv, "score", __doc__, demo=("model", "data", "output"))
-
-
 @explaining
 def main(argv: list[str] | None = None) -> int:
     log_progress()
-    score(parse_arguments(argv))
+    score(parsed(ScoreConfig, argv, "score", __doc__, demo=("model", "data", "output")))
     return 0
 
 

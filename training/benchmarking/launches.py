@@ -12,6 +12,7 @@ one operation launches is taken from PyTorch's sources; the times are estimated.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -183,10 +184,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     total = 0
     for tensor in tensors:
         sizes = zip(tensor.shape, tensor.stride(), strict=True)
-        elements = 1
-        for size, stride in sizes:
-            elements *= size if stride else 1
-        total += elements * tensor.element_size()
+        total += math.prod(size for size, stride in sizes if stride) * tensor.element_size()
     return total
 
 

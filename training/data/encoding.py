@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -129,7 +130,7 @@ class FreshImages(Images):
         self._model = model
         self._captions: dict[int, str] = {}
         self._images: dict[int, Pair] = {}
-        self._prompts: dict[str, Pair] = {}
+        self._embedded = cache(partial(embedded_prompt, model))
 
     def _readable(self, index: int) -> bool:
         if index in self._images:
@@ -148,10 +149,7 @@ class FreshImages(Images):
         return self._images[index]
 
     def _prompt(self, index: int) -> Pair:
-        caption = self._captions[index]
-        if caption not in self._prompts:
-            self._prompts[caption] = embedded_prompt(self._model, caption)
-        return self._prompts[caption]
+        return self._embedded(self._captions[index])
 
 
 class CachedImages(Images):

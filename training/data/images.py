@@ -157,14 +157,8 @@ class ImageData:
         Which image goes where depends on the seed and the ids alone, not on platform or order.
 
         Raises:
-            UserError: the fraction is outside [0, 1), or nothing would be left to train on.
+            UserError: nothing would be left to train on.
         """
-        if not 0 <= validation_fraction < 1:
-            raise UserError(
-                f"The validation fraction is {validation_fraction}.",
-                "a number from 0 up to, not including, 1",
-                "use 0.1 for a tenth of the images, 0 for no validation",
-            )
         if validation_fraction == 0:
             return list(range(len(self))), []
         held_out = max(1, round(len(self) * validation_fraction))

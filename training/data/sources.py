@@ -28,7 +28,7 @@ from ldcp_core import printable
 from training.data.cache import digest
 from training.data.files import CAPTION_LIMIT, checked, read_inside
 from training.data.stamps import FileStamps
-from training.errors import UserError
+from training.errors import UserError, refuse_unless_hub_id
 
 log = logging.getLogger(__name__)
 
@@ -383,12 +383,7 @@ def _hub_folder(source: str) -> Path:
 
 
 def _load_hub(source: str, **options: Any) -> Any:
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or Path(source).suffix.lower() in SUFFIXES:
-        raise UserError(
-            f"There is no file or folder {source}.",
-            EXPECTED,
-            f"check the spelling; the path is taken from {Path.cwd()}",
-        )
+    refuse_unless_hub_id(source, SUFFIXES, EXPECTED)
     import datasets
 
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -52,8 +53,6 @@ class StreamedImages:
         self.broken = Broken()
         self._stream: Stream = open_stream(source)
         self._held_out = held_out
-        self._model: DiffusionModel | None = None
-        self._embedded: dict[str, Pair] = {}
         self._read = False
 
     def split(self) -> tuple[range, range]:
@@ -62,6 +61,7 @@ class StreamedImages:
 
     def encode_with(self, model: DiffusionModel) -> None:
         self._model = model
+        self._embedded = lru_cache(PROMPTS)(partial(embedded_prompt, model))
 
     def digest(self, indices: Iterable[int] = ()) -> str:
         """A short hash of the first rows' bytes and the number held out."""
@@ -144,7 +144,7 @@ class StreamedImages:
             yield batch
 
     def _encoded(self, chosen: Sequence[tuple[int, Mapping[str, Any]]], rows: slice) -> Batch:
-        assert self._model is not None and self.resolution is not None
+        assert self.resolution is not None
         images: dict[int, Pair] = {}
         prompts: dict[int, Pair] = {}
         for place in range(len(chosen))[rows]:
@@ -157,21 +157,13 @@ class StreamedImages:
                 self._note_broken(f"row {number}", error)
                 continue
             images[place] = encoded_image(self._model, square)
-            prompts[place] = self._embedding(caption)
+            prompts[place] = self._embedded(caption)
             self._read = True
         if not images:  # shapes without rows
             nothing = torch.zeros(latent_shape(self._model, self.resolution)), torch.zeros(6)
-            return Batch.of([nothing], [self._embedding("")], [], len(chosen), [])
+            return Batch.of([nothing], [self._embedded("")], [], len(chosen), [])
         ids = [f"row {chosen[place][0]}" for place in images]
         return Batch.of(images.values(), prompts.values(), ids, len(chosen), list(images))
-
-    def _embedding(self, caption: str) -> Pair:
-        assert self._model is not None
-        if caption not in self._embedded:
-            if len(self._embedded) == PROMPTS:
-                del self._embedded[next(iter(self._embedded))]
-            self._embedded[caption] = embedded_prompt(self._model, caption)
-        return self._embedded[caption]
 
     def _note_broken(self, id: str, error: Exception) -> None:
         self.broken.note(id, reason_of(error))

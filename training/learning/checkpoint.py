@@ -64,7 +64,6 @@ class Checkpoints:
         self._saved = step
         for old in self.paths()[self._keep :]:
             old.unlink(missing_ok=True)
-        self._remove_torn()
         return path
 
     def paths(self) -> list[Path]:
@@ -104,10 +103,9 @@ class Checkpoints:
             )
 
     def clear(self) -> None:
-        """Remove the files and the folder: the run is finished."""
-        for path in self.paths():
+        """Remove the files, those of killed writes too, and the folder: the run is finished."""
+        for path in (*self.paths(), *self.folder.glob(f".{_PATTERN}.*")):
             path.unlink(missing_ok=True)
-        self._remove_torn()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -119,11 +117,6 @@ class Checkpoints:
             f"All up to step {self._saved} is safe in {self.folder}: the same command with "
             "--resume goes on from there."
         )
-
-    def _remove_torn(self) -> None:
-        """Temporary files of writes that were killed."""
-        for path in self.folder.glob(f".{_PATTERN}.*"):
-            path.unlink(missing_ok=True)
 
 
 def check_identity(saved: Checkpoint, identity: Mapping[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,9 +56,8 @@ def curves_png(history: History) -> bytes:
     figure, (losses, shares) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="tight")
     steps = range(len(history.sparsity))
     losses.plot(steps, history.reconstruction, lw=0.5, color="tab:blue", alpha=0.5)
-    losses.plot(
-        steps, _smoothed(history.reconstruction), color="tab:blue", label="reconstruction (scaled)"
-    )
+    smoothed = list(accumulate(history.reconstruction, lambda mean, x: 0.95 * mean + 0.05 * x))
+    losses.plot(steps, smoothed, color="tab:blue", label="reconstruction (scaled)")
     losses.plot(steps, history.weight, color="tab:red", lw=1, label="λ")
     losses.set_yscale("symlog", linthresh=1e-5)
     losses.set_ylabel("loss, λ")
@@ -92,11 +92,3 @@ def scores_png(gates: Gates) -> bytes:
         axis.remove()
     axes[0][0].set_ylabel("score")
     return png(figure)
-
-
-def _smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, starting at the first value."""
-    result: list[float] = []
-    for value in values:
-        result.append(weight * result[-1] + (1 - weight) * value if result else value)
-    return result

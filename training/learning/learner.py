@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -273,26 +272,18 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 1.0 - (1.0 - LAST_LEARNING_RATE) * fall
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """Scores whose keep-sets are aligned, and how many channels had to change sides for it."""
-
-    scores: dict[str, Tensor]
-    moved: int
-
-
 def aligned_scores(
     scores: dict[str, Tensor],
     target: float | None,
     budget: Budget,
     sites: Sequence[Site],
     least: Mapping[str, int] | None = None,
-) -> Alignment:
+) -> tuple[dict[str, Tensor], int]:
     """Move the channels nearest to the threshold across it until every kept count is aligned.
 
-    Counts are balanced over the ``sites``, those of the scores, so that the target (without one:
-    the learned sparsity) holds in the unit of the budget. The order of the scores within a site
-    does not change.
+    Returns the scores and how many channels changed sides. Counts are balanced over the ``sites``,
+    those of the scores, so that the target (without one: the learned sparsity) holds in the unit of
+    the budget. The order of the scores within a site does not change.
     """
     wanted = {site: int((score > THRESHOLD).sum()) for site, score in scores.items()}
     widths = [score.numel() for score in scores.values()]
@@ -316,10 +307,9 @@ def aligned_scores(
     moved = 0
     for (site, score), count in zip(scores.items(), counts, strict=True):
         keep = top_channels(score, count)
-        changed = keep != (score > THRESHOLD)
-        moved += int(changed.sum())
+        moved += int((keep != (score > THRESHOLD)).sum())
         aligned[site] = _with_keep_set(score, keep)
-    return Alignment(aligned, moved)
+    return aligned, moved
 
 
 def _with_keep_set(score: Tensor, keep: Tensor) -> Tensor:

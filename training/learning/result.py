@@ -28,7 +28,7 @@ from training.errors import UserError
 from training.learning.budget import Budget
 from training.learning.corrections import corrections
 from training.learning.curves import History, curves_png, scores_png
-from training.learning.learner import TARGET_TOLERANCE, Alignment, aligned_scores
+from training.learning.learner import TARGET_TOLERANCE, aligned_scores
 from training.learning.loop import Learning
 from training.learning.page import html_report
 from training.learning.recovery import recovered
@@ -71,11 +71,11 @@ def finish(
     learning.finish()
     history, learner, unet = learning.history, learning.learner, denoising.model.unet
     budget = learner.budget
-    alignment = aligned_scores(
+    scores, moved = aligned_scores(
         learner.scores(), config.target_sparsity, budget, learner.sites, learner.least
     )
     gates = Gates(
-        alignment.scores,
+        scores,
         learning.start.constants if config.constant == "mean" else {},
         config.padding,
         topology_of(unet),
@@ -92,16 +92,14 @@ def finish(
         gates, heldout = _validated(config, denoising, images, held_out, variants)
         history.heldout_deviation = heldout
     gates = replace(gates, info={**gates.info, "history": history.to_json()})
-    picture = None
-    if sheet is not None:
-        picture = sheet.picture(gates.pruned())
-    curves, scores = curves_png(history), scores_png(gates)
+    picture = None if sheet is None else sheet.picture(gates.pruned())
+    curves, sorted_scores = curves_png(history), scores_png(gates)
     notes = [] if heldout is None else [f"held-out deviation from dense (MSE, fp32): {heldout:.3g}"]
-    page = html_report(gates, curves, scores, picture, [*notes, data.broken_report()])
+    page = html_report(gates, curves, sorted_scores, picture, [*notes, data.broken_report()])
     try:
         save_gates(gates, output)
         write(output.with_suffix(".curves.png"), curves)
-        write(output.with_suffix(".scores.png"), scores)
+        write(output.with_suffix(".scores.png"), sorted_scores)
         write(output.with_suffix(".html"), page.encode())
     except OSError as error:
         raise UserError(
@@ -109,7 +107,7 @@ def finish(
             "a disk with room",
             "make room, and go on with --resume",
         ) from error
-    _say_result(config, gates, history, alignment, budget, output, data)
+    _say_result(config, gates, history, moved, budget, output, data)
     return FitResult(gates, history, heldout)
 
 
@@ -181,7 +179,7 @@ def _say_result(
     config: FitConfig,
     gates: Gates,
     history: History,
-    alignment: Alignment,
+    moved: int,
     budget: Budget,
     output: Path,
     data: Data,
@@ -190,7 +188,7 @@ def _say_result(
     print(gates_report(gates).text())
     print(
         f"{history.changed} of {channels} channels changed state through learning since the start "
-        f"(all kept); alignment to multiples of 8 moved {alignment.moved} more."
+        f"(all kept); alignment to multiples of 8 moved {moved} more."
     )
     achieved = budget.pruned(gates.keep_sets())
     if budget.kind != "channels":
@@ -230,16 +228,12 @@ def _info(
     """Everything needed to know later what the gate file is."""
     sites = [site for site in gates.topology.all_sites() if site.name in gates.scores]
     weights = {site.name: unet.get_parameter(site.weight) for site in sites}
+    count = None if isinstance(data, StreamedImages) else len(data)  # which a stream does not know
     return {
         **provenance("learned", config.to_json(), gates, budget),
         "steps": len(history.sparsity),
         "changed_channels": history.changed,
         "held_out": Split.of(config).to_json(),
-        "data": {"source": name_of(data.source), "images": _count(data)},
+        "data": {"source": name_of(data.source), "images": count},
         "fingerprint": fingerprint(weights),
     }
-
-
-def _count(data: Data) -> int | None:
-    """How many images there are; None where nobody knows."""
-    return None if isinstance(data, StreamedImages) else len(data)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import gzip
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,13 +45,15 @@ from transformers import (
 )
 
 from training.console import progress
-from training.errors import UserError, first_line
+from training.errors import UserError, first_line, refuse_unless_hub_id
 from training.model.configs import NAMES, config_of, folder, single_file
 
 log = logging.getLogger(__name__)
 
 #: the precisions of the U-Net by the names that command lines take
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: a source that ends so is meant as a path
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 #: side of the largest images, in pixels: self-attention over them would take terabytes
 LARGEST = 8192
 EXPECTED = (
@@ -131,9 +131,10 @@ def load_model(
     if not os.path.exists(path):  # which says no to a name that is too long
         path = _download(source)
     log.info("loading the model %s", path.name)
-    with _no_progress_bars():
-        load = _load_folder if path.is_dir() else _load_single_file
-        model = load(path, source, dtype)
+    for library in (diffusers, transformers):  # which show a bar for every file of weights
+        library.utils.logging.disable_progress_bar()
+    load = _load_folder if path.is_dir() else _load_single_file
+    model = load(path, source, dtype)
     for module in (model.unet, model.vae, *model.text_encoders):
         module.requires_grad_(False).eval().to(device)
     return model
@@ -365,12 +366,7 @@ def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 
 def _download(source: str) -> Path:
     """Fetch the configs of a hub id, check them, then fetch one weight file per part."""
-    if not _could_be_hub_id(source):
-        raise UserError(
-            f"There is no file or folder {source}.",
-            EXPECTED,
-            f"check the spelling; the path is taken from {Path.cwd()}",
-        )
+    refuse_unless_hub_id(source, SUFFIXES, EXPECTED)
     try:
         root = Path(snapshot_download(source, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
         family = folder.check_folder_configs(root)
@@ -410,28 +406,3 @@ def _download_first(source: str, part: str, names: Sequence[str]) -> None:
                 raise
         except EntryNotFoundError:
             continue
-
-
-def _could_be_hub_id(source: str) -> bool:
-    """True for `owner/name` without a file suffix; everything else is meant as a path.
-
-    >>> _could_be_hub_id("owner/name"), _could_be_hub_id("models/sd.safetensors")
-    (True, False)
-    """
-    suffixes = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)) and not source.endswith(suffixes)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep the libraries' bars for every weight file out of the log."""
-    libraries = [diffusers.utils.logging, transformers.utils.logging]
-    shown = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, was_shown in zip(libraries, shown, strict=True):
-            if was_shown:
-                library.enable_progress_bar()
