@@ -14,13 +14,32 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from training import fit, score
 from training.learning import result as outcome
-from training.model.load import DiffusionModel, _clip_tokenizer, load_model
+from training.model.load import DiffusionModel, load_model
 
 WIDTHS = (16, 16, 32, 32)
+#: of text encoders for `small_tokenizer`
+TEXT = {
+    "vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513,
+    "intermediate_size": 16, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def small_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's without merges, a token per letter: reading all 49,408 would take longest."""
+    symbols = sorted(ByteLevel.alphabet())
+    tokens = [*symbols, *(f"{s}</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocabulary, [], pad_token=pad_token, model_max_length=77)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -83,11 +102,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, sample_size=16).save_pretrained(
         root / "vae"
     )
-    text = CLIPTextConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    text = CLIPTextConfig(hidden_size=16, num_hidden_layers=1, **TEXT)
     CLIPTextModel(text).save_pretrained(root / "text_encoder")
-    _clip_tokenizer().save_pretrained(root / "tokenizer")
+    small_tokenizer().save_pretrained(root / "tokenizer")
     DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     ).save_pretrained(root / "scheduler")
@@ -100,7 +117,7 @@ def pipeline_xl(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("pipeline-xl")
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(pipeline / part, root / part)
-    _clip_tokenizer(pad_token="!").save_pretrained(root / "tokenizer_2")
+    small_tokenizer(pad_token="!").save_pretrained(root / "tokenizer_2")
     torch.manual_seed(1)
     UNet2DConditionModel(
         sample_size=16,
@@ -120,9 +137,11 @@ def pipeline_xl(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         block_out_channels=(8,), norm_num_groups=8, sample_size=16, scaling_factor=0.13025
     )
     vae.save_pretrained(root / "vae")
-    texts = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    CLIPTextModel(CLIPTextConfig(hidden_size=16, **texts)).save_pretrained(root / "text_encoder")
-    second = CLIPTextConfig(hidden_size=32, projection_dim=16, hidden_act="gelu", **texts)
+    first = CLIPTextConfig(hidden_size=16, num_hidden_layers=2, **TEXT)
+    CLIPTextModel(first).save_pretrained(root / "text_encoder")
+    second = CLIPTextConfig(
+        hidden_size=32, num_hidden_layers=2, projection_dim=16, hidden_act="gelu", **TEXT
+    )
     CLIPTextModelWithProjection(second).save_pretrained(root / "text_encoder_2")
     return root
 
