@@ -140,6 +140,7 @@ def test_a_build_starts_from_the_demo_and_goes_on_where_it_stopped(file, tmp_pat
 
     monkeypatch.setattr(build, "train_denoiser", train)
     monkeypatch.setattr(build, "TRAIN_COUNT", 8)
+    monkeypatch.setattr(build, "MONITOR_COUNT", 4)
     steps = run("0.05")
     assert steps > 1
     assert run("0.0001") == steps  # fewer minutes than it had: nothing is left to do

@@ -21,6 +21,13 @@ from training.evaluation.report import COLUMNS
 from training.evaluation.statistics import SECTIONS, bootstrap, by_timestep, ranks
 from training.step.denoising import HeldOut
 
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation is timed once: how long it takes is not what is tested."""
+    monkeypatch.setattr(evaluate, "REPEATS", 1)
+
+
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
 
 
@@ -376,11 +383,11 @@ def test_a_deviation_that_rounding_makes_is_said_to_be_one(
 ) -> None:
     scores = {site: torch.ones_like(score) for site, score in load_gates(half).scores.items()}
     scores["mid_block.resnets.0.conv1"][0] = 0.0  # one channel of all
-    gates = replace(load_gates(half), scores=scores, importances={})
+    gates = replace(load_gates(half), scores=scores, importances={}, corrections={})
     save_gates(gates, tmp_path / "little.safetensors")
     files = [str(half), str(tmp_path / "little.safetensors")]
     for precisions in (["bf16"], ["fp32", "bf16"]):
-        output = ["--precision", *precisions, "--samples", "4", "--output", str(tmp_path / "e")]
+        output = ["--precision", *precisions, "--samples", "2", "--output", str(tmp_path / "e")]
         assert evaluate.main([*files, *source, *output]) == 0
         found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
         rounded = [row for row in found["rows"] if row["precision"] == "bf16" and row["scope"]]
@@ -392,14 +399,14 @@ def test_a_deviation_that_rounding_makes_is_said_to_be_one(
 
 def test_cheap_choices_stand_beside_learned_gates(
     source: list[str],
-    half: Path,
+    given: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("training.evaluation.baselines.SAMPLES", 4)
-    info = {**load_gates(half).info, "criterion": "learned"}
-    file = described(half, tmp_path / "mine.safetensors", info)
+    info = {**load_gates(given).info, "criterion": "learned"}
+    file = described(given, tmp_path / "mine.safetensors", info)
     output = ["--samples", "2", "--output", str(tmp_path / "e"), "--baselines"]
     assert evaluate.main([file, *source, *output]) == 0
     rows = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["rows"]
@@ -415,20 +422,20 @@ def test_cheap_choices_stand_beside_learned_gates(
 
 def test_rivals_stand_in_the_table_with_their_images(
     source: list[str],
-    half: Path,
+    given: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("training.evaluation.rivals.SAMPLES", 4)
     monkeypatch.setattr("training.evaluation.rivals.TIMESTEPS", 2)
-    file = described(half, tmp_path / "mine.safetensors", {"criterion": "learned", "scope": "all"})
+    file = described(given, tmp_path / "mine.safetensors", {"criterion": "learned", "scope": "all"})
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a face\na dog's face\n", encoding="utf-8")
     drawing = ["--images", str(tmp_path / "i"), "--prompts", str(prompts), "--steps", "2"]
-    given = ["--rivals", "structural", "obs", "--fine-tune-steps", "1", "--samples", "2"]
+    asked = ["--rivals", "structural", "obs", "--fine-tune-steps", "1", "--samples", "2"]
     output = ["--output", str(tmp_path / "e")]
-    assert evaluate.main([file, *source, *drawing, *given, *output]) == 0
+    assert evaluate.main([file, *source, *drawing, *asked, *output]) == 0
     found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     mine = found["rows"][1]
     others = [row for row in found["rows"] if row["beside"] == "mine"]

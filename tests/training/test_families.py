@@ -23,6 +23,7 @@ from training import evaluate, fit, score
 from training.criteria import noise_loss
 from training.data.encoding import Batch, CachedImages, FreshImages
 from training.data.images import open_dataset
+from training.learning import sample_sheet
 from training.learning.sample_sheet import SampleSheet
 from training.model.encode import embed_prompts
 from training.model.load import DiffusionModel
@@ -163,8 +164,8 @@ def test_a_fit_meets_its_target_and_a_resumed_one_ends_with_its_bits(
     no_pictures: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    steps = ["--batch-size", "2", "--gradient-accumulation", "1", "--max-steps", "6"]
-    target = ["--scope", "all+ff+heads", "--target-sparsity", "0.4", "--checkpoint-every", "3"]
+    steps = ["--batch-size", "2", "--gradient-accumulation", "1", "--max-steps", "4"]
+    target = ["--scope", "mid+ff+heads", "--target-sparsity", "0.4", "--checkpoint-every", "2"]
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     given = [*source, *steps, *target, "--output"]
     assert fit.main([*given, str(whole)]) == 0
@@ -172,7 +173,7 @@ def test_a_fit_meets_its_target_and_a_resumed_one_ends_with_its_bits(
     assert gates.topology.family == "SDXL"
     assert gates.sparsity == pytest.approx(0.4, abs=0.01)
     with monkeypatch.context() as patch:
-        fail_at(patch, 4, RuntimeError("a defect"))
+        fail_at(patch, 3, RuntimeError("a defect"))
         with pytest.raises(RuntimeError):
             fit.main([*given, str(cut)])
     assert fit.main([*given, str(cut), "--resume"]) == 0
@@ -202,7 +203,10 @@ def test_gates_are_evaluated_and_drawn(
     assert dense.read_bytes() != pruned.read_bytes()
 
 
-def test_samples_are_those_of_diffusers_pipeline(model_xl: DiffusionModel) -> None:
+def test_samples_are_those_of_diffusers_pipeline(
+    model_xl: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_sheet, "STEPS", 5)
     samples = SampleSheet(model_xl, ["a face"], 16)
     sites = topology_of(model_xl.unet).sites("mid")
     pruned = {s.name: PrunedSite(torch.zeros(s.channels, dtype=torch.bool)) for s in sites}
@@ -212,7 +216,7 @@ def test_samples_are_those_of_diffusers_pipeline(model_xl: DiffusionModel) -> No
     theirs = pipe(
         "a face",
         negative_prompt="",
-        num_inference_steps=20,
+        num_inference_steps=5,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(0),
     ).images[0]
