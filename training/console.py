@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from operator import length_hint
 from pathlib import Path
@@ -106,6 +106,16 @@ def explaining(main: Callable[P, int]) -> Callable[P, int]:
             return 1
 
     return explained
+
+
+def table(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table in Markdown.
+
+    >>> table(["a", "b"], [["1", "2"]])
+    ['| a | b |', '|---|---|', '| 1 | 2 |']
+    """
+    lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
+    return [lines[0], f"|{'---|' * len(heads)}", *lines[1:]]
 
 
 def name_of(path: str) -> str:

@@ -45,7 +45,7 @@ from ldcp_core import (
     top_channels,
 )
 from ldcp_core.diffusers import topology_of
-from training.console import explaining, log_progress, name_of, progress
+from training.console import explaining, log_progress, name_of, progress, table
 from training.criteria import CRITERIA, CriterionOptions, Importances, Ladder, Subject
 from training.data.encoding import FreshImages
 from training.data.images import ImageData, open_dataset
@@ -251,17 +251,18 @@ def thresholded(
 
 def layer_table(gates: Gates) -> str:
     """Layer, type, parameters, non-zero ones and sparsity of each layer's own rows, as Markdown."""
-    lines = ["| layer | type | parameters | non-zero | sparsity |", "|---|---|---|---|---|"]
-    keep_sets = gates.keep_sets()
-    for site in gates.topology.all_sites():
-        if site.name not in keep_sets:
-            continue
-        each, kept = site.row_parameters, int(keep_sets[site.name].sum())
-        lines.append(
-            f"| {short_name(site.name)} | {site.kind.type_name} | {each * site.channels:,} | "
-            f"{each * kept:,} | {1 - kept / site.channels:.1%} |"
-        )
-    return "\n".join(lines)
+    kept = {site: int(keep.sum()) for site, keep in gates.keep_sets().items()}
+    rows = (
+        [
+            short_name(site.name),
+            site.kind.type_name,
+            *(f"{site.row_parameters * count:,}" for count in (site.channels, kept[site.name])),
+            f"{1 - kept[site.name] / site.channels:.1%}",
+        ]
+        for site in gates.topology.all_sites()
+        if site.name in kept
+    )
+    return "\n".join(table(["layer", "type", "parameters", "non-zero", "sparsity"], rows))
 
 
 @explaining

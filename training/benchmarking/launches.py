@@ -38,7 +38,7 @@ from training.benchmarking.variants import (
     meta_unet,
     random_pruning,
 )
-from training.console import explaining
+from training.console import explaining, table
 from training.model.configs import NAMES
 from training.model.gating import running
 from training.model.load import DTYPES, check_resolution
@@ -242,13 +242,13 @@ def render(counts: Mapping[str, Count]) -> str:
     """Markdown: a row per form."""
     cards = [f"{card.name}, ms" for card in CARDS]
     header = ["form", "launches", "elementwise, GB", "TFLOP", *cards, "launching, ms"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    rows = []
     for name, form in counts.items():
         milliseconds = [1000 * s for s in (*form.device_seconds.values(), form.host_seconds)]
         cells = [name, f"{form.launches:,}", f"{form.elementwise / GIGA:.2f}"]
         cells += [f"{form.flops / TERA:.3f}", *(f"{ms:.1f}" for ms in milliseconds)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return "\n".join(table(header, rows))
 
 
 ASSUMPTIONS = (

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldcp_core import markdown, one_line
+from training.console import table
 
 MIB = 2**20
 
@@ -57,21 +58,23 @@ def _conditions(result: Mapping[str, Any]) -> str:
 def _unet_section(result: Mapping[str, Any]) -> str:
     section = result["unet"]
     process = "peak on the GPU" if result["machine"]["gpu"] else "whole process"
-    lines = [
-        "### One U-Net evaluation",
-        "",
-        "| variant | ms per step | ± | × dense | FLOPs left, counted | gated blocks, MiB counted | "
-        f"U-Net, MiB counted | {process}, MiB measured | same bits as dense | what it changes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    heads = ["variant", "ms per step", "±", "× dense", "FLOPs left, counted"]
+    heads += ["gated blocks, MiB counted", "U-Net, MiB counted", f"{process}, MiB measured"]
+    rows = [
+        [
+            row["name"],
+            f"{row['median'] * 1e3:.1f}",
+            f"{row['deviation'] * 1e3:.1f}",
+            shown_ratio(row),
+            f"{row['flops_left']:.1%}" if "flops_left" in row else "",
+            *(f"{row[f'{of}_bytes'] / MIB:,.1f}" for of in ("weight", "unet", "memory")),
+            "yes" if row["identical"] else "no",
+            row["changes"],
+        ]
+        for row in section["rows"]
     ]
-    for row in section["rows"]:
-        flops = f"{row['flops_left']:.1%}" if "flops_left" in row else ""
-        same = "yes" if row["identical"] else "no"
-        lines.append(
-            f"| {row['name']} | {row['median'] * 1e3:.1f} | {row['deviation'] * 1e3:.1f} | "
-            f"{shown_ratio(row)} | {flops} | {_mib(row['weight_bytes'])} | "
-            f"{_mib(row['unet_bytes'])} | {_mib(row['memory_bytes'])} | {same} | {row['changes']} |"
-        )
+    shown = table([*heads, "same bits as dense", "what it changes"], rows)
+    lines = ["### One U-Net evaluation", "", *shown]
     notes = [
         "ms: median and median absolute deviation over the rounds.",
         "*Counted* bytes are those of the live tensors a variant needs on the compute device; for "
@@ -97,21 +100,15 @@ def _unet_section(result: Mapping[str, Any]) -> str:
 
 def _block_section(section: Mapping[str, Any]) -> str:
     side = section["map"]
+    rows = [
+        [row["name"], *(f"{row[of] * 1e3:.2f}" for of in ("median", "deviation")), shown_ratio(row)]
+        for row in section["rows"]
+    ]
     lines = [
         f"### {section['name']} by itself",
         "",
         f"{section['channels']} channels, {side}×{side} map, inner gates only.",
         "",
-        "| variant | ms | ± | × dense |",
-        "|---|---|---|---|",
+        *table(["variant", "ms", "±", "× dense"], rows),
     ]
-    for row in section["rows"]:
-        lines.append(
-            f"| {row['name']} | {row['median'] * 1e3:.2f} | {row['deviation'] * 1e3:.2f} | "
-            f"{shown_ratio(row)} |"
-        )
     return "\n".join(lines)
-
-
-def _mib(count: int) -> str:
-    return f"{count / MIB:,.1f}"

@@ -17,12 +17,11 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -227,9 +226,11 @@ def export(
     unet: UNet2DConditionModel,
 ) -> None:
     """Save in diffusers' layout; the models handed in stay as they are."""
-    parts = [type(model).from_config(_without_path(model.config)) for model in (vae, unet)]
-    for part, model in zip(parts, (vae, unet), strict=True):
-        part.load_state_dict(model.state_dict())
+    parts = []
+    for model in (vae, unet):
+        settings = {name: value for name, value in model.config.items() if name != "_name_or_path"}
+        parts.append(type(model).from_config(settings))
+        parts[-1].load_state_dict(model.state_dict())
     text_copy = CLIPTextModel(text.config)
     text_copy.load_state_dict(text.state_dict())
     pipe = StableDiffusionPipeline(
@@ -244,20 +245,14 @@ def export(
     )
     fresh = folder.with_name(folder.name + ".part")
     pipe.save_pretrained(fresh)
-    _edit_json(fresh / "text_encoder" / "config.json", dtype="float32")  # computed in, as in SD1.5
+    file = fresh / "text_encoder" / "config.json"
+    computed = json.loads(file.read_text()) | {"dtype": "float32"}  # computed in, as in SD1.5
+    file.write_text(json.dumps(computed, indent=2) + "\n")
     shutil.rmtree(fresh / "tokenizer")
     shutil.copytree(tokenizer.name_or_path, fresh / "tokenizer")  # vocab.json and merges.txt
     if folder.exists():
         shutil.rmtree(folder)
     fresh.replace(folder)
-
-
-def _without_path(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != "_name_or_path"}
-
-
-def _edit_json(path: Path, **changes: str) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
 
 
 def write_sample_images(folder: Path, draw: Draw) -> None:

@@ -121,7 +121,8 @@ def zeroed(unet: UNet2DConditionModel, *names: str) -> Iterator[None]:
     """Replace the outputs of the named modules by zero."""
     with ExitStack() as hooks:
         for name in names:
-            hooks.enter_context(unet.get_submodule(name).register_forward_hook(_zeros))
+            module = unet.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(lambda m, i, o: torch.zeros_like(o)))
         yield
 
 
@@ -176,10 +177,6 @@ def other_captions(pipe: StableDiffusionPipeline, probe: Probe) -> Iterator[tupl
     yield "another picture's caption", replace(probe, states=probe.states.roll(1, 0))
     empty = pipe.text_encoder(tokenize(pipe.tokenizer, [""])).last_hidden_state
     yield "an empty caption", replace(probe, states=empty.expand_as(probe.states))
-
-
-def _zeros(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor:
-    return torch.zeros_like(output)
 
 
 @torch.no_grad()

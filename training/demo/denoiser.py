@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
@@ -99,6 +99,7 @@ CONTINUED = Recipe(
 class State:
     """Everything needed to resume."""
 
+    STATEFUL: ClassVar = ("unet", "text", "ema", "optimizer")
     unet: UNet2DConditionModel
     text: CLIPTextModel
     ema: nn.ModuleList
@@ -116,22 +117,13 @@ class State:
 
     def save(self, path: Path) -> None:
         part = path.with_suffix(".part")
-        torch.save(
-            {
-                "unet": self.unet.state_dict(),
-                "text": self.text.state_dict(),
-                "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "elapsed": self.elapsed,
-            },
-            part,
-        )
+        states = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        torch.save({**states, "step": self.step, "elapsed": self.elapsed}, part)
         part.replace(path)
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)
-        for name in ("unet", "text", "ema", "optimizer"):
+        for name in self.STATEFUL:
             getattr(self, name).load_state_dict(saved[name])
         self.step, self.elapsed = saved["step"], saved["elapsed"]
 

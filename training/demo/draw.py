@@ -90,14 +90,11 @@ def _draw(folder: Path, size: int, grain: float, number: int) -> None:
     torn = path.with_suffix(".part")
     image = draw_face(FIRST_SEED + number, size)[0]
     if grain:
-        image = _grainy(image, grain, number)
+        noise = np.random.default_rng(number).normal(0.0, grain, (size, size, 3))
+        grainy = np.clip(np.rint(np.asarray(image) + noise), 0, 255)
+        image = Image.fromarray(grainy.astype(np.uint8))
     image.save(torn, "PNG")
     torn.replace(path)
-
-
-def _grainy(image: Image.Image, grain: float, seed: int) -> Image.Image:
-    noise = np.random.default_rng(seed).normal(0.0, grain, (image.height, image.width, 3))
-    return Image.fromarray(np.clip(np.rint(np.asarray(image) + noise), 0, 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)

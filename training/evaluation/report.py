@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldcp_core import markdown
+from training.console import table
 from training.evaluation.images import DISTANCES
 from training.evaluation.statistics import SECTIONS
 
@@ -48,10 +49,8 @@ def render(result: Mapping[str, Any]) -> str:
         f"{'' if machine['gpu'] else machine['cpu']}, {machine['threads']} threads, torch "
         f"{machine['packages']['torch']}). What is pruned is pruned first, then cast or quantized.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
+        *table(COLUMNS, map(_row, result["rows"])),
     ]
-    lines += [_row(r) for r in result["rows"]]
     if any(r["zeroed"] for r in result["rows"]):
         lines += [
             "",
@@ -63,10 +62,11 @@ def render(result: Mapping[str, Any]) -> str:
         lines += ["", *_table_beside(name, result["rows"], result.get("images", {}))]
     edges = [f"{p / SECTIONS:.0%} to {(p + 1) / SECTIONS:.0%}" for p in range(SECTIONS)]
     lines += ["", "Denoising loss by part of the timestep schedule (0 is the clean end):", ""]
-    lines += [f"| gates | {' | '.join(edges)} |", f"|---|{'---|' * SECTIONS}"]
-    for r in result["rows"]:
-        shown = ["" if v is None else f"{v:.5f}" for v in r["loss_by_timestep"]]
-        lines.append(f"| {markdown(r['name'])} | {' | '.join(shown)} |")
+    losses = (
+        [markdown(r["name"]), *("" if v is None else f"{v:.5f}" for v in r["loss_by_timestep"])]
+        for r in result["rows"]
+    )
+    lines += table(["gates", *edges], losses)
     if result.get("images"):
         lines += ["", *_image_table(result["images"])]
     if any(result.get("sets", {}).values()):
@@ -75,7 +75,7 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(r: Mapping[str, Any]) -> str:
+def _row(r: Mapping[str, Any]) -> list[str]:
     shown = [markdown(r[word]) for word in ("name", "precision", "criterion", "scope")]
     shown += [f"{r[share]:.1%}" for share in SHARES]
     shown += [f"{r['bytes'] / 2**20:.1f}", f"{1000 * r['seconds']:.0f}"]
@@ -85,8 +85,7 @@ def _row(r: Mapping[str, Any]) -> str:
         shown += [f"{d[name]:.1e}" for name in ("median", "minimum", "maximum", "deviation")]
     else:
         shown += ["0", "", "", "", "", ""]
-    shown += [f"{r['loss']['mean']:.5f}", str(r.get("rank", ""))]
-    return f"| {' | '.join(shown)} |"
+    return [*shown, f"{r['loss']['mean']:.5f}", str(r.get("rank", ""))]
 
 
 def _deviation(r: Mapping[str, Any]) -> str:
@@ -102,7 +101,14 @@ def _table_beside(
     learned = next(r for r in rows if r["name"] == name)
     distances = [metric for metric in DISTANCES if metric in images.get(name, {})]
     heads = ["chosen by", "weights left", "deviation from dense", "× learned", "rank", *distances]
-    lines = [
+    rows_beside = []
+    for r in [learned, *(r for r in rows if r["beside"] == name)]:
+        times = r["deviation"]["mean"] / max(learned["deviation"]["mean"], TINY)
+        shown = [markdown(r["criterion"]), f"{r['parameters_left']:.1%}", _deviation(r)]
+        shown += [f"{times:.2f}", str(r["rank"])]
+        found = (images[r["name"]][metric] for metric in distances)
+        rows_beside.append([*shown, *(f"{_mean(s)}, {s['rank']}" for s in found)])
+    return [
         f"Beside {markdown(name)}: as many channels chosen by cheaper means, with the same "
         "constants; per site: as many at each site as learned; together: over all sites. What "
         "lies between own-effect together and per site is how much each layer gives; between that "
@@ -111,20 +117,8 @@ def _table_beside(
         "are those of full sampling with guidance against the dense model's, with intervals and "
         "ranks as well:",
         "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
+        *table(heads, rows_beside),
     ]
-    for r in [learned, *(r for r in rows if r["beside"] == name)]:
-        times = r["deviation"]["mean"] / max(learned["deviation"]["mean"], TINY)
-        shown = [markdown(r["criterion"]), f"{r['parameters_left']:.1%}", _deviation(r)]
-        shown += [f"{times:.2f}", str(r["rank"])]
-        shown += [_ranked(images[r["name"]][metric]) for metric in distances]
-        lines.append(f"| {' | '.join(shown)} |")
-    return lines
-
-
-def _ranked(s: Mapping[str, Any]) -> str:
-    return f"{_mean(s)}, {s['rank']}"
 
 
 def _mean(s: Mapping[str, Any]) -> str:
@@ -136,32 +130,30 @@ def _mean(s: Mapping[str, Any]) -> str:
 
 
 def _image_table(images: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    lines = [
+    values = ("median", "minimum", "maximum", "deviation")
+    rows = (
+        [markdown(name), metric, _mean(s), *(f"{s[value]:.4g}" for value in values)]
+        for name, metrics in images.items()
+        for metric, s in metrics.items()
+    )
+    return [
         "Images against the dense model's of the same prompt and seed; CLIP score against the "
         "prompt; diversity between the images of a prompt. Means against dense ones have 95% "
         "bootstrap intervals over the images:",
         "",
-        "| gates | metric | mean | median | min | max | std |",
-        "|---|---|---|---|---|---|---|",
+        *table(["gates", "metric", "mean", "median", "min", "max", "std"], rows),
     ]
-    for name, metrics in images.items():
-        for metric, s in metrics.items():
-            values = (s[word] for word in ("median", "minimum", "maximum", "deviation"))
-            shown = " | ".join([_mean(s), *(f"{value:.4g}" for value in values)])
-            lines.append(f"| {markdown(name)} | {metric} | {shown} |")
-    return lines
 
 
 def _set_table(sets: Mapping[str, Mapping[str, float]], reference: Mapping[str, Any]) -> list[str]:
     metrics = list(dict.fromkeys(metric for found in sets.values() for metric in found))
-    lines = [
+    rows = (
+        [markdown(name), *(f"{found[m]:.4g}" if m in found else "" for m in metrics)]
+        for name, found in sets.items()
+    )
+    return [
         f"All images of a model against the {reference['images']:,} of "
         f"{markdown(reference['source'])} at {reference['resolution']} pixels:",
         "",
-        f"| gates | {' | '.join(metrics)} |",
-        f"|---|{'---|' * len(metrics)}",
+        *table(["gates", *metrics], rows),
     ]
-    for name, found in sets.items():
-        shown = [f"{found[metric]:.4g}" if metric in found else "" for metric in metrics]
-        lines.append(f"| {markdown(name)} | {' | '.join(shown)} |")
-    return lines

@@ -31,6 +31,10 @@ class History:
         self.weight.append(weight)
         self.sparsity.append(sparsity)
 
+    def row(self, step: int) -> tuple[float, float, float, float]:
+        """The entry of one step."""
+        return self.reconstruction[step], self.l1[step], self.weight[step], self.sparsity[step]
+
     def state_dict(self) -> dict[str, Any]:
         columns = (self.reconstruction, self.l1, self.weight, self.sparsity)
         return {"columns": torch.tensor(columns, dtype=torch.float64)}
@@ -40,12 +44,12 @@ class History:
 
     def to_json(self, points: int = 20) -> dict[str, Any]:
         """A summary of at most ``points`` entries, and the end."""
-        stride = max(1, len(self.sparsity) // points)
-        rows = zip(self.reconstruction, self.l1, self.weight, self.sparsity, strict=True)
+        steps = len(self.sparsity)
+        names = ("step", "reconstruction", "l1", "weight", "sparsity")
         shown = [
-            {"step": step, "reconstruction": mse, "l1": l1, "weight": weight, "sparsity": sparsity}
-            for step, (mse, l1, weight, sparsity) in enumerate(rows)
-            if step % stride == 0 or step == len(self.sparsity) - 1
+            dict(zip(names, (step, *self.row(step)), strict=True))
+            for step in range(steps)
+            if step % max(1, steps // points) == 0 or step == steps - 1
         ]
         return {"course": shown, "heldout_deviation": self.heldout_deviation}
 

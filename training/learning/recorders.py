@@ -46,7 +46,7 @@ class CsvHistory:
         text = io.StringIO()
         csv.writer(text).writerow(COLUMNS)
         for step in range(learning.step):
-            csv.writer(text).writerow(_row(learning, step))
+            csv.writer(text).writerow((step, *learning.history.row(step)))
         try:
             write_atomically(path, text.getvalue().encode())
             self._file = path.open("a", newline="", encoding="utf-8")
@@ -57,7 +57,8 @@ class CsvHistory:
         if self._file is None:
             return
         try:
-            csv.writer(self._file).writerow(_row(learning, learning.step - 1))
+            step = learning.step - 1
+            csv.writer(self._file).writerow((step, *learning.history.row(step)))
             self._file.flush()
         except OSError as error:
             self._give_up(error)
@@ -82,9 +83,8 @@ class TensorBoard:
         self._interval = max(1, learning.steps // HISTOGRAMS)
 
     def record(self, learning: Learning) -> None:
-        for name, value in zip(COLUMNS, _row(learning, learning.step - 1), strict=True):
-            if name != "step":
-                self._writer.add_scalar(name, value, learning.step)
+        for name, value in zip(COLUMNS[1:], learning.history.row(learning.step - 1), strict=True):
+            self._writer.add_scalar(name, value, learning.step)
         if learning.step % self._interval == 0 or learning.step == learning.steps:
             for site, score in learning.learner.scores().items():
                 self._writer.add_histogram(f"scores/{site}", score, learning.step)
@@ -125,14 +125,3 @@ def summary_writer() -> Any:
             "pip install tensorboard, or leave out --tensorboard (the CSV holds the same numbers)",
         ) from error
     return SummaryWriter
-
-
-def _row(learning: Learning, step: int) -> tuple[float, ...]:
-    history = learning.history
-    return (
-        step,
-        history.reconstruction[step],
-        history.l1[step],
-        history.weight[step],
-        history.sparsity[step],
-    )

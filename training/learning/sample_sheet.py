@@ -10,9 +10,10 @@ import io
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
@@ -44,13 +45,8 @@ class SampleSheet:
         if self._dense is None:
             self._dense = self._draw(nullcontext())
         drawn = self._draw(compacted(self._unet, pruned))
-        side = self._dense[0].width
-        sheet = Image.new("RGB", (side * len(self._dense), 2 * side), "white")
-        for row, images in enumerate((self._dense, drawn)):
-            for column, image in enumerate(images):
-                sheet.paste(image, (column * side, row * side))
         stream = io.BytesIO()
-        sheet.save(stream, "PNG")
+        make_image_grid([*self._dense, *drawn], 2, len(drawn)).save(stream, "PNG")
         return stream.getvalue()
 
     @torch.no_grad()
@@ -77,6 +73,6 @@ class SampleSheet:
             if noise.shape[0] == 2:
                 noise = noise[:1] + GUIDANCE * (noise[1:] - noise[:1])
             latents = self._scheduler.step(noise, timestep, latents).prev_sample
-        decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample[0]
-        pixels = ((decoded.float().cpu() + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0)
-        return Image.fromarray(pixels.numpy().astype(np.uint8))
+        decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
+        image: Image.Image = VaeImageProcessor().postprocess(decoded.float(), "pil")[0]
+        return image
