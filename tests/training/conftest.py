@@ -22,7 +22,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from training import fit, score
+from training import evaluate, fit, score
 from training.learning import result as outcome
 from training.model.load import DiffusionModel, load_model
 
@@ -78,6 +78,12 @@ def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "measure_start", shortened(fit.measure_start))
     monkeypatch.setattr(outcome, "_corrected", shortened(outcome._corrected))
     monkeypatch.setattr(outcome, "_validated", shortened(outcome._validated))
+
+
+@pytest.fixture(autouse=True)
+def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation of the U-Net is timed once: how long it takes is not what is tested."""
+    monkeypatch.setattr(evaluate, "REPEATS", 1)
 
 
 @pytest.fixture

@@ -21,13 +21,6 @@ from training.evaluation.report import COLUMNS
 from training.evaluation.statistics import SECTIONS, bootstrap, by_timestep, ranks
 from training.step.denoising import HeldOut
 
-
-@pytest.fixture(autouse=True)
-def once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An evaluation is timed once: how long it takes is not what is tested."""
-    monkeypatch.setattr(evaluate, "REPEATS", 1)
-
-
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
 
 

@@ -161,8 +161,9 @@ def test_a_stream_that_breaks_is_explained(faces: Path, model: DiffusionModel) -
 def run(
     pipeline: Path, faces: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
-    parse, short = fit.parse_arguments, {"calibration_batches": 1, "validation_samples": 2}
-    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **short))
+    parse = fit.parse_arguments
+    few = {"calibration_batches": 1, "validation_samples": 2, "correction_samples": 15}
+    monkeypatch.setattr(fit, "parse_arguments", lambda argv: replace(parse(argv), **few))
 
     def run(name: str, *more: str) -> int:
         return fit.main([

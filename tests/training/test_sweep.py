@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,16 @@ INNER = "mid_block.resnets.0.conv1"
 
 
 @pytest.fixture(autouse=True)
-def quick(short_fits: None, no_pictures: None) -> None:
-    """What a fit measures and draws is not what is tested."""
+def quick(short_fits: None, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fit measures and draws is not what is tested, nor on how many images a score is."""
+    whole = sweep.config_of
+
+    def short(*given: Any) -> Config:
+        found = whole(*given)
+        few = {"samples": 4, "timesteps": 5}
+        return replace(found, **few) if isinstance(found, ScoreConfig) else found
+
+    monkeypatch.setattr(sweep, "config_of", short)
 
 
 def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
@@ -217,6 +226,7 @@ def test_a_sweep_measures_once_for_all_cuts(
     assert len(measured) == 1 and len(list(tmp_path.glob("*.safetensors"))) == 4
     alone = tmp_path / "alone.safetensors"
     options = ["--criterion", "flap", "--target-sparsity", "0.5", "--budget", "parameters"]
+    options += ["--samples", "4", "--timesteps", "5"]
     assert score.main([*source, *options, "--ranking", "per layer", "--output", str(alone)]) == 0
     swept = load_gates(tmp_path / "flap_per-layer_mid_50.safetensors")
     for site, scores in load_gates(alone).scores.items():
