@@ -364,16 +364,17 @@ def _pair(
 ) -> Problem:
     """A batch of two: one image as it is, and the same with a changed input."""
     one = slice(number, number + 1)
-    noise, context = ladder.noise[one], ladder.context[one]
-    other_noise = noise if noise_direction is None else noise + alpha * noise_direction
-    other_text = context if text_direction is None else context + alpha * text_direction
+
+    def twice(values: Tensor, direction: Tensor | None) -> Tensor:
+        return torch.cat([values, values if direction is None else values + alpha * direction])
+
     single = Ladder(
         ladder.denoising,
-        ladder.latents[one].repeat(2, 1, 1, 1),
-        torch.cat([context, other_text]),
-        torch.cat([noise, other_noise]),
+        twice(ladder.latents[one], None),
+        twice(ladder.context[one], text_direction),
+        twice(ladder.noise[one], noise_direction),
         [timestep],
-        {name: values[one].repeat(2, 1) for name, values in ladder.added.items()},
+        {name: twice(values[one], None) for name, values in ladder.added.items()},
     )
     return single.problem(timestep)
 

@@ -53,10 +53,8 @@ class Variant:
 
 def synchronize(device: torch.device) -> None:
     """Wait for everything queued on the device; a CPU never has anything queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def stopwatch(device: torch.device) -> Callable[[Variant], float]:

@@ -81,15 +81,9 @@ def make_probe(
     """`count` held-out pictures, with timesteps evenly spread from `lowest_step` to 999."""
     drawn = [draw(first_seed + i) for i in range(count)]
     images = np.stack([np.asarray(image) for image, _ in drawn])
-    latents = (
-        torch.cat(
-            [
-                pipe.vae.encode(to_pixels(images[i : i + 16])).latent_dist.mean
-                for i in range(0, count, 16)
-            ]
-        )
-        * pipe.vae.config.scaling_factor
-    )
+    parts = (to_pixels(images[i : i + 16]) for i in range(0, count, 16))
+    latents = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in parts])
+    latents *= pipe.vae.config.scaling_factor
     states = pipe.text_encoder(tokenize(pipe.tokenizer, [c for _, c in drawn])).last_hidden_state
     return noisy_probe(latents, states, lowest_step)
 

@@ -97,11 +97,7 @@ def precision_recall(real: Tensor, fake: Tensor, neighbour: int = NEIGHBOUR) -> 
 
 def _within(points: Tensor, manifold: Tensor, neighbour: int) -> float:
     # the nearest neighbour of a point of the set is itself
-    radii = torch.cat(
-        [
-            torch.cdist(rows, manifold).kthvalue(neighbour + 1).values
-            for rows in manifold.split(ROWS)
-        ]
-    )
+    between = (torch.cdist(rows, manifold) for rows in manifold.split(ROWS))
+    radii = torch.cat([distances.kthvalue(neighbour + 1).values for distances in between])
     inside = [(torch.cdist(rows, manifold) <= radii).any(1) for rows in points.split(ROWS)]
     return float(torch.cat(inside).double().mean())

@@ -102,12 +102,8 @@ def read_image(path: Path) -> Tensor:
 def features(network: Inception | Vgg | Clip, files: Sequence[Path]) -> Tensor:
     """[N, D] of image files."""
     parts = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
-    return torch.cat(
-        [
-            network.features(torch.cat([read_image(f) for f in part]))
-            for part in progress(parts, f"features by {type(network).__name__}", unit="batch")
-        ]
-    )
+    shown = progress(parts, f"features by {type(network).__name__}", unit="batch")
+    return torch.cat([network.features(torch.cat([*map(read_image, part)])) for part in shown])
 
 
 # --- one image ------------------------------------------------------------------------------------
