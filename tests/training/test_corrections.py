@@ -119,14 +119,16 @@ def test_nothing_stays_on_the_model(redundant: Denoising) -> None:
         assert "forward" not in vars(module)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
 def test_fit_writes_corrections_of_the_rank_that_is_asked_for(
-    source: list[str], tmp_path: Path, short_fits: None, no_pictures: None
+    source: list[str], tmp_path: Path, short_fits: None, no_pictures: None, rank: int
 ) -> None:
     output = tmp_path / "gates.safetensors"
-    options = ["--scope", "mid+ff", "--max-steps", "2", "--correction-rank", "4"]
+    options = ["--scope", "mid+ff", "--max-steps", "2", "--correction-rank", str(rank)]
     assert fit.main([*source, *options, "--output", str(output), "--device", "cpu"]) == 0
     found = load_gates(output).corrections
-    assert all(correction.left.shape[1] <= 4 for correction in found.values())
+    assert all(correction.left.shape[1] <= rank for correction in found.values())
+    assert rank or not found
 
 
 def test_a_fit_leaves_corrections_out_that_make_the_whole_worse(
@@ -170,13 +172,15 @@ def test_a_fit_recovers_what_it_has_learned(
     assert deviation_of(recovered) < 0.99 * deviation_of(plain)
 
 
-def test_score_writes_them_too(source: list[str], given: Path, tmp_path: Path) -> None:
-    assert not load_gates(given).corrections  # with --correction-rank 0
+@pytest.mark.parametrize("rank", [0, 4])
+def test_score_writes_them_too(source: list[str], tmp_path: Path, rank: int) -> None:
     output = tmp_path / "gates.safetensors"
     options = ["--criterion", "random", "--scope", "all+ff", "--samples", "4", "--timesteps", "5"]
-    assert score.main([*source, *options, "--correction-rank", "4", "--output", str(output)]) == 0
+    options += ["--correction-rank", str(rank), "--output", str(output)]
+    assert score.main([*source, *options]) == 0
     found = load_gates(output).corrections
-    assert found and all(correction.left.shape[1] <= 4 for correction in found.values())
+    assert bool(found) == bool(rank)
+    assert all(correction.left.shape[1] <= rank for correction in found.values())
 
 
 def test_a_rank_that_no_file_holds_is_refused(

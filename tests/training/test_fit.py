@@ -119,7 +119,7 @@ def test_the_same_seed_gives_the_same_file(
     [
         ["--padding", "extend", "--constant", "zero", "--gradient-accumulation", "2"],
         ["--reconstruction", "noise", "--precision", "bf16", "--epochs", "1"],
-        ["--preset", "quality", "--validation-fraction", "0", "--correction-rank", "0"],
+        ["--preset", "quality", "--validation-fraction", "0"],
         ["--target-sparsity", "none", "--resolution", "24"],
     ],
 )
@@ -136,7 +136,6 @@ def test_every_option_runs(
     gates = load_gates(output)
     assert (gates.padding == "extend") == ("extend" in more)
     assert bool(gates.constants) == ("zero" not in more)
-    assert "--correction-rank" not in more or not gates.corrections
 
 
 def test_a_run_too_short_for_its_target_says_so_at_the_start(

@@ -74,6 +74,7 @@ def test_every_step_is_in_the_csv_as_soon_as_it_is_done(
         for name in ("step", "reconstruction", "weight", "sparsity"):
             assert row[name] == expected[name]
         assert row["mean_score"] == expected["l1"]
+    assert 0.5 < found[0]["mean_score"] < 1  # all channels start kept
 
 
 def test_after_a_resume_the_csv_tells_one_run(
