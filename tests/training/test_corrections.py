@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -157,10 +158,18 @@ def deviation_of(gates: Gates) -> float:
 
 
 def test_a_fit_recovers_what_it_has_learned(
-    pipeline: Path, images: Path, tmp_path: Path, short_fits: None, no_pictures: None
+    source: list[str],
+    tmp_path: Path,
+    short_fits: None,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = ["--model", str(pipeline), "--data", str(images), "--scope", "mid+ff"]
-    given += ["--max-steps", "2", "--correction-rank", "4", "--device", "cpu"]
+    from training.learning import result
+
+    monkeypatch.setattr(result, "RECOVERY_SAMPLES", 4)
+    monkeypatch.setattr(result, "recovered", partial(result.recovered, steps=30))
+    given = [*source, "--scope", "mid+ff", "--max-steps", "2", "--correction-rank", "4"]
+    given += ["--device", "cpu"]
     found = []
     for more in ([], ["--recover"]):
         output = tmp_path / f"gates{len(more)}.safetensors"
