@@ -18,7 +18,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -191,10 +191,11 @@ def make(
         score.score(config, measured(replace(config, **WITHOUT_CUT)))
 
 
+@cache
 def make_variant(kind: Variant, of: Path, options: evaluate.EvaluateOptions) -> Path | None:
     """The variant of a learned gate file, made now unless it is there and newer.
 
-    None where it brings nothing, so that there is none.
+    None where it brings nothing, so that there is none; that is found out once.
     """
     path = variant_of(kind, of)
     if path.exists() and path.stat().st_mtime >= of.stat().st_mtime:
