@@ -108,8 +108,9 @@ def test_the_report_workflow_reports_on_its_own_run(server, shipped):
     (report,) = (n for n, node in prompt.items() if node["class_type"] == "LDCPPruningReport")
     lines = result.status[report].splitlines()
     assert re.fullmatch(r"4 sites, \d\d\.\d% of 5,120 channels pruned, .*, all steps", lines[0])
+    assert lines[1] == "corrections in use: 2 of 2"
     # the sampler evaluates both conditionings in one batch or one after the other
-    assert re.fullmatch(r"steps 0-1 of 2 ran pruned \((\d) of \1 evaluations\)", lines[3])
+    assert re.fullmatch(r"steps 0-1 of 2 ran pruned \((\d) of \1 evaluations\)", lines[4])
     (image,) = set(result.files) - {"LDCP_report"}
     assert pixels(result.files[image]).shape[1] == 768
 
