@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,13 +49,18 @@ def main(pipeline: str, images: str, folder: Path, kills: int) -> dict[str, floa
         resume = any(checkpoints.glob("step-*"))
         process = forked(replace(config, run=replace(config.run, resume=resume)), model)
         started += 1
-        # the last run may end in peace
-        moment = chance.uniform(0, 0.75 * duration) if killed < kills else 60
-        if not ended(process, moment):
+        moment, step = 60.0, STEPS + 1  # the last run may end in peace
+        if (
+            killed < kills and killed % 2
+        ):  # at any moment, and a few steps on, however long it takes
+            step = done(checkpoints) + chance.randint(1, 4)
+        elif killed < kills:
+            moment = chance.uniform(0, 0.75 * duration)
+        if not ended(process, moment, lambda step=step: done(checkpoints) >= step):
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             killed += 1
-            steps.add(newest(checkpoints))
+            steps.add(done(checkpoints))
             if output.exists():  # of the run before, or whole
                 assert same(gates(output), expected)
             continue
@@ -83,10 +89,10 @@ def forked(config: FitConfig, model: DiffusionModel) -> int:
     os._exit(0)
 
 
-def ended(process: int, seconds: float) -> bool:
-    """Whether the process ended, well, within so many seconds."""
+def ended(process: int, seconds: float, enough: Callable[[], bool]) -> bool:
+    """Whether the process ended, well, within so many seconds and before it is ``enough``."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not enough():
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
             assert status == 0, f"the run failed by itself: status {status}"
@@ -95,8 +101,9 @@ def ended(process: int, seconds: float) -> bool:
     return False
 
 
-def newest(folder: Path) -> str:
-    return max((file.name for file in folder.glob("step-*")), default="")
+def done(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    return max((int(file.stem[5:]) for file in folder.glob("step-*")), default=0)
 
 
 def gates(file: Path) -> dict[str, torch.Tensor]:
