@@ -5,9 +5,11 @@ And how that is read: a file may come from anyone, so that what it says is check
 
 from __future__ import annotations
 
+import json
 import reprlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, TypeGuard
 
@@ -18,7 +20,7 @@ from training.learning.budget import Budget
 
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "safetensors", "numpy")
 #: settings that are paths; their folders are nobody else's business
-PATHS = ("model", "data", "output")
+PATHS = ("model", "data", "output", "gates", "prompts")
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +29,13 @@ def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     >>> without_folders({"model": "/home/me/sd15.safetensors", "seed": 0})
     {'model': 'sd15.safetensors', 'seed': 0}
     """
-    return {k: name_of(value) if k in PATHS else value for k, value in settings.items()}
+    return {k: name_of(v) if k in PATHS and v is not None else v for k, v in settings.items()}
+
+
+def derived(config: Any) -> dict[str, Any]:
+    """The settings of a command that makes gates of other gates, as the new file stores them."""
+    found: dict[str, Any] = json.loads(json.dumps(without_folders(asdict(config))))
+    return found
 
 
 def provenance(

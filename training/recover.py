@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ldcp_core import RANK, Gates, gates_report, load_gates, save_gates
-from training.console import explaining, log_progress, name_of
+from training.console import explaining, log_progress
 from training.data.encoding import FreshImages
 from training.data.images import open_dataset
 from training.data.splits import Split, unseen
@@ -31,7 +31,7 @@ from training.model.encode import embed_prompts
 from training.model.gating import compacted
 from training.options import COUNT, POSITIVE, SEED, Bound, Options, option, parsed
 from training.output import claimed, gate_output
-from training.provenance import without_folders
+from training.provenance import derived
 from training.sample import check_fits
 from training.session import fit_to, frozen_model
 from training.step.denoising import Denoising, HeldOut, Problem, without_prompts
@@ -119,8 +119,7 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
             "give it more --steps, a lower --learning-rate, or more images",
         )
     best = {"deviation": before, "closed_form": closed, "recovered": after}
-    settings = without_folders(asdict(config)) | {"gates": name_of(config.gates)}
-    found = replace(found, info={**gates.info, "recovered": {**settings, **best}})
+    found = replace(found, info={**gates.info, "recovered": {**derived(config), **best}})
     save_gates(found, output)
     print(gates_report(found).text())
     print(f"wrote {output}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ldcp_core import Gates, Stage, groups_of, load_gates, save_gates, scores_by_rank
 from ldcp_core.diffusers import pruned
-from training.console import explaining, log_progress, name_of, progress
+from training.console import explaining, log_progress, progress
 from training.data.encoding import FreshImages
 from training.data.images import open_dataset
 from training.data.splits import Split, unseen
@@ -33,7 +33,7 @@ from training.evaluation.statistics import bootstrap
 from training.learning.corrections import corrections
 from training.options import COUNT, SEED, Bound, Options, correction_rank, option, parsed
 from training.output import claimed, gate_output
-from training.provenance import without_folders
+from training.provenance import derived
 from training.sample import (
     Pipeline,
     Settings,
@@ -182,9 +182,8 @@ def _stage(config: StagesConfig, output: Path) -> Gates:
     best = min(rows, key=lambda label: rows[label].mean().item())
     if best == "as given":
         raise UserError("No stages bring the pictures nearer to dense, so nothing was written.", "")
-    settings = without_folders(asdict(config)) | {"gates": name_of(config.gates)}
     told = {label: distances.mean().item() for label, distances in rows.items()}
-    staged = replace(staged, info={**gates.info, "stages": {**settings, "distances": told}})
+    staged = replace(staged, info={**gates.info, "stages": {**derived(config), "distances": told}})
     save_gates(staged, output)
     for stretch, kept in staged.by_stage():
         pruned_share = 1 - sum(int(k.sum()) for k in kept.values()) / staged.channels

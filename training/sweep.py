@@ -43,7 +43,7 @@ from training.options import (
     with_demo,
 )
 from training.output import PICTURE, gate_output, output_file, output_folder, write
-from training.provenance import without_folders
+from training.provenance import derived, without_folders
 from training.sample import Settings
 from training.score import CUT, THRESHOLDS, Measurement, ScoreConfig, measure
 
@@ -193,17 +193,39 @@ def make(
 
 @cache
 def make_variant(kind: Variant, of: Path, options: evaluate.EvaluateOptions) -> Path | None:
-    """The variant of a learned gate file, made now unless it is there and newer.
+    """The variant of a learned gate file, made now unless it is there, of these settings and newer.
 
     None where it brings nothing, so that there is none; that is found out once.
     """
     path = variant_of(kind, of)
-    if path.exists() and path.stat().st_mtime >= of.stat().st_mtime:
+    source = make_variant("stages", of, options) if kind == "stages-recovered" else of
+    if source is None:
+        return None
+    new = path.exists() and path.stat().st_mtime >= source.stat().st_mtime
+    found = load_gates(path).info if new else {}
+    if kind == "plain":
+        if not new:
+            save_gates(replace(load_gates(of), corrections={}), path)
+        return path
+    given: dict[str, Any] = dict(gates=str(source), model=options.model, data=options.data)
+    given |= dict(output=str(path), device=options.device)
+    if kind == "stages":  # found by pictures of other seeds than the evaluation draws
+        drawn = Settings(options.steps, options.guidance)
+        config: stages.StagesConfig | recover.RecoverConfig = stages.StagesConfig(
+            **given, prompts=options.prompts, settings=drawn
+        )
+    else:
+        config = recover.RecoverConfig(**given)
+    recorded = found.get("stages" if kind == "stages" else "recovered", {})
+    if derived(config).items() <= recorded.items():
         log.info("%s is there", path)
         return path
     log.info("making %s", path)
     try:
-        VARIANTS[kind](of, path, options)
+        if isinstance(config, stages.StagesConfig):
+            stages.stage(config)
+        else:
+            recover.recover(config)
     except UserError as error:
         log.warning("%s is left out: %s", path.name, error)
         return None
@@ -216,48 +238,6 @@ def variant_of(kind: str, of: Path) -> Path:
     'learned_mid_30_stages.safetensors'
     """
     return of.with_stem(f"{of.stem}_{kind}")
-
-
-def _plain(of: Path, path: Path, options: evaluate.EvaluateOptions) -> None:
-    save_gates(replace(load_gates(of), corrections={}), path)
-
-
-def _recovered(of: Path, path: Path, options: evaluate.EvaluateOptions) -> None:
-    recover.recover(
-        recover.RecoverConfig(
-            str(of), options.model, options.data, str(path), device=options.device
-        )
-    )
-
-
-def _in_stages(of: Path, path: Path, options: evaluate.EvaluateOptions) -> None:
-    """Found by pictures of other seeds than the evaluation draws."""
-    stages.stage(
-        stages.StagesConfig(
-            str(of),
-            options.model,
-            options.data,
-            str(path),
-            prompts=options.prompts,
-            settings=Settings(options.steps, options.guidance),
-            device=options.device,
-        )
-    )
-
-
-def _recovered_in_stages(of: Path, path: Path, options: evaluate.EvaluateOptions) -> None:
-    staged = make_variant("stages", of, options)
-    if staged is None:
-        raise UserError("There are no stages to recover.", "")
-    _recovered(staged, path, options)
-
-
-VARIANTS: dict[Variant, Callable[[Path, Path, evaluate.EvaluateOptions], None]] = {
-    "plain": _plain,
-    "recovered": _recovered,
-    "stages": _in_stages,
-    "stages-recovered": _recovered_in_stages,
-}
 
 
 def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:

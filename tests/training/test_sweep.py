@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ldcp_core import load_gates, save_gates
 from training import recover, score, stages, sweep
 from training.config import FitConfig
 from training.evaluation.plots import Cell, heat_map
+from training.provenance import derived
 from training.score import ScoreConfig
 
 Config = FitConfig | ScoreConfig
@@ -61,13 +63,15 @@ def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
 def test_variants_of_learned_gates_stand_in_the_same_table(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_two(config: stages.StagesConfig) -> None:
-        save_gates(stages.in_stages(load_gates(config.gates), (0.1, 0.5)), config.output)
+    searched: list[float] = []
 
-    shortly = recover.recover
-    monkeypatch.setattr(
-        recover, "recover", lambda config: shortly(replace(config, steps=2, samples=8))
-    )
+    def in_two(config: stages.StagesConfig) -> None:
+        searched.append(config.settings.guidance)
+        found = stages.in_stages(load_gates(config.gates), (0.1, 0.5))
+        save_gates(replace(found, info={**found.info, "stages": derived(config)}), config.output)
+
+    quickly = partial(recover.RecoverConfig, steps=2, samples=8)
+    monkeypatch.setattr(recover, "RecoverConfig", quickly)
     monkeypatch.setattr(recover, "CLOSED_FORM_SAMPLES", 20)
     monkeypatch.setattr(stages, "stage", in_two)
     options = ["--scopes", "mid+ff", "--max-steps", "3", "--samples", "4"]
@@ -90,6 +94,11 @@ def test_variants_of_learned_gates_stand_in_the_same_table(
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert sweep.main([*source, *options]) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    sweep.make_variant.cache_clear()  # as in another process
+    assert sweep.main([*source, *options]) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert sweep.main([*source, *options, "--guidance", "2"]) == 0
+    assert searched == [7.5, 2.0]  # stages are of how images are drawn
 
 
 @pytest.fixture
