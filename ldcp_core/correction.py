@@ -24,8 +24,8 @@ from torch import Tensor
 RANK, MAX_RANK = 16, 64
 #: shares of the mean of the diagonal, added to it; the one that leaves least elsewhere is taken
 RIDGES = (1e-3, 1e-2, 1e-1)
-#: rows held out of one batch, at most
-HELD_OUT_AT_ONCE = 256
+#: rows held out of one batch, at most, and rows of a batch that are written out together
+HELD_OUT_AT_ONCE, ROWS_AT_ONCE = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,20 @@ class Regression:
         Maps [B, C, H, W] and [B, O, H, W] of a 3x3 convolution with zero padding, or [..., C] and
         [..., O] of a linear layer.
         """
-        x, y = _rows(fed, self.keep), missing
-        y = (y.movedim(1, -1) if y.dim() == 4 else y).flatten(0, -2).float()
+        rows = _rows(fed, self.keep)
+        y = (missing.movedim(1, -1) if missing.dim() == 4 else missing).flatten(0, -2)
         if held_out:
             left = self.HELD_OUT - sum(len(rows) for rows, _ in self._held)
-            some = torch.linspace(0, len(x) - 1, min(len(x), HELD_OUT_AT_ONCE, left)).long()
-            self._held.append((x[some].cpu(), y[some].cpu()))
+            some = torch.linspace(0, len(y) - 1, min(len(y), HELD_OUT_AT_ONCE, left)).long()
+            self._held.append((rows(some).cpu(), y[some].float().cpu()))
             return
-        self._rows += len(x)
-        for name, product in (("_moments", x.T @ x), ("_products", x.T @ y)):
+        self._rows += len(y)
+        moments = products = torch.zeros((), device=fed.device)
+        for first in range(0, len(y), ROWS_AT_ONCE):
+            part = torch.arange(first, min(first + ROWS_AT_ONCE, len(y)))
+            x = rows(part)
+            moments, products = moments + x.T @ x, products + x.T @ y[part].float()
+        for name, product in (("_moments", moments), ("_products", products)):
             known, product = getattr(self, name), product.cpu()  # they may be gigabytes
             setattr(self, name, product if known is None else known.add_(product))
 
@@ -159,11 +164,21 @@ class Regression:
         return sum(error.square().sum().item() for error in errors)
 
 
-def _rows(fed: Tensor, keep: Tensor) -> Tensor:
-    """What a reader is fed of the kept channels, a row per position, and a one: [N, K·T + 1]."""
+def _rows(fed: Tensor, keep: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a reader is fed of the kept channels at positions [N], and a one: [N, K·T + 1].
+
+    By position, since all neighbours of all positions of a large map are gigabytes.
+    """
     kept = keep.to(fed.device).nonzero()[:, 0]
-    if fed.dim() == 4:
-        x = F.unfold(fed.index_select(1, kept).float(), 3, padding=1).movedim(1, -1).flatten(0, -2)
-    else:
-        x = fed.flatten(0, -2).index_select(1, kept).float()
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+    if fed.dim() != 4:
+        linear = fed.flatten(0, -2).index_select(1, kept).float()
+        return lambda at: F.pad(linear[at], (0, 1), value=1.0)
+    height, width = fed.shape[2:]
+    padded = F.pad(fed.index_select(1, kept).float(), (1, 1, 1, 1)).movedim(1, -1)
+
+    def neighbours(at: Tensor) -> Tensor:
+        image, y, x = at // (height * width), at // width % height, at % width
+        taps = [padded[image, y + down, x + right] for down in range(3) for right in range(3)]
+        return F.pad(torch.stack(taps, -1).flatten(1), (0, 1), value=1.0)
+
+    return neighbours

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ldcp_core.correction
 from ldcp_core import RANK, SD15, Correction, Gates, Regression
 
 CHANNELS, OUTPUTS = 12, 8
@@ -20,9 +21,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def maps(kind: str, seed: int, batch: int = 4) -> Tensor:
     return (
-        random(batch, CHANNELS, 6, 6, seed=seed)
+        random(batch, CHANNELS, 6, 5, seed=seed)
         if kind == "conv"
-        else random(batch, 36, CHANNELS, seed=seed)
+        else random(batch, 30, CHANNELS, seed=seed)
     )
 
 
@@ -70,12 +71,25 @@ def test_a_larger_rank_leaves_less(kind: str) -> None:
     assert left[2] < 1e-4 * left[0]
 
 
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_large_maps_are_gathered_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taps = (3, 3) if kind == "conv" else ()
+    sums = []
+    for at_once in (ldcp_core.correction.ROWS_AT_ONCE, 7):
+        monkeypatch.setattr(ldcp_core.correction, "ROWS_AT_ONCE", at_once)
+        regression = Regression(KEEP)
+        x = maps(kind, 0)
+        regression.add(x, read(x, random(OUTPUTS, CHANNELS, *taps)))
+        sums.append((regression._moments, regression._products))
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-4, atol=1e-3)
+
+
 def test_what_does_not_hold_for_other_rows_is_not_a_correction() -> None:
     """Noise that few rows let a regression explain, and other rows don't."""
     regression = Regression(KEEP)
     for seed in range(2):
         regression.add(
-            maps("conv", seed, 1), random(1, OUTPUTS, 6, 6, seed=seed + 9), held_out=seed == 1
+            maps("conv", seed, 1), random(1, OUTPUTS, 6, 5, seed=seed + 9), held_out=seed == 1
         )
     assert regression.correction() is None
 
