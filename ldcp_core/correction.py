@@ -99,15 +99,16 @@ class Regression:
         y = (missing.movedim(1, -1) if missing.dim() == 4 else missing).flatten(0, -2)
         if held_out:
             left = self.HELD_OUT - sum(len(rows) for rows, _ in self._held)
-            some = torch.linspace(0, len(y) - 1, min(len(y), HELD_OUT_AT_ONCE, left)).long()
+            count = min(len(y), HELD_OUT_AT_ONCE, left)
+            some = torch.linspace(0, len(y) - 1, count, device=y.device).long()
             self._held.append((rows(some).cpu(), y[some].float().cpu()))
             return
         self._rows += len(y)
         moments = products = torch.zeros((), device=fed.device)
         for first in range(0, len(y), ROWS_AT_ONCE):
-            part = torch.arange(first, min(first + ROWS_AT_ONCE, len(y)))
-            x = rows(part)
-            moments, products = moments + x.T @ x, products + x.T @ y[part].float()
+            x = rows(torch.arange(first, min(first + ROWS_AT_ONCE, len(y)), device=y.device))
+            part = y[first : first + ROWS_AT_ONCE].float()
+            moments, products = moments + x.T @ x, products + x.T @ part
         for name, product in (("_moments", moments), ("_products", products)):
             known, product = getattr(self, name), product.cpu()  # they may be gigabytes
             setattr(self, name, product if known is None else known.add_(product))
