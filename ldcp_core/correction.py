@@ -88,6 +88,7 @@ class Regression:
         self._moments: Tensor | None = None
         self._products: Tensor | None = None
         self._held: list[tuple[Tensor, Tensor]] = []
+        self._held_at_once = HELD_OUT_AT_ONCE
 
     def add(self, fed: Tensor, missing: Tensor, held_out: bool = False) -> None:
         """``fed`` is the input of the reader under pruning, ``missing`` what its output lacks.
@@ -98,10 +99,12 @@ class Regression:
         rows = _rows(fed, self.keep)
         y = (missing.movedim(1, -1) if missing.dim() == 4 else missing).flatten(0, -2)
         if held_out:
-            left = self.HELD_OUT - sum(len(rows) for rows, _ in self._held)
-            count = min(len(y), HELD_OUT_AT_ONCE, left)
+            count = min(len(y), self._held_at_once)
             some = torch.linspace(0, len(y) - 1, count, device=y.device).long()
             self._held.append((rows(some).cpu(), y[some].float().cpu()))
+            if sum(len(part) for part, _ in self._held) > self.HELD_OUT:  # of all batches alike
+                self._held = [(x[::2], y[::2]) for x, y in self._held]
+                self._held_at_once = max(1, self._held_at_once // 2)
             return
         self._rows += len(y)
         moments = products = torch.zeros((), device=fed.device)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ldcp_core import Magnitude, Padding, Site, SoftGate, magnitude
 from training.console import progress
-from training.model.gating import watched
+from training.model.gating import masked, watched
 from training.options import COUNT, POSITIVE, WITHIN_ONE, Options, option
 from training.step.denoising import Denoising, Problem
 
@@ -193,8 +193,8 @@ def gate_gradients(
         site.name: SoftGate(mask.repeat_interleave(site.group), constants[site.name])
         for site, mask in zip(sites, masks, strict=True)
     }
-    value = loss(denoising.gated(problem, gates, padding))
-    gradients = torch.autograd.grad(value, masks)
+    with masked(denoising.model.unet, gates, padding):
+        gradients = torch.autograd.grad(loss(denoising.predict(problem)), masks)
     return {
         site.name: gradient.float().repeat_interleave(site.group).cpu()
         for site, gradient in zip(sites, gradients, strict=True)

@@ -353,7 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         storage_of(precision, torch.device(given.device))
     folder = Path(given.cache or default_cache())
     networks = None
-    if given.images is not None:  # a wrong path shows before anything is computed
+    if given.images is not None:  # what can't be drawn shows before anything is computed
+        for name, each in pruned.items():
+            each.check_drawable(name)
         image_paths(Path(given.images), candidates, shots_of(prompts, given.seeds))
         images = open_dataset(given.reference or given.data)
         networks = load_networks(

@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ldcp_core import RANK, Gates, gates_report, load_gates, save_gates
+from ldcp_core import HELD_OUT_EVERY, RANK, Gates, gates_report, load_gates, save_gates
 from training.console import explaining, log_progress
 from training.data.encoding import FreshImages
 from training.data.images import open_dataset
@@ -76,6 +76,8 @@ def recover(config: RecoverConfig) -> Gates:
 
 def _recover(config: RecoverConfig, output: Path) -> Gates:
     gates = load_gates(config.gates)
+    if not gates.sparsity:
+        raise UserError(f"{config.gates} prunes nothing.", "gates that prune channels")
     data = open_dataset(config.data)
     seen, held_out = unseen(data, [Split.of_file(gates.info, config.gates)])
     model = frozen_model(config.model, "fp32", config.device)
@@ -92,10 +94,10 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
         return without_prompts(denoising.problem(next(stream)), *unconditional, next(turn))
 
     before = _deviation(model.unet, heldout, gates, "as given")
-    needed = -(-CLOSED_FORM_SAMPLES // config.batch_size)
-    problems = [problem() for _ in range(max(needed, 5))]
     start = gates
     if not gates.corrections:
+        needed = -(-CLOSED_FORM_SAMPLES // config.batch_size)
+        problems = [problem() for _ in range(max(needed, HELD_OUT_EVERY))]
         start = replace(
             gates, corrections=corrections(denoising, problems, gates, config.correction_rank)
         )

@@ -147,11 +147,6 @@ class Candidate:
         """
         gates = self.gates
         if gates is not None and gates.stages and self.stage is None:
-            if self.precision in STORED:
-                raise UserError(
-                    f"Gates with stages can't be drawn with in {self.precision}.",
-                    "fp32, bf16 or fp16",
-                )
             with in_precision(unet, self.precision, {}) as size, pruned(unet, gates):
                 yield size
             return
@@ -161,6 +156,14 @@ class Candidate:
             blocks = compact_blocks(unet, gates.pruned(keep_sets))
         with in_precision(unet, self.precision, blocks) as size:
             yield size
+
+    def check_drawable(self, name: str) -> None:
+        """Raises UserError where images can't be drawn with it."""
+        if self.precision in STORED and self.gates is not None and self.gates.stages:
+            raise UserError(
+                f"{name} has stages, and can't be drawn with in {self.precision}.",
+                "fp32, bf16 or fp16",
+            )
 
     def stamp(self) -> str:
         """What tells its images from those of other gates or another precision."""
@@ -333,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
     image_paths(output, (DENSE, *gates), shots)  # before the model loads
     model = load_model(given.model, device=given.device)
     chosen = {name: Candidate(of, given.precision) for name, of in {DENSE: None, **gates}.items()}
+    for name, candidate in chosen.items():
+        candidate.check_drawable(name)
     paths = sample(model, chosen, shots, given.settings, output)
     print(f"{sum(map(len, paths.values()))} images in {given.output}")
     return 0

@@ -180,7 +180,7 @@ def _stage(config: StagesConfig, output: Path) -> Gates:
         low, high = bootstrap(distances.numpy())
         print(f"{label:<22} {distances.mean():.4g} ({low:.3g} to {high:.3g})")
     best = min(rows, key=lambda label: rows[label].mean().item())
-    if best == "as given":
+    if best == "as given" or len(set(shares)) == 1:
         raise UserError("No stages bring the pictures nearer to dense, so nothing was written.", "")
     told = {label: distances.mean().item() for label, distances in rows.items()}
     staged = replace(staged, info={**gates.info, "stages": {**derived(config), "distances": told}})

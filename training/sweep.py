@@ -18,12 +18,12 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ldcp_core import DEFAULT_SCOPE, GateFileError, Ranking, load_gates, save_gates
+from ldcp_core import DEFAULT_SCOPE, RANK, GateFileError, Ranking, load_gates, save_gates
 from training import evaluate, fit, recover, score, stages
 from training.config import FitConfig
 from training.console import explaining, log_progress
@@ -191,32 +191,42 @@ def make(
         score.score(config, measured(replace(config, **WITHOUT_CUT)))
 
 
-@cache
-def make_variant(kind: Variant, of: Path, options: evaluate.EvaluateOptions) -> Path | None:
+def make_variant(
+    kind: Variant,
+    of: Path,
+    made: Mapping[Variant, Path | None],
+    given: SweepOptions,
+    options: evaluate.EvaluateOptions,
+) -> Path | None:
     """The variant of a learned gate file, made now unless it is there, of these settings and newer.
 
-    None where it brings nothing, so that there is none; that is found out once.
+    ``made`` are its variants so far. None where it brings nothing, so that there is none.
     """
     path = variant_of(kind, of)
-    source = make_variant("stages", of, options) if kind == "stages-recovered" else of
+    source = made["stages"] if kind == "stages-recovered" else of
     if source is None:
         return None
-    new = path.exists() and path.stat().st_mtime >= source.stat().st_mtime
-    found = load_gates(path).info if new else {}
+    found = _info_of(path) if path.exists() else None
+    if found is not None and path.stat().st_mtime < source.stat().st_mtime:
+        found = None
     if kind == "plain":
-        if not new:
+        if found is None:
             save_gates(replace(load_gates(of), corrections={}), path)
         return path
-    given: dict[str, Any] = dict(gates=str(source), model=options.model, data=options.data)
-    given |= dict(output=str(path), device=options.device)
+    settings: dict[str, Any] = dict(gates=str(source), model=given.model, data=given.data)
+    settings |= dict(output=str(path), device=options.device, seed=given.seed)
     if kind == "stages":  # found by pictures of other seeds than the evaluation draws
         drawn = Settings(options.steps, options.guidance)
         config: stages.StagesConfig | recover.RecoverConfig = stages.StagesConfig(
-            **given, prompts=options.prompts, settings=drawn
+            **settings,
+            prompts=options.prompts,
+            settings=drawn,
+            correction_rank=given.correction_rank,
         )
     else:
-        config = recover.RecoverConfig(**given)
-    recorded = found.get("stages" if kind == "stages" else "recovered", {})
+        rank = given.correction_rank or RANK
+        config = recover.RecoverConfig(**settings, correction_rank=rank)
+    recorded = (found or {}).get("stages" if kind == "stages" else "recovered", {})
     if derived(config).items() <= recorded.items():
         log.info("%s is there", path)
         return path
@@ -242,14 +252,19 @@ def variant_of(kind: str, of: Path) -> Path:
 
 def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
     """Whether this gate file is there and was made with these settings."""
-    if not path.exists():
-        return False
-    try:
-        found = load_gates(path).info.get("config", {})
-    except (GateFileError, OSError):
+    found = _info_of(path) if path.exists() else None
+    if found is None:
         return False
     settings = config.to_json() if isinstance(config, FitConfig) else asdict(config)
-    return bool(found == without_folders(settings))
+    return bool(found.get("config") == without_folders(settings))
+
+
+def _info_of(path: Path) -> Mapping[str, Any] | None:
+    """What a gate file says of itself; None of a damaged one, which is made anew."""
+    try:
+        return load_gates(path).info
+    except (GateFileError, OSError):
+        return None
 
 
 @explaining
@@ -269,12 +284,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # all that can fail before the long part
     paths = [config.output for config in configs]
     wanted = evaluate.parse_arguments([*paths, *options])
+    asked = {*given.variants} | ({"stages"} if "stages-recovered" in given.variants else set())
+    variants = [kind for kind in get_args(Variant) if kind in asked]  # one rests on another
     for config in configs:
         if isinstance(config, FitConfig):
             fit.checked_output(config)
         else:
             gate_output(config.output, (config.model, config.data))
-        for kind in given.variants if isinstance(config, FitConfig) else ():
+        for kind in variants if isinstance(config, FitConfig) else ():
             gate_output(variant_of(kind, Path(config.output)), (config.model, config.data))
     output_file("--output", folder / "heatmap.png", PICTURE, (given.model, given.data))
     # settings that differ only in where they cut follow each other
@@ -282,9 +299,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for config in configs:
         make(config, measured)
     for config in configs:
-        for kind in given.variants if isinstance(config, FitConfig) else ():
-            made = make_variant(kind, Path(config.output), wanted)
-            paths += [str(made)] * (made is not None)
+        made: dict[Variant, Path | None] = {}
+        for kind in variants if isinstance(config, FitConfig) else ():
+            made[kind] = make_variant(kind, Path(config.output), made, given, wanted)
+        paths += [str(path) for kind in given.variants if (path := made.get(kind)) is not None]
     status = evaluate.main([*paths, *options])
     learned = [plan for plan in chosen if plan.weight is not None]
     several = len({p.target for p in learned}) > 1 and len({p.weight for p in learned}) > 1

@@ -103,10 +103,11 @@ def test_without_rows_to_check_with_there_is_no_correction() -> None:
 
 def test_rows_held_out_are_bounded() -> None:
     regression = Regression(KEEP)
-    for seed in range(10):
+    for seed in range(20):
         x = maps("linear", seed, 50)
         regression.add(x, x[..., :OUTPUTS], held_out=True)
-    assert 0 < sum(len(rows) for rows, _ in regression._held) <= Regression.HELD_OUT
+    rows = [len(x) for x, _ in regression._held]
+    assert 0 < sum(rows) <= Regression.HELD_OUT and min(rows) == max(rows) > 0
 
 
 def test_values_that_are_not_finite_give_no_correction() -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from ldcp_core import PADDINGS, Gates, Padding, load_gates
+from ldcp_core import HELD_OUT_EVERY, PADDINGS, Gates, Padding, load_gates
 from ldcp_core.diffusers import topology_of
 from training import fit, score
 from training.learning import corrections as made
 from training.learning.corrections import corrections
 from training.model.gating import compacted, deviation, hard_gates, masked
 from training.model.load import DiffusionModel
-from training.step.denoising import Denoising, Problem
+from training.step.denoising import Denoising, Problem, without_prompts
 
 INNER = "mid_block.resnets.0.conv1"
 HIDDEN = "mid_block.attentions.0.transformer_blocks.0.ff.net.0"
@@ -167,7 +168,9 @@ def test_a_fit_recovers_what_it_has_learned(
     from training.learning import result
 
     monkeypatch.setattr(result, "RECOVERY_SAMPLES", 4)
-    monkeypatch.setattr(result, "recovered", partial(result.recovered, steps=30))
+    monkeypatch.setattr(
+        result, "recovered", partial(result.recovered, steps=30, learning_rate=5e-4)
+    )
     given = [*source, "--scope", "mid+ff", "--max-steps", "2", "--correction-rank", "4"]
     given += ["--device", "cpu"]
     found = []
@@ -179,6 +182,52 @@ def test_a_fit_recovers_what_it_has_learned(
     assert recovered.info["config"]["recover"] and not plain.info["config"]["recover"]
     assert all(torch.equal(plain.scores[site], recovered.scores[site]) for site in plain.scores)
     assert deviation_of(recovered) < 0.99 * deviation_of(plain)
+
+
+def test_a_fit_recovers_in_float32_from_prompts_and_the_empty_one_in_turn(
+    source: list[str],
+    tmp_path: Path,
+    short_fits: None,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the fit computed in, with blocks evaluated again, and with one image per step."""
+    from training.learning import result
+
+    seen: list[tuple[torch.dtype, int]] = []
+
+    def watching(problem: Problem, context: Tensor, pooled: Tensor, first: int) -> Problem:
+        seen.append((problem.noisy.dtype, first))
+        return without_prompts(problem, context, pooled, first)
+
+    monkeypatch.setattr(result, "RECOVERY_SAMPLES", 1)
+    monkeypatch.setattr(result, "without_prompts", watching)
+    monkeypatch.setattr(result, "recovered", partial(result.recovered, steps=3))
+    given = [*source, "--scope", "mid+ff", "--max-steps", "2", "--batch-size", "1", "--recover"]
+    given += ["--precision", "bf16", "--gradient-checkpointing", "--device", "cpu"]
+    assert fit.main([*given, "--output", str(tmp_path / "gates.safetensors")]) == 0
+    assert seen == [(torch.float32, number) for number in range(3)]
+
+
+def test_corrections_of_a_fit_are_checked_whatever_the_batch_size(
+    source: list[str],
+    tmp_path: Path,
+    short_fits: None,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from training.learning import result
+
+    counts = []
+
+    def counting(denoising: Denoising, problems: list[Problem], *given: object) -> object:
+        counts.append(len(problems))
+        return {}
+
+    monkeypatch.setattr(result, "corrections", counting)
+    given = [*source, "--max-steps", "2", "--batch-size", "8", "--device", "cpu"]
+    assert fit.main([*given, "--output", str(tmp_path / "gates.safetensors")]) == 0
+    assert counts == [HELD_OUT_EVERY]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -34,6 +34,7 @@ from training.demo.emoji import (  # noqa: E402
 from training.demo.text import tokenize, with_tokens, write_tokenizer  # noqa: E402
 from training.demo.traits import BACKGROUNDS  # noqa: E402
 from training.errors import UserError  # noqa: E402
+from training.options import DEMO  # noqa: E402
 
 RED, GREEN = (255, 0, 0, 255), (0, 255, 0, 255)
 
@@ -160,6 +161,13 @@ def test_a_text_encoder_keeps_the_tokens_it_knows(pipe, tmp_path):
             for model, words in ((text, tokenizer), (pipe.text_encoder, pipe.tokenizer))
         )
         assert torch.equal(new, old)
+    vocabulary = json.loads(
+        (DEMO / "pipeline" / "tokenizer" / "vocab.json").read_text(encoding="utf-8")
+    )
+    shared = [token for token in tokenizer.get_vocab() if len(token.removesuffix("</w>")) == 1]
+    assert {token: tokenizer.get_vocab()[token] for token in shared} == {
+        token: vocabulary[token] for token in shared
+    }
     assert tokenizer.tokenize("zeppelin") == ["zeppelin</w>"] != pipe.tokenizer.tokenize("zeppelin")
 
 

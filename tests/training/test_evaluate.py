@@ -476,6 +476,22 @@ def test_gates_with_stages_are_measured_stage_by_stage(
     assert staged["parameters_left"] == quarter["parameters_left"]
 
 
+def test_what_can_not_be_drawn_is_refused_before_anything_is_measured(
+    source: list[str],
+    half: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("too late"))
+    gates = replace(load_gates(half), stages=(Stage(0.0, 0.25), Stage(0.5, None)))
+    staged = tmp_path / "staged.safetensors"
+    save_gates(gates, staged)
+    options = ["--precision", "fp32", "fp8", "--images", str(tmp_path / "images")]
+    assert evaluate.main([str(staged), *source, *options]) == 1
+    assert "staged-fp8 has stages, and can't be drawn" in capsys.readouterr().err
+
+
 def test_what_keeps_the_same_channels_is_compared_with_others_once(half: Path) -> None:
     gates = load_gates(half)
     learned = replace(gates, info={"criterion": "learned"})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ldcp_core import Gates, load_gates
+from ldcp_core import Correction, Gates, load_gates, save_gates
 from training import recover
-from training.step.denoising import Problem, without_prompts
+from training.learning.recovery import StandIns, recovered
+from training.model.load import DiffusionModel
+from training.step.denoising import Denoising, Problem, without_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,36 @@ def test_what_does_not_help_is_not_written(
     assert recover.main([str(given), *source, *wild]) == 1
     assert not output.exists()
     assert "did not fall" in capsys.readouterr().err
+
+
+def test_gates_that_prune_nothing_have_nothing_to_recover(
+    source: list[str], given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = load_gates(given)
+    dense = replace(gates, scores={site: torch.ones_like(s) for site, s in gates.scores.items()})
+    save_gates(dense, tmp_path / "dense.safetensors")
+    output = tmp_path / "recovered.safetensors"
+    options = [*source, *QUICK, "--output", str(output)]
+    assert recover.main([str(tmp_path / "dense.safetensors"), *options]) == 1
+    assert "prunes nothing" in capsys.readouterr().err and not output.exists()
+
+
+def test_a_fit_that_prunes_nothing_recovers_nothing(model: DiffusionModel, given: Path) -> None:
+    gates = load_gates(given)
+    dense = replace(gates, scores={site: torch.ones_like(s) for site, s in gates.scores.items()})
+    assert recovered(Denoising(model, 0), lambda: [], dense) is dense
+
+
+def test_the_gates_that_training_starts_from_stay_what_they_are(given: Path) -> None:
+    site = next(name for name, keep in load_gates(given).keep_sets().items() if not keep.all())
+    correction = Correction(torch.ones(3, 2), torch.ones(2, 5), torch.ones(3))
+    gates = replace(load_gates(given), corrections={site: correction})
+    before = gates.constant(site).clone()
+    with torch.no_grad():
+        for parameter in StandIns(gates).parameters():
+            parameter += 1
+    assert all(bool((part == 1).all()) for part in vars(correction).values())
+    assert torch.equal(gates.constant(site), before)
 
 
 def test_it_never_writes_over_the_gates_it_was_given(

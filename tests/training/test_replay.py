@@ -47,9 +47,10 @@ def plain(model: DiffusionModel, problem: Problem, scope: str, padding: str) -> 
     leaves, gates = logits_and_gates(model, scope)
     denoising = Denoising(model, 0)
     target = denoising.dense(problem)
-    output = denoising.gated(problem, gates, padding)
-    loss = deviation(output, target)
-    return [loss.detach(), output.detach(), target, *torch.autograd.grad(loss, leaves)]
+    with masked(model.unet, gates, padding):
+        output = denoising.predict(problem)
+        loss = deviation(output, target)
+        return [loss.detach(), output.detach(), target, *torch.autograd.grad(loss, leaves)]
 
 
 def saving(model: DiffusionModel, problem: Problem, scope: str, padding: str) -> list[Tensor]:

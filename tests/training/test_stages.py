@@ -81,6 +81,20 @@ def test_the_command_writes_gates_that_draw_nearer_to_dense(
     assert len(set(images)) == 3
 
 
+def test_equal_stages_are_not_written(
+    source: list[str],
+    given: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where new corrections bring the pictures nearer: they need no stages."""
+    monkeypatch.setattr(stages, "best_shares", lambda distance, mean, count: (mean,) * count)
+    output = tmp_path / "staged.safetensors"
+    assert stages.main([str(given), *source, *QUICK, "--output", str(output)]) == 1
+    assert "No stages bring" in capsys.readouterr().err and not output.exists()
+
+
 def test_other_commands_refuse_stages(
     source: list[str], given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -23,7 +22,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 def write_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     """Learn merges from `captions`, write `vocab.json` and `merges.txt`, load them as CLIP does."""
-    alphabet = sorted(ByteLevel.alphabet())
+    alphabet = list(byte_alphabet())
     merges = learn_merges(captions)
     tokens = [*alphabet, *(c + WORD_END for c in alphabet), *("".join(m) for m in merges), BOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,3 +115,10 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
         else:
             merged.append(part)
     return merged
+
+
+def byte_alphabet() -> Iterable[str]:
+    """GPT-2's printable stand-ins for the 256 bytes, in byte order."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    return (chr(b if b in printable else next(spare)) for b in range(256))

@@ -102,14 +102,13 @@ class Learning:
             for site, keep in self.learner.keep_sets().items()
         }
 
-    def next_problems(self, samples: int) -> list[Problem]:
-        """This process's part of ``samples`` new problems from the images that come next."""
-        found, drawn = [], 0
-        while drawn < samples:
-            batch = next(self._stream)
-            drawn += batch.total
-            found.append(self._denoising.problem(batch))
-        return [problem for problem in found if len(problem)]
+    def next_problems(self, samples: int, least: int = 1) -> list[Problem]:
+        """``least`` new problems or more, of ``samples`` images or more, for this process."""
+        found: list[Problem] = []
+        while len(found) < least or sum(map(len, found)) < samples:
+            problem = self._denoising.problem(next(self._stream))
+            found += [problem] * (len(problem) > 0)
+        return found
 
     def reach(self) -> tuple[float, float]:
         """The sparsities between which the steps that are left will bring the learning.

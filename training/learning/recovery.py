@@ -10,7 +10,7 @@ from torch import nn
 
 from ldcp_core import Correction, Gates, SoftGate
 from training.console import progress
-from training.model.gating import deviation
+from training.model.gating import deviation, masked
 from training.step.denoising import Denoising, Problem
 
 #: of Adam, unless asked otherwise; the rate falls to zero
@@ -30,9 +30,11 @@ def recovered(
 
     Each step draws ``next_problems``. Scores, and so the channels kept, stay as they are. Of gates
     with stages the corrections alone are trained, for the stage that has them: all stages share
-    the constants.
+    the constants. Gates that prune nothing come back as they are.
     """
     stand_ins = StandIns(gates).to(denoising.model.unet.device)
+    if not stand_ins.masks:
+        return gates
     optimizer = torch.optim.Adam(stand_ins.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     norm = 0.0
@@ -40,8 +42,9 @@ def recovered(
         problems = next_problems()
         for problem in problems:
             dense = denoising.dense(problem)
-            output = denoising.gated(problem, stand_ins.soft_gates(), gates.padding)
-            (deviation(output, dense) / len(problems)).backward()
+            with masked(denoising.model.unet, stand_ins.soft_gates(), gates.padding):
+                output = denoising.predict(problem)
+                (deviation(output, dense) / len(problems)).backward()
         found = nn.utils.clip_grad_norm_(stand_ins.parameters(), CLIP * norm or torch.inf)
         norm = 0.9 * norm + 0.1 * min(found.item(), CLIP * norm or torch.inf)
         optimizer.step()
@@ -66,7 +69,7 @@ class StandIns(nn.Module):
         self.corrections = nn.ModuleDict(
             {
                 self._keys[site]: nn.ParameterDict(
-                    {part: value.float() for part, value in vars(correction).items()}
+                    {part: value.float().clone() for part, value in vars(correction).items()}
                 )
                 for site, correction in gates.corrections.items()
             }

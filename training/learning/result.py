@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldcp_core import (
+    HELD_OUT_EVERY,
     Gates,
     fingerprint,
     gates_report,
@@ -112,7 +114,7 @@ def finish(
 
 
 def _corrected(config: FitConfig, learning: Learning, denoising: Denoising, gates: Gates) -> Gates:
-    problems = learning.next_problems(config.correction_samples)
+    problems = learning.next_problems(config.correction_samples, HELD_OUT_EVERY)
     found = corrections(denoising, problems, gates, config.correction_rank)
     return replace(gates, corrections=found)
 
@@ -120,12 +122,19 @@ def _corrected(config: FitConfig, learning: Learning, denoising: Denoising, gate
 def _recovered(
     learning: Learning, denoising: Denoising, gates: Gates, empty_prompt: tuple[Tensor, Tensor]
 ) -> Gates:
+    turn = count()
+
     def next_problems() -> list[Problem]:
         found = learning.next_problems(RECOVERY_SAMPLES)
-        return [without_prompts(one, *empty_prompt, number) for number, one in enumerate(found)]
+        return [without_prompts(one, *empty_prompt, next(turn)) for one in found]
 
-    with in_precision(denoising.model.unet, "fp32", {}):
+    unet = denoising.model.unet
+    dtype = unet.dtype
+    unet.float()  # what fewer bits round away is more than what recovering gains
+    try:
         return recovered(denoising, next_problems, gates)
+    finally:
+        unet.to(dtype)
 
 
 def _validated(

@@ -61,12 +61,10 @@ def measure_start(
         site.name: SoftGate(torch.zeros(site.channels), constants[site.name]) for site in sites
     }
     answered = [pair for pair in zip(problems, dense, strict=True) if pair[1] is not None]
-    with torch.no_grad():
-        deviations = [
-            problem.share
-            * deviation(denoising.gated(problem, gates, config.padding), target).item()
-            for problem, target in progress(answered, "calibrating: all pruned", unit="batch")
-        ]
+    deviations = [
+        problem.share * deviation(denoising.gated(problem, gates, config.padding), target).item()
+        for problem, target in progress(answered, "calibrating: all pruned", unit="batch")
+    ]
     whole = torch.tensor(math.fsum(deviations), dtype=torch.float64)
     processes.sum_([whole])
     effect = whole.item() / len(problems)

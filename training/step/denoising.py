@@ -131,8 +131,12 @@ class Denoising:
             return self.predict(problem)
 
     def gated(self, problem: Problem, gates: dict[str, SoftGate], padding: Padding) -> Tensor:
-        """The prediction under gates, differentiable in their masks."""
-        with masked(self.model.unet, gates, padding):
+        """The prediction under gates, without gradient.
+
+        With one, hold `masked` around `predict` and the backward pass: under gradient checkpointing
+        blocks are evaluated again in it.
+        """
+        with torch.no_grad(), masked(self.model.unet, gates, padding):
             return self.predict(problem)
 
     def answered(self, problem: Problem, sites: Iterable[str]) -> Answered:
