@@ -31,6 +31,7 @@ from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
 from training.learning.budget import BudgetKind
+from training.model.precision import STORED
 from training.options import (
     DEMO_SETTINGS,
     SEED,
@@ -206,7 +207,7 @@ def make_variant(
     source = made["stages"] if kind == "stages-recovered" else of
     if source is None:
         return None
-    found = _info_of(path) if path.exists() else None
+    found = _info_of(path)
     if found is not None and path.stat().st_mtime < source.stat().st_mtime:
         found = None
     if kind == "plain":
@@ -252,7 +253,7 @@ def variant_of(kind: str, of: Path) -> Path:
 
 def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
     """Whether this gate file is there and was made with these settings."""
-    found = _info_of(path) if path.exists() else None
+    found = _info_of(path)
     if found is None:
         return False
     settings = config.to_json() if isinstance(config, FitConfig) else asdict(config)
@@ -260,7 +261,7 @@ def _made_with(path: Path, config: FitConfig | ScoreConfig) -> bool:
 
 
 def _info_of(path: Path) -> Mapping[str, Any] | None:
-    """What a gate file says of itself; None of a damaged one, which is made anew."""
+    """What a gate file says of itself; None where it is missing or damaged, and so made anew."""
     try:
         return load_gates(path).info
     except (GateFileError, OSError):
@@ -286,6 +287,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = evaluate.parse_arguments([*paths, *options])
     asked = {*given.variants} | ({"stages"} if "stages-recovered" in given.variants else set())
     variants = [kind for kind in get_args(Variant) if kind in asked]  # one rests on another
+    stored = [precision for precision in wanted.precision if precision in STORED]
+    if "stages" in variants and wanted.images is not None and stored:
+        raise UserError(
+            f"--variants stages can't be drawn with in {stored[0]}.",
+            "fp32, bf16 or fp16 beside --images",
+            "leave out --images, stages or the precision",
+        )
     for config in configs:
         if isinstance(config, FitConfig):
             fit.checked_output(config)

@@ -104,6 +104,16 @@ def test_variants_of_learned_gates_stand_in_the_same_table(
     assert searched == [7.5, 2.0]  # stages are of how images are drawn
 
 
+def test_stages_that_can_not_be_drawn_are_refused_before_anything_is_made(
+    source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--variants", "stages-recovered", "--precision", "fp32", "int8"]
+    options += ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "sweep")]
+    assert sweep.main([*source, *options]) == 1
+    assert "can't be drawn with in int8" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Settings of a sweep whose gate files come from `random` in no time."""

@@ -107,7 +107,8 @@ class Learning:
         found: list[Problem] = []
         while len(found) < least or sum(map(len, found)) < samples:
             problem = self._denoising.problem(next(self._stream))
-            found += [problem] * (len(problem) > 0)
+            if len(problem):
+                found.append(problem)
         return found
 
     def reach(self) -> tuple[float, float]:
