@@ -15,6 +15,7 @@ from ldcp_core import HELD_OUT_EVERY, PADDINGS, Gates, Padding, load_gates
 from ldcp_core.diffusers import topology_of
 from training import fit, score
 from training.learning import corrections as made
+from training.learning import result
 from training.learning.corrections import corrections
 from training.model.gating import compacted, deviation, hard_gates, masked
 from training.model.load import DiffusionModel
@@ -133,15 +134,10 @@ def test_fit_writes_corrections_of_the_rank_that_is_asked_for(
     assert rank or not found
 
 
+@pytest.mark.usefixtures("short_fits", "no_pictures")
 def test_a_fit_leaves_corrections_out_that_make_the_whole_worse(
-    source: list[str],
-    tmp_path: Path,
-    short_fits: None,
-    no_pictures: None,
-    monkeypatch: pytest.MonkeyPatch,
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.learning import result
-
     def harmful(*given: object) -> dict[str, object]:
         found = corrections(*given)  # type: ignore[arg-type]
         return {site: replace(one, bias=one.bias + 10) for site, one in found.items()}
@@ -158,15 +154,10 @@ def deviation_of(gates: Gates) -> float:
     return found
 
 
+@pytest.mark.usefixtures("short_fits", "no_pictures")
 def test_a_fit_recovers_what_it_has_learned(
-    source: list[str],
-    tmp_path: Path,
-    short_fits: None,
-    no_pictures: None,
-    monkeypatch: pytest.MonkeyPatch,
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.learning import result
-
     monkeypatch.setattr(result, "RECOVERY_SAMPLES", 4)
     monkeypatch.setattr(
         result, "recovered", partial(result.recovered, steps=30, learning_rate=5e-4)
@@ -184,16 +175,11 @@ def test_a_fit_recovers_what_it_has_learned(
     assert deviation_of(recovered) < 0.99 * deviation_of(plain)
 
 
+@pytest.mark.usefixtures("short_fits", "no_pictures")
 def test_a_fit_recovers_in_float32_from_prompts_and_the_empty_one_in_turn(
-    source: list[str],
-    tmp_path: Path,
-    short_fits: None,
-    no_pictures: None,
-    monkeypatch: pytest.MonkeyPatch,
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the fit computed in, with blocks evaluated again, and with one image per step."""
-    from training.learning import result
-
     seen: list[tuple[torch.dtype, int]] = []
 
     def watching(problem: Problem, context: Tensor, pooled: Tensor, first: int) -> Problem:
@@ -209,15 +195,10 @@ def test_a_fit_recovers_in_float32_from_prompts_and_the_empty_one_in_turn(
     assert seen == [(torch.float32, number) for number in range(3)]
 
 
+@pytest.mark.usefixtures("short_fits", "no_pictures")
 def test_corrections_of_a_fit_are_checked_whatever_the_batch_size(
-    source: list[str],
-    tmp_path: Path,
-    short_fits: None,
-    no_pictures: None,
-    monkeypatch: pytest.MonkeyPatch,
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.learning import result
-
     counts = []
 
     def counting(denoising: Denoising, problems: list[Problem], *given: object) -> object:
