@@ -42,7 +42,7 @@ def _corrected(gates: Gates, given: Gates | None, wanted: bool) -> list[str]:
     layers, found = len(correctable(gates)), len(gates.corrections)
     if not layers:
         return ["no layer to correct: none reads a site of which a part is pruned"]
-    why = "" if found else ": nothing found held for other noise"
+    why = "" if found else ": none found that helps under other noise"
     return [f"{found} of {layers} layer{'s' * (layers != 1)} corrected{why}"]
 
 

@@ -435,7 +435,7 @@ def test_the_node_says_how_many_layers_were_corrected_or_why_none(
     assert last() == "no layer to correct: none reads a site of which a part is pruned"
     monkeypatch.setattr(comfy.core.Regression, "correction", lambda *_: None)
     assert not made(model, given(sites=[INNER])).corrections
-    assert last() == "0 of 1 layer corrected: nothing found held for other noise"
+    assert last() == "0 of 1 layer corrected: none found that helps under other noise"
 
 
 def test_they_are_saved_loaded_reported_and_go_with_the_channels(

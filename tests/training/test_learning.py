@@ -241,4 +241,6 @@ def test_the_price_is_where_the_share_of_the_budget_ends() -> None:
     budget = Budget("channels", SITES)
     # of 640 channels, each worth its effect times 640, the cheapest 30% end at the 192nd
     assert price_of(effects, budget, None) == pytest.approx(48 * 640)
+    # at a lower target too, so that more channels than that are within reach
+    assert price_of(effects, budget, 0.1) == pytest.approx(48 * 640)
     assert price_of(effects, budget, 0.5) == pytest.approx(80 * 640)

@@ -3,7 +3,7 @@
 The loss is the original project's: MSE reconstruction + λ · mean score (the L1 of the scores; with
 a budget in parameters or FLOPs every score counts as much as its channel costs). Four things make
 it learnable. The reconstruction is measured in the price of the channels at the target (see
-`price_of`), so that λ means the same for every model and every target. While learning, logistic
+`price_of`), so that λ means the same for every model and every scope. While learning, logistic
 noise opens and closes channels near the threshold: under a hard straight-through gate alone a kept
 channel never feels what its own removal would cost, since at m = 1 the gradient of a quadratic
 loss holds only its interaction with the pruned ones; tried both ways, the two gradients average to
@@ -179,13 +179,14 @@ def worths(effects: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
     return {site: effect.double() / weights[site] for site, effect in effects.items()}
 
 
-def price_of(effects: Mapping[str, Tensor], budget: Budget, sparsity: float | None) -> float:
-    """The worth below which channels make up ``sparsity`` of the budget: what λ has to be there.
+def price_of(effects: Mapping[str, Tensor], budget: Budget, target: float | None) -> float:
+    """The worth below which channels make up ``target`` of the budget: what λ has to be there.
 
-    To first order, each channel taken alone, λ · unit of such a price prunes that share. None: the
-    share of the original project's balanced setting.
+    To first order, each channel taken alone, λ · unit of such a price prunes that share. At least
+    the original project's share, also where there is no target: at the price of fewer channels only
+    those would start within reach of the threshold, and what they do together stayed unlearned.
     """
-    sparsity = ORIGINAL_SPARSITY if sparsity is None else sparsity
+    sparsity = max(target or 0.0, ORIGINAL_SPARSITY)
     found = worths(effects, budget)
     full = {site: worth.numel() for site, worth in found.items()}
     weights = dict(zip(full, budget.weights(full), strict=True))
