@@ -47,7 +47,7 @@ class RunOptions(Options):
     )
     no_cache: bool = option("keep latents and prompt embeddings in memory", False)
     workers: int | None = option(
-        "threads that decode images for the cache (default: one per core)", None, COUNT
+        "threads that decode images for the cache (default: one per core, 8 at most)", None, COUNT
     )
     sample_every: int = option(
         "draw images so often, dense and pruned, from fixed seeds; 0: never",
@@ -74,8 +74,8 @@ class FitConfig(Options):
         DEFAULT_SCOPE,
     )
     target_sparsity: float | None = option(
-        "share of channels to prune; 'none' leaves λ fixed and prunes what that does: at 0.01 far "
-        "less than 30%, 12.5% of the demo's",
+        "share of the budget to prune; 'none' leaves λ fixed and prunes what that does: at 0.01 "
+        "far less than 30%, 12.5% of the demo's",
         0.3,
         WITHIN_ONE,
         type=_sparsity,

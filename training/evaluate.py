@@ -13,8 +13,8 @@ means as well; with --rivals, channels are removed for good as others do, until 
 left; with --unstructured, single weights are set to zero. With --images, pictures are drawn from
 every model with the same prompts and seeds and compared with the dense ones, their prompts and a
 reference; what needs weights that are not there is left out, and the report says which file to put
-where. Writes PREFIX.md, PREFIX.json, PREFIX.png (quality against cost) and
-PREFIX.grid.png.
+where. Writes PREFIX.md, PREFIX.json, PREFIX.png (quality against cost) and, with
+--images, PREFIX.grid.png.
 """
 
 from __future__ import annotations

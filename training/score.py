@@ -86,8 +86,6 @@ class ScoreConfig(Options):
     output: str = option("the gate file to write (.safetensors)")
     criterion: str = option(
         "; ".join(f"{name}: {found.help}" for name, found in CRITERIA.items()),
-        "taylor",
-        required=True,
         choices=tuple(CRITERIA),
     )
     ranking: Ranking = option("of all channels, or of those of each layer", "global")

@@ -58,7 +58,7 @@ WITHOUT_CUT["output"] = ""
 
 @dataclass(frozen=True)
 class SweepOptions(Options):
-    """What to combine. All other options are those of `training.evaluate`."""
+    """What to combine. All other options are those of `training.evaluate`; --device is for all."""
 
     model: str = option("checkpoint file, diffusers folder or hub id")
     data: str = option("folder of images in any of FFHQ's layouts, or a data set")
@@ -80,7 +80,7 @@ class SweepOptions(Options):
     max_steps: int | None = option("optimizer steps of a fit", None)
     variants: tuple[Variant, ...] = option("others to make of every learned gate file", ())
     samples: int = option("held-out samples of the evaluation", 48)
-    seed: int = option("of everything random", 0, SEED)
+    seed: int = option("of everything random but the evaluation", 0, SEED)
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # all that can fail before the long part
     paths = [config.output for config in configs]
     wanted = evaluate.parse_arguments([*paths, *options])
+    configs = [replace(config, device=wanted.device) for config in configs]
     asked = {*given.variants} | ({"stages"} if "stages-recovered" in given.variants else set())
     variants = [kind for kind in get_args(Variant) if kind in asked]  # one rests on another
     stored = [precision for precision in wanted.precision if precision in STORED]

@@ -88,7 +88,7 @@ def test_it_starts_as_a_user_would_and_says_what_to_do(path):
     for sampler in find(workflow, "KSampler"):
         assert sampler["widgets_values"][1:3] == ["fixed", 20]
     for note in notes:
-        for word in ("training.fit", "models/ldcp_gates", "11%", "1.5%"):
+        for word in ("training.fit", "models/ldcp_gates", "7%", "1%"):
             assert word in note
 
 

@@ -60,6 +60,17 @@ def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
+def test_all_of_a_sweep_runs_on_the_device_asked_for(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Config] = []
+    monkeypatch.setattr(sweep, "make", lambda config, _: made.append(config))
+    monkeypatch.setattr(sweep.evaluate, "main", lambda _: 0)
+    options = ["--criteria", "learned", "random", "--output", str(tmp_path), "--device", "cpu:0"]
+    assert sweep.main([*source, *options]) == 0
+    assert [config.device for config in made] == ["cpu:0", "cpu:0"]
+
+
 def test_variants_of_learned_gates_stand_in_the_same_table(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
