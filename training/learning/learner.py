@@ -200,7 +200,8 @@ def price_of(effects: Mapping[str, Tensor], budget: Budget, target: float | None
 class SparsityController:
     """Moves λ so that the sparsity follows a ramp to the target.
 
-    On log λ: the further behind the ramp, by the larger a factor λ exceeds ``weight``. Where the
+    The further behind the ramp, by the larger a factor λ exceeds ``weight``. Ahead of it λ falls as
+    fast, and below zero: of channels that do next to nothing few come back by themselves. Where the
     ramp has ended, what is still missing is summed as well: λ then settles where it holds the
     target, and the last steps compare the channels around the cut. On the ramp it is not summed: at
     high targets that sum outgrew the reconstruction and pruned blindly. Without a target λ stays
@@ -227,7 +228,8 @@ class SparsityController:
         if wanted == self.target:
             self._sum = _bounded(self._sum + INTEGRAL * missing / self.steps)
         folds = _bounded(PROPORTIONAL * missing + self._sum)
-        self.weight = max(self._first, 1e-6) * math.exp(folds)
+        factor = 1 + math.copysign(math.expm1(abs(folds)), folds)
+        self.weight = max(self._first, 1e-6) * factor
 
     def state_dict(self) -> dict[str, float]:
         return {"weight": self.weight, "sum": self._sum}
