@@ -166,7 +166,8 @@ DEMO_SETTINGS: dict[str, Any] = {
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--demo", action="store_true", help="the embedded demo model and faces, and in a fit 4 images a step and 150 steps")
+    help = "the embedded demo model and faces, and in a fit 4 images per step and 150 steps"
+    parser.add_argument("--demo", action="store_true", help=help)
 
 
 def with_demo(given: dict[str, Any], *names: str) -> dict[str, Any]:
