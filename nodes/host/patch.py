@@ -86,7 +86,8 @@ class DynamicPruning:
     """The wrapper: one object for a patched model and all of its clones.
 
     It knows no ModelPatcher; runs are kept apart by the model they run on, and end with it.
-    ``record`` is what the latest run did, None before the first.
+    ``record`` is what the latest run did, None before the first. Evaluations without a sampler are
+    a run too, which takes no sampler's place in it.
     """
 
     def __init__(self, layers: tuple[Layer, ...], onlookers: tuple[Onlooker, ...] = ()) -> None:
@@ -142,19 +143,29 @@ class DynamicPruning:
         """One evaluation of the model (the signature is that of BaseModel.apply_model)."""
         model = executor.class_obj
         options = {} if transformer_options is None else transformer_options
-        run = self._runs.get(model) or self._new_run(model)
-        active = run.active(model, t, options)
-        forwards = run.forwards(model, x.device, options, active) if any(active) else []
-        with _installed(forwards):
-            output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        run.count(t, options, wanted=bool(forwards))
+        inputs = (x, t, c_concat, c_crossattn, control, options)
+        run = self._runs.get(model)
+        if run is None:
+            if any(known.record.sampled for known in self._runs.values()):
+                return executor(*inputs, **kwargs)  # another model, with the options of this one
+            run = self._new_run(model)
+        try:
+            active = run.active(model, t, options)
+            forwards = run.forwards(model, x.device, options, active) if any(active) else []
+            with _installed(forwards):
+                output = executor(*inputs, **kwargs)
+            run.count(t, options, wanted=bool(forwards))
+        finally:
+            if not run.record.sampled:  # nobody says when weights change, or when it ends
+                run.forget_weights()
         for onlooker in self.onlookers:
             onlooker.evaluated(run.record)
         return output
 
     def _new_run(self, model: nn.Module, parking: Parking | None = None) -> Run:
         self._runs[model] = run = Run(self.layers, parking)
-        self.record = run.record
+        if self.record is None or run.record.sampled:
+            self.record = run.record
         return run
 
 

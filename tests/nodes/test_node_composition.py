@@ -270,3 +270,49 @@ def test_a_block_changed_by_another_extension_runs_unpruned_and_says_so(
     messages = {r.getMessage() for r in caplog.records if r.name == "ldcp"}
     assert len(messages) == 1 and "mid_block.resnets.0 runs unpruned" in messages.pop()
     assert pruned.shape == sample(only_other).shape
+
+
+def with_negative(model, negative, unpatched):
+    """As DualModelGuider: another model is evaluated with the options of the first."""
+    model = model.clone()
+
+    def evaluate(apply_model, call):
+        arguments = call["input"], call["timestep"], call["c"]
+        found = negative.model.apply_model(*arguments[:2], **arguments[2])
+        assert torch.equal(found, unpatched(negative, *arguments))
+        return 2 * apply_model(*arguments[:2], **arguments[2]) - found
+
+    model.set_model_unet_function_wrapper(evaluate)
+    return model
+
+
+def test_another_model_evaluated_in_a_run_is_not_pruned_and_leaves_no_trace(
+    comfy, model, small_model, layer, sample, unpatched
+):
+    patched = comfy.patch.attach(model, layer())
+    both, pruning = with_negative(patched, small_model(3), unpatched), comfy.patch.attached(patched)
+    for _ in range(2):
+        sample(both, 2)
+        record = pruning.record
+        assert (record.sampled, record.evaluations, record.pruned_evaluations) == (True, 2, 2)
+        assert record.pruned_steps == {0, 1} and not record.notes
+        assert not pruning._runs
+
+
+def test_outside_a_sampler_every_evaluation_selects_the_weights_of_the_moment(
+    comfy, small_model, layer, sample, masked
+):
+    model, one = small_model(), layer()
+    patched = comfy.patch.attach(model, one)
+    pruning, x = comfy.patch.attached(patched), torch.ones(1, 4, 16, 16)
+    call = x, torch.ones(1), None, torch.ones(1, 77, 64)
+    sample(patched, 2)
+    sampled = pruning.record
+    for _ in range(2):
+        found = model.model.apply_model(*call, transformer_options={"wrappers": patched.wrappers})
+        with masked(model, one.gates):
+            assert torch.allclose(found, model.model.apply_model(*call), atol=1e-5)
+        assert not torch.allclose(found, model.model.apply_model(*call), atol=1e-3)
+        assert not any(run._compacts or run._forwards for run in pruning._runs.values())
+        model.model.diffusion_model.middle_block[0].in_layers[2].weight.mul_(-3)  # as LoRA would
+    assert pruning.record is sampled
