@@ -100,7 +100,9 @@ class DynamicPruning:
         return self  # model options that carry the wrapper get copied; weights must not be
 
     def begin_run(self, patcher: Any, *_: Any) -> None:
-        self.end_run(patcher)  # one that the host did not clean up after
+        earlier = self._runs.get(patcher.model)
+        if earlier is not None and earlier.record.evaluations:
+            self.end_run(patcher)  # the host did not clean up after it
         self._new_run(patcher.model, Parking(Places.of(patcher)))
 
     def end_run(self, patcher: Any, *_: Any) -> None:

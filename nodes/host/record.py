@@ -21,6 +21,7 @@ class RunRecord:
     steps: int | None = None
     #: indices of the steps with at least one pruned evaluation
     pruned_steps: set[int] = field(default_factory=set)
+    #: begun, also one that failed
     evaluations: int = 0
     pruned_evaluations: int = 0
     #: whether the latest evaluation was pruned

@@ -112,6 +112,7 @@ class Run:
 
     def active(self, model: Any, t: Tensor, options: Mapping[str, Any]) -> list[bool]:
         """Which layers prune the evaluation that is about to start."""
+        self.record.evaluations += 1
         earlier, self._active = self._active, self._active_layers(model, t, options)
         if self._active != earlier and not self._keeps_copies:
             if self._dynamic:
@@ -233,7 +234,6 @@ class Run:
 
         ``wanted``: it should have been pruned.
         """
-        self.record.evaluations += 1
         self.record.pruning = self._pruned
         if self._pruned and self._dynamic:
             self._account()
@@ -251,8 +251,8 @@ class Run:
         self._pruned_at.clear()
         if self.record.sampled and not self.record.evaluations:
             self.record.note(
-                "this run never asked the model, so nothing was pruned; unless it was interrupted, "
-                "another node (a cache, say) computed in the model's place"
+                "this run never asked the model, so nothing was pruned; unless it was interrupted "
+                "or had no steps, another node (a cache, say) computed in the model's place"
             )
         if self._missed:
             self.record.note(

@@ -421,6 +421,50 @@ def test_a_run_in_which_the_model_is_never_asked_says_so(comfy, pruned, sample, 
     assert "without a sampler" not in text
 
 
+def test_a_run_that_fails_in_its_first_evaluation_has_asked_the_model(
+    comfy, pruned, sample, caplog
+):
+    model = pruned()[0]
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = model.model.diffusion_model.out[0].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample(model, 2)
+    finally:
+        handle.remove()
+    record = comfy.patch.attached(model).record
+    assert not caplog.records and not record.notes
+    report = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPPruningReport"]
+    text, _ = report.execute(model).args
+    assert "measured  no step of 2 ran pruned (0 of 1 evaluations)" in text
+
+
+def test_a_run_without_steps_is_none_that_a_cache_must_have_answered(
+    comfy, pruned, conditioning, caplog
+):
+    model, samplers = pruned()[0], comfy.root.samplers
+    guider = samplers.CFGGuider(model)
+    guider.set_conds(conditioning(5), conditioning(6))
+    latent, sigmas = torch.zeros(1, 4, 8, 8), torch.tensor([1.0])  # SplitSigmas at step 0
+    guider.sample(latent, latent, samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert "unless it was interrupted or had no steps, another node" in message
+
+
+def test_a_run_that_is_announced_twice_is_one_run(comfy, pruned, sample, caplog):
+    """As DualModelGuider announces the same model in both of its places."""
+    model = pruned()[0]
+    again = model.clone()
+    again.pre_run()
+    sample(model, 2)
+    again.cleanup()
+    record = comfy.patch.attached(model).record
+    assert not caplog.records and (record.evaluations, record.pruned_evaluations) == (2, 2)
+
+
 def test_evaluations_that_come_to_no_pruned_block_do_not_count_as_pruned(
     comfy, pruned, kit, unpruned
 ):
