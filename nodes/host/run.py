@@ -86,11 +86,15 @@ class Run:
         #: why blocks run their norm on all channels until the run ends
         self._rows_only: dict[str, str] = {}
         self._compacts: dict[Key, Compact | None] = {}
+        #: the layers of the network that the run has pruned (a set in order)
+        self._gated: dict[nn.Module, None] = {}
         self._forwards: dict[Key, tuple[Compact, Judgement, Forward]] = {}
         #: the layers that pruned the latest evaluation
         self._active: list[bool] = []
         self._schedule: Tensor | None = None
         self._sigmas: list[float] = []
+        #: the step of the latest evaluation, -1 where a node evaluates without a sampler
+        self._step = -1
         self._percent_sigmas: dict[float, float] = {}
         self._pruned_at: list[Tensor] = []
         self._evaluated: tuple[ref[Any], torch.device] | None = None
@@ -118,18 +122,17 @@ class Run:
             if self._dynamic:
                 self.forget_weights()  # the full weights may need the room now
             else:
-                self._leave_stages()
+                self._forget_past(model)
         return self._active
 
-    def _leave_stages(self) -> None:
-        """Drop the weights that were selected for stages that have ended."""
-        left = {
-            number
-            for number, layer in enumerate(self.layers)
-            if layer.schedule.stage is not None and not self._active[number]
-        }
+    def _forget_past(self, model: Any) -> None:
+        """Drop the weights that neither this step nor a later one of the run needs."""
+        later = list(enumerate(self._sigmas[:-1]))[self._step + 1 :]
+        needed = {tuple(self._active)}
+        needed |= {tuple(self._prunes_at(model, x, *at) for x in self.layers) for at in later}
+        keys = {key for active in needed for key in self._owners(active).items()}
         for known in (self._compacts, self._forwards):
-            for key in [key for key in known if not left.isdisjoint(key[1])]:
+            for key in known.keys() - keys:
                 del known[key]
 
     @property
@@ -146,9 +149,8 @@ class Run:
         if all(layer.schedule == ALWAYS for layer in self.layers):
             return [True] * len(self.layers)  # spares the copy of sigma from the device
         sigma = float(torch.max(options.get("sigmas", t)))
-        # a node that evaluates the model without a sampler has no steps
-        step = step_index(sigma, self._sigmas) if self._sigmas else -1
-        return [self._prunes_at(model, layer, step, sigma) for layer in self.layers]
+        self._step = step_index(sigma, self._sigmas) if self._sigmas else -1
+        return [self._prunes_at(model, layer, self._step, sigma) for layer in self.layers]
 
     def forwards(
         self, model: Any, device: torch.device, options: Mapping[str, Any], active: list[bool]
@@ -285,7 +287,7 @@ class Run:
 
         return layer.schedule.is_active(step, sigma, percent_to_sigma)
 
-    def _owners(self, active: list[bool]) -> dict[str, Owners]:
+    def _owners(self, active: Sequence[bool]) -> dict[str, Owners]:
         """Block name -> for each of its sites the last active layer that names it."""
         owner = {
             site: number
@@ -316,6 +318,7 @@ class Run:
         self._compacts[name, owners] = selected
         if selected is None:
             return
+        self._gated |= dict.fromkeys(selected.pruned)
         if selected.rows_only:
             self.record.note_block(name, "with a part of the savings", selected.rows_only)
         reason = self._keeps_full(model, name)
@@ -353,15 +356,14 @@ class Run:
         assert self._evaluated is not None
         device = self._evaluated[1]
         selected = [c for c in self._compacts.values() if c is not None]
-        pruned = list(dict.fromkeys(part for c in selected for part in c.pruned))
-        weights = {part.weight.data_ptr() for part in pruned if part.weight.device == device}
+        weights = {part.weight.data_ptr() for part in self._gated if part.weight.device == device}
         copies = {t.data_ptr(): t.nbytes for c in selected for t in c.tensors}
-        full = sum(resident_bytes(part, device) for part in pruned)
+        full = sum(resident_bytes(part, device) for part in self._gated)
         resident = full + sum(size for place, size in copies.items() if place not in weights)
         if full and self._dynamic:
             self.record.kept_full = self.record.kept_full or HELD
         self.record.device = str(device)
-        self.record.full_bytes = sum(full_bytes(part) for part in pruned)
+        self.record.full_bytes = sum(full_bytes(part) for part in self._gated)
         self.record.resident_bytes = max(self.record.resident_bytes, resident)
 
     def _log_notes(self) -> None:

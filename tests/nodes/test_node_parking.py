@@ -146,6 +146,59 @@ def test_a_stage_that_has_ended_leaves_its_copies_behind(
     assert [loaded < whole for loaded in watch.loaded] == [full_weights == "auto"] * 4
 
 
+@pytest.mark.parametrize(
+    "schedules, auto, keep",
+    [
+        (["0", "1-"], [1, 1, 1, 1], [1, 2, 2, 2]),  # shares in stages, by hand
+        (["0-", "1-"], [1, 1, 1, 1], [1, 2, 2, 2]),  # the later one wins
+        (["0, 2-", "1"], [1, 2, 1, 1], [1, 2, 2, 2]),  # the first is needed again
+        (["0, 2"], [1, 1, 1, 0], [1, 1, 1, 1]),
+        (["0%-25%, 1", "2-"], [1, 1, 1, 1], [1, 1, 2, 2]),
+    ],
+)
+@pytest.mark.parametrize("full_weights", ["auto", "keep"])
+def test_copies_stay_for_as_long_as_a_later_step_needs_them(
+    comfy, model, layer, run, monkeypatch, schedules, auto, keep, full_weights
+):
+    percent = comfy.core.Schedule.percent(0.0, 0.25) | comfy.core.Schedule.steps("1")
+    layers = [
+        replace(layer(None, full_weights, seed=seed), schedule=schedule)
+        for seed, schedule in enumerate(
+            percent if "%" in text else comfy.core.Schedule.steps(text) for text in schedules
+        )
+    ]
+    patched, copies, selected = comfy.patch.attach(model, *layers), [], []
+    select = comfy.run.Run._select
+
+    def count(self, *call):
+        selected.append(call[2:])
+        select(self, *call)
+
+    monkeypatch.setattr(comfy.run.Run, "_select", count)
+
+    def look(*_):
+        known = comfy.patch.attached(patched)._runs[model.model]
+        assert known._compacts.keys() >= known._forwards.keys()
+        copies.append(len({key[1] for key in known._compacts}))
+
+    run(patched, look, steps=4, side=8)
+    assert copies == (keep if full_weights == "keep" else auto)
+    assert len(selected) == len(set(selected)) == 2 * len(schedules)  # each block once
+
+
+def test_what_was_pruned_in_earlier_steps_stays_in_the_record(comfy, model, make_gates, run):
+    schedules, layers = map(comfy.core.Schedule.steps, ("0", "1-")), []
+    for block, schedule in enumerate(schedules):
+        gates = make_gates([f"mid_block.resnets.{block}.{conv}" for conv in ("conv1", "conv2")])
+        layers.append(comfy.patch.Layer(gates, gates.keep_sets(), schedule, "offload"))
+    patched = comfy.patch.attach(model, *layers)
+    run(patched, side=8)
+    record = comfy.patch.attached(patched).record
+    assert record.full_bytes == 4 * 4 * (9 * WIDTH * WIDTH + WIDTH)
+    # the copies of one block at a time
+    assert 0 < record.resident_bytes < record.full_bytes / 3
+
+
 def test_off_steps_with_offloaded_weights_equal_the_unpatched_model(comfy, model, layer, run):
     patched = comfy.patch.attach(model, layer("99", "offload"))
     assert torch.equal(run(patched), run(model))
