@@ -8,6 +8,7 @@ from host memory here, with their patches, and the host's place is left alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ PLACE = "_v"
 OF_PLACE = (PLACE, "_v_weight", "_v_bias", "_v_signature", "_prefetch", "_pins", "_pin_state")
 #: bytes that comfy-aimdo brings in at once
 PAGE = 32 * 2**20
+#: address space -> for each page flags, 1 where it is in VRAM; None: an early comfy-aimdo can't say
+Residency = dict[Any, list[int] | None]
 
 
 def readable(layer: nn.Module, device: torch.device) -> bool:
@@ -75,19 +78,27 @@ def full_bytes(layer: nn.Module) -> int:
     return sum(w.numel() * _loaded_dtype(w).itemsize for w in layer.parameters(recurse=False))
 
 
-def resident_bytes(layer: nn.Module, device: torch.device) -> int:
+def residency(layers: Iterable[nn.Module]) -> Residency:
+    """What is in VRAM of the address spaces in which the layers have their places."""
+    spaces = {vars(layer)[PLACE][0] for layer in layers if PLACE in vars(layer)}
+    return {s: s.get_residency() if hasattr(s, "get_residency") else None for s in spaces}
+
+
+def resident_bytes(layer: nn.Module, device: torch.device, pages: Residency) -> int:
     """How many of them are on ``device``, in the layer's place or for good.
 
-    In a place the host brings in whole pages, also for other layers that share them.
+    In a place the host brings in whole pages, also for other layers that share them. ``pages``:
+    the `residency` of the layer, and perhaps of others.
     """
     if layer.weight.device == device:
         return full_bytes(layer)
     if not hasattr(layer, PLACE):
         return 0
     space, address, size = getattr(layer, PLACE)
-    if not hasattr(space, "get_residency"):  # an early comfy-aimdo: the host may have had it there
+    flags = pages[space]
+    if flags is None:  # the host may have had it there
         return full_bytes(layer) if getattr(layer, "_v_signature", None) is not None else 0
-    start, flags = address - space.base_addr, space.get_residency()
+    start = address - space.base_addr
     end = start + size
     resident = sum(
         min(end, (page + 1) * PAGE) - max(start, page * PAGE)

@@ -29,7 +29,7 @@ from ...ldcp_core import (
 )
 from .blocks import Compact, Forward, HostBlock, Judgement
 from .changes import changed_attribute
-from .dynamic_vram import full_bytes, resident_bytes
+from .dynamic_vram import Residency, full_bytes, residency, resident_bytes
 from .model import find_blocks
 from .parking import FullWeights, Parking
 from .record import RunRecord
@@ -88,6 +88,8 @@ class Run:
         self._compacts: dict[Key, Compact | None] = {}
         #: the layers of the network that the run has pruned (a set in order)
         self._gated: dict[nn.Module, None] = {}
+        #: what was in VRAM when their bytes were counted; None where more is selected since
+        self._counted: Residency | None = None
         self._forwards: dict[Key, tuple[Compact, Judgement, Forward]] = {}
         #: the layers that pruned the latest evaluation
         self._active: list[bool] = []
@@ -167,6 +169,8 @@ class Run:
             selected = self._suitable(key, judgement, changed)
             if selected is not None:
                 found.append((block, self._forward(key, selected, judgement)))
+        if self._counted is None:
+            self._account()
         return found
 
     def _judgement(self, name: str) -> Judgement:
@@ -237,9 +241,8 @@ class Run:
         ``wanted``: it should have been pruned.
         """
         self.record.pruning = self._pruned
-        if self._pruned and self._dynamic:
-            self._account()
         if self._pruned:
+            self._account()
             self.record.pruned_evaluations += 1
             self._pruned_at.append(options.get("sigmas", t))
         self._missed += wanted and not (self._pruned or self._reached)
@@ -319,6 +322,7 @@ class Run:
         if selected is None:
             return
         self._gated |= dict.fromkeys(selected.pruned)
+        self._counted = None
         if selected.rows_only:
             self.record.note_block(name, "with a part of the savings", selected.rows_only)
         reason = self._keeps_full(model, name)
@@ -327,7 +331,6 @@ class Run:
             if len(parked) < len(selected.pruned):
                 reason = "another extension holds or replaces some of these layers"
         self.record.kept_full = self.record.kept_full or reason
-        self._account()
 
     def _keeps_full(self, model: Any, block: str) -> str:
         """Why a block's full weights stay on the compute device; empty when they leave."""
@@ -352,13 +355,17 @@ class Run:
         )
 
     def _account(self) -> None:
-        """Count the pruned layers' bytes, and those that are on the compute device."""
+        """Count the pruned layers' bytes, and those on the compute device, if they may differ."""
+        pages = residency(self._gated)
+        if pages == self._counted and None not in pages.values():
+            return
+        self._counted = pages
         assert self._evaluated is not None
         device = self._evaluated[1]
         selected = [c for c in self._compacts.values() if c is not None]
         weights = {part.weight.data_ptr() for part in self._gated if part.weight.device == device}
         copies = {t.data_ptr(): t.nbytes for c in selected for t in c.tensors}
-        full = sum(resident_bytes(part, device) for part in self._gated)
+        full = sum(resident_bytes(part, device, pages) for part in self._gated)
         resident = full + sum(size for place, size in copies.items() if place not in weights)
         if full and self._dynamic:
             self.record.kept_full = self.record.kept_full or HELD

@@ -262,6 +262,46 @@ def test_the_report_says_what_was_resident(comfy, dynamic, aimdo, device, layer,
     assert (again.resident_bytes, again.kept_full) == (compact, "")
 
 
+def test_an_evaluation_asks_once_which_pages_are_in_vram(
+    comfy, dynamic, aimdo, layer, run, monkeypatch
+):
+    asked, counted = [], []
+    residency, resident_bytes = pretend_aimdo.Space.get_residency, comfy.run.resident_bytes
+
+    def ask(space):
+        asked.append(space)
+        return residency(space)
+
+    def count(*layer):
+        counted.append(layer)
+        return resident_bytes(*layer)
+
+    monkeypatch.setattr(pretend_aimdo.Space, "get_residency", ask)
+    monkeypatch.setattr(comfy.run, "resident_bytes", count)
+    run(comfy.patch.attach(dynamic(), layer()), steps=5)
+    # when the weights are selected and after each evaluation
+    assert len(asked) == 1 + 5
+    # when they are selected and after the first evaluation, which has brought the other layers in
+    assert len(counted) == 2 * len(GATED)
+
+
+def test_a_page_that_comes_in_later_in_the_run_counts_too(comfy, dynamic, aimdo, layer, run):
+    model = dynamic()
+    patched, (conv, *_) = comfy.patch.attach(model, layer()), convs(model)
+
+    def bring_in(step, *_):
+        if step == 1:
+            conv._v[0].fault(*conv._v[1:])
+            conv._v[0].unpin(*conv._v[1:])
+
+    run(patched)
+    before = comfy.patch.attached(patched).record
+    run(patched, bring_in)
+    record = comfy.patch.attached(patched).record
+    assert FULL - 2 * PAGE <= record.resident_bytes - before.resident_bytes <= FULL
+    assert "until it needs the room" in record.kept_full
+
+
 def test_an_early_comfy_aimdo_does_not_say_what_is_resident(
     comfy, dynamic, aimdo, layer, run, monkeypatch
 ):

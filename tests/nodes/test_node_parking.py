@@ -199,6 +199,20 @@ def test_what_was_pruned_in_earlier_steps_stays_in_the_record(comfy, model, make
     assert 0 < record.resident_bytes < record.full_bytes / 3
 
 
+def test_the_bytes_of_a_layer_are_counted_once_for_all_that_is_selected_together(
+    comfy, model, layer, run, monkeypatch
+):
+    counted, resident_bytes = [], comfy.run.resident_bytes
+
+    def count(*layer):
+        counted.append(layer)
+        return resident_bytes(*layer)
+
+    monkeypatch.setattr(comfy.run, "resident_bytes", count)
+    run(comfy.patch.attach(model, layer()), side=8)
+    assert len(counted) == len(GATED)
+
+
 def test_off_steps_with_offloaded_weights_equal_the_unpatched_model(comfy, model, layer, run):
     patched = comfy.patch.attach(model, layer("99", "offload"))
     assert torch.equal(run(patched), run(model))
