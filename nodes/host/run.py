@@ -327,8 +327,8 @@ class Run:
             self.record.note_block(name, "with a part of the savings", selected.rows_only)
         reason = self._keeps_full(model, name)
         if not reason and self.parking is not None:
-            parked = [part for part in selected.replaced if self.parking.park(model, part)]
-            if len(parked) < len(selected.pruned):
+            parked = {part for part in selected.replaced if self.parking.park(model, part)}
+            if parked < {*selected.pruned, *selected.replaced}:
                 reason = "another extension holds or replaces some of these layers"
         self.record.kept_full = self.record.kept_full or reason
 

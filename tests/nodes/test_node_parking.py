@@ -368,6 +368,21 @@ def test_low_vram_loading_needs_no_parking_and_keeps_its_marks(
     assert torch.equal(run(model), plain)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_layer_that_cannot_leave_is_in_the_record_although_another_of_its_block_does(
+    comfy, model, make_gates, run, device, which
+):
+    gates = make_gates(["mid_block.resnets.0.conv1"])  # of conv2 columns are copied
+    patched = comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
+    run(model, side=8)
+    held, where = convs(model)[which], []
+    held.comfy_patched_weights = False  # as if the host had not loaded it
+    run(patched, lambda *_: where.append([c.weight.device for c in convs(model)[:2]]), side=8)
+    held.comfy_patched_weights = True
+    assert [place == device for place in where[0]] == [which == 0, which == 1]
+    assert "another extension holds" in comfy.patch.attached(patched).record.kept_full
+
+
 def test_modules_that_comfyui_casts_although_they_are_loaded_keep_their_marks(
     comfy, model, layer, run
 ):
