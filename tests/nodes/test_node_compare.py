@@ -109,6 +109,12 @@ def test_every_image_is_that_of_apply_dynamic_pruning_and_ksampler(
         assert all((one - other).abs().max() > 1e-4 for other in expected[:i])
 
 
+def test_a_schedule_that_has_no_single_step_is_compared(model, make_gates, compare, by_hand):
+    chosen = {"scheduler": "kl_optimal", "sampler_name": "dpmpp_2m_sde"}
+    _, images, _ = compare(model, make_gates(), **chosen)
+    assert torch.equal(images[:1], by_hand(model, **chosen))
+
+
 def test_pruning_connected_before_it_is_left_out(comfy, model, make_gates, compare, by_hand):
     earlier = make_gates(seed=8)
     layer = comfy.patch.Layer(earlier, earlier.keep_sets())
@@ -180,7 +186,7 @@ def test_the_first_run_which_loads_the_model_is_not_timed(
     compare_module = sys.modules[f"{comfy.apply_node.__package__}.compare"]
     monkeypatch.setattr(compare_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     found = rows(compare(model, make_gates(), "0.5")[2])
-    assert calls == [1, 3, 3]
+    assert calls == [2, 3, 3]
     assert found["full model", ""][1:3] == (4.0, 1.0)
     assert found["share 0.5", "all steps"][1:3] == (3.0, 0.75)
 
@@ -288,7 +294,7 @@ def test_an_interrupt_ends_it_and_leaves_the_model_as_it_was(
 
     def hook(step, *_, **__):  # as the server's: it looks whether somebody has pressed stop
         steps.append(step)
-        if len(steps) == 1 + 3 + 2:  # loading, the full model, and two steps of the first share
+        if len(steps) == 2 + 3 + 2:  # loading, the full model, and two steps of the first share
             management.interrupt_current_processing()
         management.throw_exception_if_processing_interrupted()
 
@@ -297,7 +303,7 @@ def test_an_interrupt_ends_it_and_leaves_the_model_as_it_was(
     monkeypatch.setattr(comfy.root.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
     with pytest.raises(management.InterruptProcessingException):
         compare(model, make_gates(), "0.25, 0.5")
-    assert steps == [1, 1, 2, 3, 1, 2]
+    assert steps == [1, 2, 1, 2, 3, 1, 2]
     assert not [m for m in model.model.diffusion_model.modules() if "forward" in vars(m)]
     assert torch.equal(by_hand(model), expected)
 
