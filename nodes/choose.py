@@ -24,7 +24,13 @@ from ..ldcp_core import (
 from .correct import corrected
 from .host.blocks import HostBlock
 from .host.identity import own_fingerprint
-from .host.model import LEAVE_OUT, ModelError, find_blocks, model_topology
+from .host.model import (
+    LEAVE_OUT,
+    ModelError,
+    find_blocks,
+    model_topology,
+    refuse_quantised,
+)
 from .host.observe import observed
 from .host.weights import NotCaptured
 from .inputs import check_how_to_prune, check_offered
@@ -82,6 +88,7 @@ def estimate(model: Any, choice: Choice) -> Gates:
     sites = topology.sites(choice.scope)
     ungated = Gates({site.name: torch.ones(site.channels) for site in sites}, topology=topology)
     blocks = find_blocks(model.model, ungated)
+    refuse_quantised(blocks)
     comfy.model_management.load_models_gpu([model])
     importances: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}

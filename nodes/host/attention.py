@@ -25,7 +25,7 @@ from ...ldcp_core import (
 )
 from .blocks import Compact, Judgement, Watched, dropping, first_of, prunes, rebuilt
 from .changes import Watch, changed_call, changed_class, changed_function, hooks_on_all
-from .weights import captured_linear, captured_norm
+from .weights import captured_linear, captured_norm, is_linear
 
 #: ComfyUI's names of the stages, by what the paths of their blocks begin with
 STAGES = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
@@ -147,4 +147,4 @@ def _linear_layers(module: Any) -> list[Any]:
     out = getattr(module, "to_out", ())
     parts = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
     linear = [*parts, out[0]] if len(out) == 2 else []
-    return linear if all(isinstance(layer, nn.Linear) for layer in linear) else []
+    return linear if all(is_linear(layer) for layer in linear) else []

@@ -24,7 +24,7 @@ from ...ldcp_core import (
 )
 from .blocks import Compact, Judgement, Watched, dropping, first_of, prunes, rebuilt
 from .changes import Watch, changed_call, changed_class, changed_function, hooks_on_all
-from .weights import captured_linear, captured_norm
+from .weights import captured_linear, captured_norm, is_linear
 
 
 class ComfyFeedForward:
@@ -110,4 +110,4 @@ def _linear_layers(module: nn.Module) -> list[nn.Module]:
     net = list(getattr(module, "net", ()))
     linear = [getattr(net[0], "proj", None), net[2]] if len(net) == 3 else []
     gated = bool(net) and type(net[0]).__name__ == "GEGLU"
-    return linear if gated and all(isinstance(layer, nn.Linear) for layer in linear) else []
+    return linear if gated and all(is_linear(layer) for layer in linear) else []

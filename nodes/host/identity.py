@@ -35,12 +35,15 @@ def differs_from_training(model: Any, gates: Gates) -> bool:
 def own_fingerprint(model: Any, gates: Gates) -> str | None:
     """The fingerprint of the layers that ``gates`` names, LoRA left aside.
 
-    None where it could not be compared: weights in a dtype that rounds otherwise, or not loaded.
+    None where it could not be compared: weights that round otherwise, or are not loaded.
     """
     weights = base_weights(model, gates)
-    if any(weight.dtype not in COMPARABLE or weight.is_meta for weight in weights.values()):
-        return None
-    return fingerprint(weights)
+    return fingerprint(weights) if all(map(_comparable, weights.values())) else None
+
+
+def _comparable(weight: Tensor) -> bool:
+    plain = type(weight.data) is Tensor  # a quantised one says the dtype that it was made of
+    return plain and weight.dtype in COMPARABLE and not weight.is_meta
 
 
 def base_weights(model: Any, gates: Gates) -> dict[str, Tensor]:

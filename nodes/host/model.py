@@ -27,9 +27,10 @@ from ...ldcp_core import (
     one_line,
 )
 from .attention import ComfyAttention
-from .blocks import HostBlock
+from .blocks import HostBlock, first_of
 from .feedforward import ComfyFeedForward
 from .resblock import ComfyResBlock
+from .weights import quantised
 
 #: kind of block -> what knows ComfyUI's modules of it
 HOST_BLOCKS: Mapping[type[Block], type[HostBlock]] = {
@@ -184,6 +185,18 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
                     "the node or extension that rebuilds this layer, or leave pruning out"
                 )
     return found
+
+
+def refuse_quantised(blocks: Mapping[str, HostBlock]) -> None:
+    """Raises ModelError where no gates can be made of a block's weights, as they are quantised."""
+    formats = {name: first_of(map(quantised, b.judge().layers)) for name, b in blocks.items()}
+    found = [name for name, kind in formats.items() if kind]
+    if found:
+        raise ModelError(
+            f"LDCP: {len(found)} of the {len(blocks)} blocks, {found[0]} the first, have quantised "
+            f"weights ({formats[found[0]]}), and gates are made of others; choose a scope without "
+            "ff and heads, or gates without these, or load a checkpoint that is not quantised"
+        )
 
 
 def _host_block(kind: type[Block], model: nn.Module, path: str) -> HostBlock:

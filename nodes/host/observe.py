@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...ldcp_core import Calibration, Gates, Site, Topology, column_norms
 from .blocks import Watched
-from .model import LEAVE_OUT, ModelError, find_blocks
+from .model import LEAVE_OUT, ModelError, find_blocks, refuse_quantised
 from .patch import detached
-from .weights import NotCaptured, captured, captured_linear
+from .weights import NotCaptured, captured, captured_linear, is_linear
 
 KEY = "ldcp_calibration"
 #: ComfyUI's key of the wrapper that puts a compiled model in place; compiled layers call no hooks
@@ -31,6 +31,7 @@ def find_watched(base_model: Any, sites: Sequence[Site], topology: Topology) -> 
     """Site -> where to watch it; raises ModelError when the model does not fit."""
     gates = Gates({site.name: torch.ones(site.channels) for site in sites}, topology=topology)
     blocks = find_blocks(base_model, gates)
+    refuse_quantised(blocks)
     return {site: blocks[site.block.name].watched(site.kind) for site in sites}
 
 
@@ -109,8 +110,7 @@ class Observer:
         dtype = model.manual_cast_dtype or model.get_dtype()
         for site, place in self._places.items():
             if place.reader is not None:
-                linear = isinstance(place.reader, nn.Linear)
-                read = captured_linear if linear else captured
+                read = captured_linear if is_linear(place.reader) else captured
                 try:
                     weight = read(place.reader, device, dtype).weight
                 except NotCaptured as error:

@@ -109,7 +109,7 @@ class ComfyResBlock:
             try:
                 affine = captured_norm(norm, device, dtype)
             except NotCaptured as error:
-                rows_only = f"it has {error}"
+                rows_only = f"of {error}"
         ops = ComfyResBlockOps(block, affine, unchanged.weight)
         core = CompactResBlock(gate, conv1, conv2, folds=ops.folds)
 

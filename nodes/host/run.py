@@ -316,7 +316,7 @@ class Run:
             reason = self._rows_only.get(name, "")
             selected = self._blocks[name].compact(gate, device, dtype, reason)
         except NotCaptured as error:
-            self.record.note_block(name, "unpruned", f"it has {error}")
+            self.record.note_block(name, "unpruned", f"of {error}")
             selected = None
         self._compacts[name, owners] = selected
         if selected is None:

@@ -23,7 +23,31 @@ from .changes import changed_convolution
 
 
 class NotCaptured(ValueError):
-    """A layer whose weights can't be had: another extension computes it in its own way."""
+    """A layer whose weights can't be had: it is computed in another way.
+
+    They are quantised, or another extension computes it. The message is what the layer's block has.
+    """
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether it is a linear layer: ComfyUI's own for quantised checkpoints is no `nn.Linear`."""
+    from comfy.ops import CastWeightBiasOp
+
+    hosts_own = isinstance(layer, CastWeightBiasOp) and hasattr(layer, "in_features")
+    return isinstance(layer, nn.Linear) or hosts_own
+
+
+def quantised(layer: Any) -> str:
+    """The format of weights that ComfyUI computes with before it casts them; empty: others.
+
+    Weights in fp8 without a scale are others: they are cast, then used.
+    """
+    found = getattr(layer, "layout_type", None) is not None
+    if hasattr(layer, "scale_weight"):  # older hosts; None where ComfyUI multiplies in plain fp8
+        found = layer.scale_weight is not None or layer.weight.dtype == torch.float8_e4m3fn
+    if not found:
+        return ""
+    return getattr(layer, "quant_format", None) or str(layer.weight.dtype).removeprefix("torch.")
 
 
 def captured(conv: nn.Conv2d, device: torch.device, dtype: torch.dtype) -> ConvWeights:
@@ -75,11 +99,13 @@ def _check_rows(
         raise NotCaptured(f"a {type(conv).__name__} that is not computed as a convolution")
 
 
-def captured_linear(linear: nn.Linear, device: torch.device, dtype: torch.dtype) -> LinearWeights:
+def captured_linear(linear: Any, device: torch.device, dtype: torch.dtype) -> LinearWeights:
     """Weight and bias with which the host would now run ``linear`` on such an input.
 
     Raises NotCaptured when that is not a plain linear operation.
     """
+    if quantised(linear):
+        raise NotCaptured(f"quantised weights ({quantised(linear)})")
     probe = torch.empty(0, linear.in_features, device=device, dtype=dtype)
     answer = probe.new_empty(0, linear.out_features)
     asked = _asked(linear, device)

@@ -49,7 +49,7 @@ def comfy(comfyui_path, report_note):
     assert asyncio.run(nodes.load_custom_node(str(REPOSITORY)))
     pack = str(REPOSITORY).replace(".", "_x_")  # the name that ComfyUI gives it
     parts = ["shared", "files", "queued", "load_node", "schedule_node", "apply_node"]
-    host = ("model", "blocks", "patch", "run", "identity", "dynamic_vram")
+    host = ("model", "blocks", "patch", "run", "identity", "weights", "dynamic_vram")
     parts += [f"host.{name}" for name in host]
     return SimpleNamespace(
         root=comfy,

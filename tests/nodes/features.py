@@ -385,6 +385,11 @@ OTHERS = (
         "test_a_block_with_other_changes_runs_as_it_is_and_the_run_says_so",
     ),
     Other(
+        "Quantised checkpoints (fp8 with scales, int8), gates with `ff` or `heads`",
+        "the ResBlocks are pruned; those layers run unpruned, and the node says so",
+        "test_quantised_layers_run_unpruned_and_the_res_blocks_beside_them_pruned",
+    ),
+    Other(
         "Packs that change a norm, an activation or the border "
         "(AnimateDiff-Evolved with v1 motion models, seamless tiling)",
         "within 1e-06; those blocks lose a part of the savings, and the node says so",

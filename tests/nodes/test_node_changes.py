@@ -377,7 +377,7 @@ def test_a_layer_of_a_class_that_computes_more_runs_as_it_is(comfy, small_model,
     kit.sample(kit.graph(patched))
     (note,) = comfy.patch.attached(patched).record.notes
     assert note == (
-        "mid_block.resnets.0 runs unpruned, because it has a Louder that is not computed as a "
+        "mid_block.resnets.0 runs unpruned, because of a Louder that is not computed as a "
         "convolution"
     )
 

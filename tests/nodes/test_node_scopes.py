@@ -8,6 +8,7 @@ difference over that of the reference; pruning must move the output by 100 times
 from __future__ import annotations
 
 import pytest
+import quantised
 import torch
 
 pytestmark = pytest.mark.comfyui
@@ -199,3 +200,124 @@ def test_gates_are_estimated_for_every_scope(comfy, model, sample, ranking):
     worse = sample(apply.execute(model, zeros, -1.0).args[0], 2)
     dense = sample(model, 2)
     assert 0 < rms(pruned - dense) < rms(worse - dense)
+
+
+@pytest.fixture(scope="module", params=quantised.FORMATS)
+def compressed(comfy, request):
+    """A model of a checkpoint with quantised linear layers, and their format."""
+    model = quantised.quantised_model(comfy.root, request.param)
+    if model is None:
+        pytest.skip("this ComfyUI does not know the format")
+    return model, request.param
+
+
+@pytest.mark.parametrize("scope", ["all+ff", "all+ff+heads"])
+def test_quantised_layers_run_unpruned_and_the_res_blocks_beside_them_pruned(
+    comfy, compressed, gates_of, sample, scope
+):
+    (model, kind), gates = compressed, gates_of(scope)
+    apply = comfy.apply_node.LDCPApplyDynamicPruning
+    pruned = apply.execute(model, gates, -1.0).args[0]
+    latent = sample(pruned, 2)
+    assert torch.equal(latent, sample(apply.execute(model, gates, -1.0, sites="all").args[0], 2))
+    assert not torch.equal(latent, sample(model, 2))
+    record = comfy.patch.attached(pruned).record
+    assert record.pruned_evaluations == record.evaluations == 2
+    (note,) = record.notes
+    left = {block for block in comfy.core.blocks_of(gates.scores) if ".attentions." in block}
+    assert note.endswith(
+        f" and {len(left) - 3} more run unpruned, because of quantised weights ({kind})"
+    )
+
+
+def test_the_res_blocks_of_a_quantised_checkpoint_are_pruned_as_any(
+    comfy, compressed, gates_of, sample, unpatched, masked
+):
+    """Rows alone: int8 layers round the last bits of what they read to another step."""
+    (model, _), gates = compressed, gates_of("*.conv2", constants=2)
+    pruned = comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
+    evaluated = []
+    sample(pruned, 1, evaluated=evaluated)
+    ((*call, output, _),) = evaluated
+    with masked(model, gates):
+        reference = unpatched(model, *call)
+    assert rms(output - reference) <= FLOAT32 * rms(reference)
+    assert rms(unpatched(model, *call) - reference) >= 100 * FLOAT32 * rms(reference)
+
+
+def test_linear_layers_that_a_quantised_checkpoint_leaves_as_they_are_are_pruned(
+    comfy, check_exact, make_gates
+):
+    if not quantised.newer_host():
+        pytest.skip("this ComfyUI quantises all linear layers of a model, or none")
+    sites = [FF, FF.replace("ff.net.0", "attn1.to_v")]
+    paths = [comfy.model.layer_path(site) for site in sites]
+    plain = [paths[0], paths[0].replace("0.proj", "2")]
+    plain += [paths[1].replace("to_v", layer) for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+    model = quantised.quantised_model(comfy.root, "float8_e4m3fn", plain)
+    check_exact(model, make_gates(sites, constants=5))
+
+
+@pytest.mark.parametrize("scope", ["all+ff", "heads"])
+@pytest.mark.parametrize("node", ["LDCPEstimateGates", "LDCPCalibrateGates"])
+def test_gates_of_quantised_layers_are_refused_before_anything_is_loaded(
+    comfy, compressed, sampling, monkeypatch, node, scope
+):
+    (model, kind), made = compressed, comfy.nodes.NODE_CLASS_MAPPINGS[node]
+    settings = sampling() if node == "LDCPCalibrateGates" else {}
+    load = comfy.root.model_management
+    monkeypatch.setattr(load, "load_models_gpu", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(comfy.model.ModelError) as error:
+        made.execute(model, **settings, **by_magnitude(scope))
+    assert f"have quantised weights ({kind}), and gates are made of others" in str(error.value)
+    assert "choose a scope without ff and heads" in str(error.value)
+
+
+def test_calibrating_gates_of_quantised_layers_is_refused(comfy, compressed, gates_of, sampling):
+    calibrate = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPCalibrateGates"]
+    with pytest.raises(comfy.model.ModelError, match="or gates without these"):
+        calibrate.execute(
+            compressed[0], **sampling(), **by_magnitude("mid"), gates=gates_of("mid+ff")
+        )
+
+
+def test_gates_of_the_res_blocks_of_a_quantised_checkpoint_are_those_of_the_original(
+    comfy, compressed, model, sampling
+):
+    choice = by_magnitude("all")
+    estimate = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPEstimateGates"]
+    ours, original = (estimate.execute(m, **choice).args[0] for m in (compressed[0], model))
+    assert ours.info["fingerprint"] == original.info["fingerprint"]
+    for site, score in original.scores.items():
+        assert torch.equal(ours.scores[site], score)
+        assert torch.equal(ours.constant(site), original.constant(site))
+    calibrate = comfy.nodes.NODE_CLASS_MAPPINGS["LDCPCalibrateGates"]
+    gates = calibrate.execute(compressed[0], **sampling(), **choice).args[0]
+    assert all(torch.equal(gates.scores[site], score) for site, score in original.scores.items())
+
+
+def test_a_layer_counts_as_quantised_where_it_multiplies_in_fp8(comfy):
+    ops, quantised_format = comfy.root.ops, comfy.weights.quantised
+    fast, cast, fp8 = ops.fp8_ops.Linear, ops.manual_cast.Linear, torch.float8_e4m3fn
+    assert quantised_format(fast(16, 16, dtype=fp8)) == "float8_e4m3fn"
+    assert not quantised_format(fast(16, 16, dtype=torch.float8_e5m2))
+    assert not quantised_format(fast(16, 16)) and not quantised_format(cast(16, 16, dtype=fp8))
+
+
+def test_whether_quantised_weights_are_those_of_the_training_is_not_known(
+    comfy, compressed, model, gates_of
+):
+    gates = gates_of("all+ff")
+    info = {"fingerprint": comfy.identity.own_fingerprint(model, gates)}
+    gates = gates_of("all+ff", info=info)
+    assert not comfy.identity.differs_from_training(compressed[0], gates)
+
+
+def by_magnitude(scope):
+    return {
+        "criterion": "l1",
+        "sparsity": 0.5,
+        "ranking": "per layer",
+        "padding": "zero",
+        "scope": scope,
+    }
