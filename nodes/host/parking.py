@@ -46,10 +46,12 @@ class Places:
 
 
 def _obstacle(patcher: Any, load: torch.device, offload: torch.device) -> str:
-    if load == offload:
-        return "weights and compute share one memory"
     if load.type == "mps":
         return "processor and GPU share one memory"
+    if load.type == "cpu":
+        return "weights and compute share one memory"
+    if load == offload:
+        return "ComfyUI was told to keep models on the GPU (--highvram, --gpu-only)"
     if patcher.hook_patches or patcher.forced_hooks:
         return "hooks change the weights during the run"
     return ""

@@ -112,6 +112,21 @@ def test_with_steps_that_do_not_prune_the_user_chooses(
     assert torch.equal(result, run(comfy.patch.attach(model, layer("0, 2", "keep"))))
 
 
+def test_where_the_host_keeps_models_on_the_gpu_the_record_says_so(
+    comfy, model, small_model, layer, run, device
+):
+    """As --highvram and --gpu-only tell it to: a model is offloaded to where it computes."""
+    model.offload_device = device
+    for each, reason in (
+        (model, "ComfyUI was told to keep models on the GPU (--highvram, --gpu-only)"),
+        (small_model(), "weights and compute share one memory"),  # on a CPU
+    ):
+        patched = comfy.patch.attach(each, layer())
+        run(patched)
+        record = comfy.patch.attached(patched).record
+        assert record.kept_full == reason and record.saved_bytes < 0
+
+
 def test_a_schedule_that_covers_every_step_of_the_run_is_as_good_as_none(
     comfy, model, layer, run, memory, device
 ):
