@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ldcp_core import ALWAYS, Gates
 from ..ldcp_core.report import run_line, show_saved
 from .host.identity import DIFFERS, differs_from_training
+from .host.observe import COMPILED
 from .host.patch import attach, attached, detached
 from .host.record import RunRecord
 from .host.run import Layer
@@ -112,8 +113,9 @@ def compare(
     layers = [layers_of(gates, variant) for variant in variants]
     models = [full, *(attach(full, *of_one) for of_one in layers)]
     show("loading the model")
-    # what only a first run takes is not timed; some schedulers have no single step
-    sample(full, {**sampling, "steps": min(2, sampling["steps"])})
+    few = {**sampling, "steps": min(2, sampling["steps"])}  # some schedulers have no single step
+    for each in (full, *first_uses(full, variants, layers)):
+        sample(each, few)
     runs = []
     names = ["in full", *(f"{variant}, {variant.schedule}" for variant in variants)]
     for number, (each, name) in enumerate(zip(models, names, strict=True), 1):
@@ -133,6 +135,22 @@ def compare(
             for place, (variant, of_one) in enumerate(zip(variants, layers, strict=True), 1)
         ),
     ]
+
+
+def first_uses(
+    full: Any, variants: Sequence[Variant], layers: Sequence[Sequence[Layer]]
+) -> Iterator[Any]:
+    """The ModelPatcher ``full`` pruned in every step, as often as something is compiled for it.
+
+    What only a first use takes is not timed. The kernels of a pruned model are compiled once, a
+    compiled U-Net for each share.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    shares = {variant.share: of_one for variant, of_one in zip(variants, layers, strict=True)}
+    found = [replace(layer, schedule=ALWAYS) for of_one in shares.values() for layer in of_one]
+    compiled = full.get_wrappers(WrappersMP.APPLY_MODEL, COMPILED)
+    return (attach(full, layer) for layer in (found if compiled else found[:1]))
 
 
 def layers_of(gates: Gates, variant: Variant) -> list[Layer]:

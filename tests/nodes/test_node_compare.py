@@ -178,7 +178,7 @@ def test_the_first_run_which_loads_the_model_is_not_timed(
 
     def slow(model, **sampling):
         result = sampler(model, **sampling)
-        clock[0] += (50.0, 4.0, 3.0)[len(calls)]  # seconds; the first loads
+        clock[0] += (50.0, 6.0, 4.0, 3.0)[len(calls)]  # seconds; the first loads
         calls.append(sampling["steps"])
         return result
 
@@ -186,9 +186,39 @@ def test_the_first_run_which_loads_the_model_is_not_timed(
     compare_module = sys.modules[f"{comfy.apply_node.__package__}.compare"]
     monkeypatch.setattr(compare_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     found = rows(compare(model, make_gates(), "0.5")[2])
-    assert calls == [2, 3, 3]
+    assert calls == [2, 2, 3, 3]
     assert found["full model", ""][1:3] == (4.0, 1.0)
     assert found["share 0.5", "all steps"][1:3] == (3.0, 0.75)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_compiled_at_the_first_use_of_a_pruned_model_is_not_timed(
+    comfy, model, make_gates, compare, monkeypatch, compiled
+):
+    """Kernels are compiled once, and a compiled U-Net for each share."""
+    sampler, clock, known = comfy.nodes.common_ksampler, [100.0], set()
+    if compiled:
+        kind = comfy.root.patcher_extension.WrappersMP.APPLY_MODEL
+        model = model.clone()
+        model.add_wrapper_with_key(
+            kind, "torch.compile", lambda executor, *a, **k: executor(*a, **k)
+        )
+
+    def slow(model, **sampling):
+        result, pruning = sampler(model, **sampling), comfy.patch.attached(model)
+        clock[0] += 4.0
+        if pruning is not None and pruning.record.pruned_evaluations:
+            (layer,) = pruning.layers
+            kept = sum(int(keep.sum()) for keep in layer.keep_sets.values()) if compiled else 0
+            clock[0] += 50.0 * (kept not in known)
+            known.add(kept)
+        return result
+
+    monkeypatch.setattr(comfy.nodes, "common_ksampler", slow)
+    compare_module = sys.modules[f"{comfy.apply_node.__package__}.compare"]
+    monkeypatch.setattr(compare_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = rows(compare(model, make_gates(), "0.25, 0.5", "2\n0-")[2])
+    assert [row[1] for row in found.values()] == [4.0] * 5
 
 
 def test_the_grid_shows_every_image_at_its_place_with_a_caption(model, make_gates, compare):
@@ -294,7 +324,7 @@ def test_an_interrupt_ends_it_and_leaves_the_model_as_it_was(
 
     def hook(step, *_, **__):  # as the server's: it looks whether somebody has pressed stop
         steps.append(step)
-        if len(steps) == 2 + 3 + 2:  # loading, the full model, and two steps of the first share
+        if len(steps) == 2 + 2 + 3 + 2:  # first uses, the full model, two steps of the first share
             management.interrupt_current_processing()
         management.throw_exception_if_processing_interrupted()
 
@@ -303,7 +333,7 @@ def test_an_interrupt_ends_it_and_leaves_the_model_as_it_was(
     monkeypatch.setattr(comfy.root.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
     with pytest.raises(management.InterruptProcessingException):
         compare(model, make_gates(), "0.25, 0.5")
-    assert steps == [1, 2, 1, 2, 3, 1, 2]
+    assert steps == [1, 2, 1, 2, 1, 2, 3, 1, 2]
     assert not [m for m in model.model.diffusion_model.modules() if "forward" in vars(m)]
     assert torch.equal(by_hand(model), expected)
 
