@@ -173,10 +173,10 @@ def sample(model: Any, sampling: Mapping[str, Any]) -> tuple[dict[str, Any], flo
     """The latent that the host's KSampler makes, on the CPU, and the seconds until it was there."""
     from nodes import common_ksampler  # ComfyUI's own nodes.py
 
-    start = time.monotonic()
+    start = time.perf_counter()
     (latent,) = common_ksampler(model, **sampling)
     latent = {**latent, "samples": latent["samples"].cpu()}  # waits for the compute device
-    return latent, time.monotonic() - start
+    return latent, time.perf_counter() - start
 
 
 def decode(vae: Any, latent: dict[str, Any]) -> Tensor:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,11 +185,22 @@ def test_the_first_run_which_loads_the_model_is_not_timed(
 
     monkeypatch.setattr(comfy.nodes, "common_ksampler", slow)
     compare_module = sys.modules[f"{comfy.apply_node.__package__}.compare"]
-    monkeypatch.setattr(compare_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(compare_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     found = rows(compare(model, make_gates(), "0.5")[2])
     assert calls == [2, 2, 3, 3]
     assert found["full model", ""][1:3] == (4.0, 1.0)
     assert found["share 0.5", "all steps"][1:3] == (3.0, 0.75)
+
+
+def test_what_takes_no_tick_of_a_coarse_clock_is_compared(
+    comfy, model, make_gates, compare, monkeypatch
+):
+    """As the monotonic clock of Windows, whose tick is 15 ms, has it."""
+    clock = SimpleNamespace(monotonic=lambda: 100.0, perf_counter=time.perf_counter)
+    compare_module = sys.modules[f"{comfy.apply_node.__package__}.compare"]
+    monkeypatch.setattr(compare_module, "time", clock)
+    found = rows(compare(model, make_gates(), denoise=0.0)[2])
+    assert found["full model", ""][2] == 1.0
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -216,7 +228,7 @@ def test_what_is_compiled_at_the_first_use_of_a_pruned_model_is_not_timed(
 
     monkeypatch.setattr(comfy.nodes, "common_ksampler", slow)
     compare_module = sys.modules[f"{comfy.apply_node.__package__}.compare"]
-    monkeypatch.setattr(compare_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(compare_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     found = rows(compare(model, make_gates(), "0.25, 0.5", "2\n0-")[2])
     assert [row[1] for row in found.values()] == [4.0] * 5
 
