@@ -107,12 +107,13 @@ class Regression:
                 self._held_at_once = max(1, self._held_at_once // 2)
             return
         self._rows += len(y)
-        moments = products = torch.zeros((), device=fed.device)
+        sums: dict[str, Tensor] = {}
         for first in range(0, len(y), ROWS_AT_ONCE):
             x = rows(torch.arange(first, min(first + ROWS_AT_ONCE, len(y)), device=y.device))
             part = y[first : first + ROWS_AT_ONCE].float()
-            moments, products = moments + x.T @ x, products + x.T @ part
-        for name, product in (("_moments", moments), ("_products", products)):
+            for name, other in (("_moments", x), ("_products", part)):
+                sums[name] = _plus(sums.get(name), x.T, other)
+        for name, product in sums.items():
             known, product = getattr(self, name), product.cpu()  # they may be gigabytes
             setattr(self, name, product if known is None else known.add_(product))
 
@@ -166,6 +167,11 @@ class Regression:
         """The squared error of an update [O, K·T] in the rows held out; NaN where it is none."""
         errors = (y - x[:, :-1] @ update.float().T - bias.float() for x, y in self._held)
         return sum(error.square().sum().item() for error in errors)
+
+
+def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``total`` with a matrix product added to it, in place."""
+    return left @ right if total is None else total.addmm_(left, right)
 
 
 def _rows(fed: Tensor, keep: Tensor) -> Callable[[Tensor], Tensor]:

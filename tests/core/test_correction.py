@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldcp_core.correction
 from ldcp_core import RANK, SD15, Correction, Gates, Regression
@@ -82,6 +85,33 @@ def test_large_maps_are_gathered_in_parts(kind: str, monkeypatch: pytest.MonkeyP
         regression.add(x, read(x, random(OUTPUTS, CHANNELS, *taps)))
         sums.append((regression._moments, regression._products))
     torch.testing.assert_close(sums[1], sums[0], rtol=1e-4, atol=1e-3)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the float32 matrices of a shape that operations put in new memory."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self._shape, self.places = shape, set[int]()
+        self._alive: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self._shape:
+            self._alive.append(result)  # so that no place is used twice
+            self.places.add(result.data_ptr())
+        return result
+
+
+def test_gathering_a_large_map_takes_one_matrix_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it may be a gigabyte."""
+    monkeypatch.setattr(ldcp_core.correction, "ROWS_AT_ONCE", 7)
+    features, x = 9 * int(KEEP.sum()) + 1, maps("conv", 0)
+    with Allocated((features, features)) as found:
+        Regression(KEEP).add(x, read(x, random(OUTPUTS, CHANNELS, 3, 3)))
+    assert len(found.places) == 1
 
 
 def test_what_does_not_hold_for_other_rows_is_not_a_correction() -> None:
