@@ -156,6 +156,21 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
 
     Raises ModelError for another family, another width, or a block this host builds differently.
     """
+    found, problems = examine(base_model, gates)
+    for name, problem in problems.items():
+        path = module_path(name, gates.topology.layers_per_block)
+        raise ModelError(
+            f"LDCP: the model's {path} ({name}) cannot be pruned: {problem}; remove the node or "
+            "extension that rebuilds this layer, or leave pruning out"
+        )
+    return found
+
+
+def examine(base_model: Any, gates: Gates) -> tuple[dict[str, HostBlock], dict[str, str]]:
+    """The same of the blocks that this host builds as expected, and what the others are instead.
+
+    Raises ModelError for another family or another width.
+    """
     topology = model_topology(base_model)
     if gates.topology.family != topology.family:
         raise ModelError(
@@ -173,18 +188,20 @@ def find_blocks(base_model: Any, gates: Gates) -> dict[str, HostBlock]:
                 "were trained for this model"
             )
     named = blocks_of(gates.scores)
-    found = {}
+    found, problems = {}, {}
     for block in topology.blocks():
         if block.name in named:
             path = module_path(block.name, topology.layers_per_block)
-            found[block.name] = _host_block(type(block), unet(base_model), path)
-            problem = found[block.name].check(block)
+            try:
+                host = HOST_BLOCKS[type(block)](unet(base_model), path)
+                problem = host.check(block)
+            except AttributeError as error:  # a part of it is gone
+                problem = one_line(error)
             if problem:
-                raise ModelError(
-                    f"LDCP: the model's {path} ({block.name}) cannot be pruned: {problem}; remove "
-                    "the node or extension that rebuilds this layer, or leave pruning out"
-                )
-    return found
+                problems[block.name] = problem
+            else:
+                found[block.name] = host
+    return found, problems
 
 
 def refuse_quantised(blocks: Mapping[str, HostBlock]) -> None:
@@ -197,13 +214,3 @@ def refuse_quantised(blocks: Mapping[str, HostBlock]) -> None:
             f"weights ({formats[found[0]]}), and gates are made of others; choose a scope without "
             "ff and heads, or gates without these, or load a checkpoint that is not quantised"
         )
-
-
-def _host_block(kind: type[Block], model: nn.Module, path: str) -> HostBlock:
-    try:
-        return HOST_BLOCKS[kind](model, path)
-    except AttributeError as error:
-        raise ModelError(
-            f"LDCP: the model has no layer {path}, expected in such a U-Net; choose a standard "
-            "checkpoint, or leave out the node or extension that rebuilds it"
-        ) from error

@@ -45,7 +45,7 @@ def attach(model: Any, *layers: Layer, onlooker: Onlooker | None = None) -> Any:
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     for layer in layers:
-        find_blocks(model.model, layer.gates)
+        find_blocks(model.model, layer.chosen)
     patched, earlier = detached(model), attached(model)
     pruning = DynamicPruning(
         (*(earlier.layers if earlier else ()), *layers),

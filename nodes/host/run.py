@@ -30,7 +30,7 @@ from ...ldcp_core import (
 from .blocks import Compact, Forward, HostBlock, Judgement
 from .changes import changed_attribute
 from .dynamic_vram import Residency, full_bytes, residency, resident_bytes
-from .model import find_blocks
+from .model import examine
 from .parking import FullWeights, Parking
 from .record import RunRecord
 from .weights import NotCaptured
@@ -63,6 +63,11 @@ class Layer:
     schedule: Schedule = ALWAYS
     full_weights: FullWeights = "auto"
     remark: str = ""
+
+    @property
+    def chosen(self) -> Gates:
+        """The gates of the sites that it prunes."""
+        return replace(self.gates, scores={s: self.gates.scores[s] for s in self.keep_sets})
 
     def prunes(self, block: str) -> bool:
         return block in blocks_of(self.keep_sets)
@@ -159,10 +164,12 @@ class Run:
     ) -> list[tuple[nn.Module, Forward]]:
         """Blocks and their forwards for one evaluation; selects weights where still missing."""
         for layer in self.layers if not self._blocks else ():
-            self._blocks |= find_blocks(model, layer.gates)
+            self._find_blocks(model, layer.chosen)
         self._evaluated = ref(model), device
         found = []
         for key in self._owners(active).items():
+            if key[0] not in self._blocks:
+                continue
             host, judgement = self._blocks[key[0]], self._judgement(key[0])
             block = host.module
             changed = changed_attribute(block, "forward") or host.passed_over(options)
@@ -172,6 +179,13 @@ class Run:
         if self._counted is None:
             self._account()
         return found
+
+    def _find_blocks(self, model: Any, gates: Gates) -> None:
+        """Look for the blocks; one that was rebuilt since the gates were attached is left alone."""
+        found, problems = examine(model, gates)
+        self._blocks |= found
+        for name, problem in problems.items():
+            self.record.note_block(name, "unpruned", problem)
 
     def _judgement(self, name: str) -> Judgement:
         """What other extensions have done to a block by now."""

@@ -330,6 +330,45 @@ def test_a_changed_feed_forward_runs_as_it_is_and_the_run_says_so(
     assert "transformer_blocks.0.ff runs unpruned, because another node or extension" in note
 
 
+@pytest.mark.parametrize("change", sorted(REFUSED))
+def test_a_block_that_a_pack_rebuilds_when_the_model_is_loaded_runs_as_it_is(
+    comfy, unpruned, pruned, kit, change
+):
+    """Behind the Apply node, by an injection of ComfyUI; a model rebuilt before it is refused."""
+    found, gates = pruned((*BLOCK, *FEED_FORWARD))
+    rebuilt = FEED_FORWARD if change in FEED_FORWARDS else BLOCK
+    others = {site: kept for site, kept in gates.keep_sets().items() if site not in rebuilt}
+    alone = comfy.patch.attach(unpruned, comfy.patch.Layer(gates, others))
+    unet, stack = unpruned.model.diffusion_model, contextlib.ExitStack()
+    injection = comfy.root.patcher_extension.PatcherInjection(
+        inject=lambda _: stack.enter_context((AS_IT_IS | FEED_FORWARDS)[change](unet)),
+        eject=lambda _: stack.close(),
+    )
+    latents = []
+    with stack:
+        for model in (unpruned.clone(), found, alone):
+            model.set_injections("test", [injection])
+            latents.append(kit.sample(kit.graph(model)))
+            model.detach()
+    dense, latent, other = latents
+    assert torch.equal(latent, other) and not torch.equal(latent, dense)
+    (note,) = comfy.patch.attached(found).record.notes
+    (block,) = comfy.core.blocks_of(rebuilt)
+    assert note.startswith(f"{block} runs unpruned, because it is a ")
+
+
+def test_a_rebuilt_block_that_the_chosen_sites_leave_out_is_no_obstacle(
+    comfy, small_model, make_gates, kit
+):
+    model, gates = small_model(), make_gates((*BLOCK, *FEED_FORWARD))
+    change, apply = AS_IT_IS["a layer around a convolution"], comfy.apply_node
+    with change(model.model.diffusion_model):
+        pruned = apply.LDCPApplyDynamicPruning.execute(model, gates, -1.0, sites="ff").args[0]
+        kit.sample(kit.graph(pruned))
+    record = comfy.patch.attached(pruned).record
+    assert record.pruned_evaluations == record.evaluations == 2 and not record.notes
+
+
 @pytest.mark.parametrize("change", NO_CHANGE)
 def test_what_changes_no_call_is_pruned_like_anything(
     comfy, unpruned, pruned, masked, sampled, change

@@ -119,3 +119,10 @@ def test_a_res_block_of_another_kind_is_refused(
     with pytest.raises(comfy.model.ModelError, match=reason) as error:
         comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
     assert "middle_block.0 (mid_block.resnets.0) cannot be pruned" in str(error.value)
+
+
+def test_a_block_without_a_part_of_itself_is_refused(comfy, model, make_gates, monkeypatch):
+    monkeypatch.delattr(model.model.diffusion_model.middle_block[0], "updown")
+    with pytest.raises(comfy.model.ModelError, match="has no attribute 'updown'; remove the node"):
+        gates = make_gates()
+        comfy.patch.attach(model, comfy.patch.Layer(gates, gates.keep_sets()))
