@@ -113,7 +113,7 @@ class LDCPCalibrateGates(io.ComfyNode):
                     optional=True,
                     tooltip="Whether layers that read pruned channels get a small update which "
                     "makes up for a part of what the means lose. It costs nothing when the gates "
-                    "are used. To find it the node samples twice: once more as before, and a "
+                    "are used. To find it the node samples twice more: as before, and a "
                     "few steps from the next seed, to check it. A large scope takes minutes and "
                     "gigabytes of main memory on top.",
                 ),

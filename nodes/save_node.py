@@ -24,7 +24,7 @@ class LDCPSaveGates(io.ComfyNode):
             description="Saves pruning gates as a new file for Load Pruning Gates. Nothing is "
             "overwritten: every file gets the next number.",
             inputs=[
-                GatesType.Input("gates", tooltip="The gates to save: Estimate Gates from Model."),
+                GatesType.Input("gates", tooltip="The gates to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="gates",
