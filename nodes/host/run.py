@@ -271,7 +271,8 @@ class Run:
         if self.record.sampled and not self.record.evaluations:
             self.record.note(
                 "this run never asked the model, so nothing was pruned; unless it was interrupted "
-                "or had no steps, another node (a cache, say) computed in the model's place"
+                "or had no steps, another node computed in the model's place (a cache, say) or "
+                "evaluated it with another model's options (as DualModelGuider its model_negative)"
             )
         if self._missed:
             self.record.note(

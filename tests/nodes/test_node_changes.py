@@ -493,6 +493,26 @@ def test_a_run_without_steps_is_none_that_a_cache_must_have_answered(
     assert "unless it was interrupted or had no steps, another node" in message
 
 
+def test_a_model_evaluated_with_the_options_of_another_says_that_it_was_not_pruned(
+    comfy, pruned, conditioning, kit, model
+):
+    """DualModelGuider evaluates its second model with the options of the first."""
+    extras = pytest.importorskip("comfy_extras.nodes_custom_sampler")
+    if not hasattr(extras, "Guider_DualModel"):
+        pytest.skip("this ComfyUI has no DualModelGuider")
+    negative = pruned()[0]
+    guider = extras.Guider_DualModel(model, negative)
+    guider.set_conds(conditioning(5), conditioning(6))
+    guider.set_cfg(2.0)
+    sampler, sigmas = comfy.root.samplers.sampler_object("euler"), torch.tensor([1.0, 0.5, 0.0])
+    latent = torch.ones(1, 4, 8, 8)
+    guider.sample(latent, latent, sampler, sigmas, disable_pbar=True)
+    record = comfy.patch.attached(negative).record
+    assert record.evaluations == 0
+    (note,) = record.notes
+    assert "another model's options (as DualModelGuider its model_negative)" in note
+
+
 def test_a_run_that_is_announced_twice_is_one_run(comfy, pruned, sample, caplog):
     """As DualModelGuider announces the same model in both of its places."""
     model = pruned()[0]
