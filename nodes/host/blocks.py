@@ -41,8 +41,8 @@ class Compact:
     forward: Forward
     #: what it holds there
     tensors: list[Tensor]
-    #: the layers it prunes
-    pruned: list[nn.Module]
+    #: the layers whose weights it computes with
+    layers: list[nn.Module]
     #: those of them whose full weights it no longer needs
     replaced: list[nn.Module]
     #: why it loses rows alone, in words that follow "has"; empty where it loses all that it can

@@ -116,11 +116,10 @@ class ComfyResBlock:
         def forward(x: Tensor, emb: Tensor) -> Tensor:
             return core(ops, x, block.emb_layers(emb).to(x.dtype))
 
-        pruned = [first] * prunes1 + [last] * prunes2
-        replaced = [first] * prunes1
+        layers, replaced = [*[first] * prunes1, last], [first] * prunes1
         if core.conv2 is not conv2:  # rows or columns of it were copied
             replaced.append(last)
-        return Compact(forward, core.tensors(), pruned, replaced, rows_only if prunes1 else "")
+        return Compact(forward, core.tensors(), layers, replaced, rows_only if prunes1 else "")
 
     def watched(self, kind: SiteKind) -> Watched:
         conv1, conv2 = self.module.in_layers[-1], self.module.out_layers[-1]

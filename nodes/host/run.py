@@ -336,14 +336,14 @@ class Run:
         self._compacts[name, owners] = selected
         if selected is None:
             return
-        self._gated |= dict.fromkeys(selected.pruned)
+        self._gated |= dict.fromkeys(selected.layers)
         self._counted = None
         if selected.rows_only:
             self.record.note_block(name, "with a part of the savings", selected.rows_only)
         reason = self._keeps_full(model, name)
         if not reason and self.parking is not None:
             parked = {part for part in selected.replaced if self.parking.park(model, part)}
-            if parked < {*selected.pruned, *selected.replaced}:
+            if parked < set(selected.replaced):
                 reason = "another extension holds or replaces some of these layers"
         self.record.kept_full = self.record.kept_full or reason
 

@@ -18,7 +18,7 @@ def weights_left_out(layer):
     taps = 9 if layer.gates.padding == "zero" else 1
     saved = 0
     for block in ("mid_block.resnets.0", "mid_block.resnets.1"):
-        inner, residual = kept[f"{block}.conv1"], kept[f"{block}.conv2"]
+        inner, residual = (kept.get(f"{block}.{conv}", WIDTH) for conv in ("conv1", "conv2"))
         full = 2 * (9 * WIDTH * WIDTH + WIDTH)
         rows = 9 * WIDTH * inner + inner  # conv1's kept rows, all its columns
         columns = 9 * inner * residual + residual  # conv2's kept rows and columns

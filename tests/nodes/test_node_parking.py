@@ -74,6 +74,24 @@ def test_the_weights_left_out_really_leave_the_device(
     assert record.saved_bytes >= 0.95 * expected
 
 
+@pytest.mark.parametrize("circular", [False, True])
+def test_where_conv1_alone_is_gated_conv2_is_counted_as_well(
+    comfy, model, make_gates, run, circular
+):
+    """Half of its columns are folded, or where another extension pads, it stays as it is."""
+    gates = make_gates([f"mid_block.resnets.{block}.conv1" for block in (0, 1)])
+    one = comfy.patch.Layer(replace(gates, corrections={}), gates.keep_sets())
+    for conv in convs(model):
+        conv.padding_mode = "circular" if circular else "zeros"
+    patched = comfy.patch.attach(model, one)
+    run(patched)
+    record = comfy.patch.attached(patched).record
+    full = 4 * 2 * (9 * WIDTH * WIDTH + WIDTH)
+    rows = sum(4 * (9 * WIDTH + 1) * int((~keep).sum()) for keep in one.keep_sets.values())
+    assert (record.full_bytes, record.kept_full) == (2 * full, "")
+    assert record.saved_bytes == pytest.approx(rows if circular else weights_left_out(one), rel=0.1)
+
+
 def test_the_peak_falls_too_with_selection_and_restoring_included(comfy, model, layer, run, memory):
     one = layer()
     patched = comfy.patch.attach(model, one)
