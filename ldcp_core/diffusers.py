@@ -200,8 +200,11 @@ class Pruning:
             self._timesteps = timesteps
             # a scheduler of second order has two timesteps to a step
             firsts = timesteps[:: getattr(self._scheduler, "order", 1)].tolist()
-            begun = step_index(t, [*firsts, -1.0])  # image to image begins later
-            self._firsts = [*firsts[begun:], -1.0]
+            asked = getattr(self._scheduler, "num_inference_steps", None)
+            if asked and len(firsts) > asked:
+                firsts = list(dict.fromkeys(firsts))  # PNDM evaluates its second timestep twice
+            firsts.append(math.inf if firsts[0] < firsts[-1] else -1.0)  # an inversion rises
+            self._firsts = firsts[step_index(t, firsts) :]  # image to image begins later
             steps = len(self._firsts) - 1
             for stretch in self._stages[0][0].beyond(steps):
                 message = f"the step range {stretch} lies past the last step, {steps - 1}"

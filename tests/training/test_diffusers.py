@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMInverseScheduler,
     DDIMScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -231,6 +233,27 @@ def test_a_step_of_second_order_is_one_step(
         found = course(pipe, pruning)
     assert len(found) == 2 * STEPS - 1
     assert [i for i, (active, _) in enumerate(found) if active] == pruned_evaluations
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "steps"),
+    [
+        (PNDMScheduler, {"skip_prk_steps": True}, [0, 1, 1, 2, 3, 4, 5]),  # SD1.5's own
+        (DDIMInverseScheduler, {}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_every_timestep_belongs_to_one_of_the_steps_asked_for(
+    pipe: StableDiffusionPipeline, scheduler: Any, settings: dict[str, Any], steps: list[int]
+) -> None:
+    scheduler = scheduler(**settings)
+    scheduler.set_timesteps(STEPS)
+    found = []
+    for step in range(STEPS):
+        with pruned(pipe.unet, gates_of(pipe.unet), steps=f"{step}", scheduler=scheduler) as now:
+            for place, timestep in enumerate(scheduler.timesteps):
+                evaluated(pipe.unet, timestep)
+                found += [(place, step)] if now.active else []
+    assert sorted(found) == list(enumerate(steps))
 
 
 def test_steps_are_counted_from_where_the_pipeline_begins(pipe: StableDiffusionPipeline) -> None:
