@@ -575,7 +575,8 @@ def replaced(
 ) -> Iterator[None]:
     """Give modules methods of their own within the context. Afterwards each has what it had before.
 
-    That is its class's method, or one of its own. One that was replaced once more meanwhile stays.
+    That is its class's method, or one of its own. One that was replaced once more meanwhile stays,
+    and what replaced it gives back what was there before both.
     """
     changes: list[tuple[nn.Module, str, Any, Any]] = []
     try:
@@ -586,7 +587,10 @@ def replaced(
     finally:
         for module, name, function, own in reversed(changes):
             if module.__dict__.get(name) is not function:
+                vars(function)["before"] = own
                 continue
+            while hasattr(own, "before"):
+                own = own.before
             if own is None:
                 del module.__dict__[name]
             else:

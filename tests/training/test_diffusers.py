@@ -362,6 +362,7 @@ def test_of_two_prunings_the_later_counts_and_either_may_go_first(
     assert far(evaluated(unet), expected) < TOLERANCE
     inner.remove()
     assert torch.equal(evaluated(unet), dense)
+    assert not any("forward" in vars(module) for module in unet.modules())
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes(
