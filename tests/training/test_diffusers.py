@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from families import NO_MID, SMALL_XL, diffusers_unet, inputs, name_of
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldcp_core import Correction, Gates, Schedule, Stage, Topology, save_gates
+from ldcp_core import CompactResBlock, Correction, Gates, Schedule, Stage, Topology, save_gates
 from ldcp_core.diffusers import Pruning, UnsupportedModel, pruned, topology_of
 from training.model.gating import hard_gates, masked
 
@@ -300,6 +301,24 @@ def test_lora_is_pruned_with_the_weights_whenever_it_is_loaded_or_changed(
     assert far(found, plain) > 100 * TOLERANCE and far(weaker, found) > 100 * TOLERANCE
 
 
+def test_a_lora_that_is_fused_between_two_evaluations_is_pruned_too(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet)
+    found = []
+    with pruned(unet, gates):
+        evaluated(unet)
+        for scale in (1.0, 0.3):
+            add_lora(unet)
+            unet.set_adapters(["one"], [scale])
+            unet.fuse_lora()
+            unet.unload_lora()  # nothing but the weights themselves tells
+            found.append(evaluated(unet))
+            expected = reference(unet, gates)
+            assert far(found[-1], expected) < TOLERANCE
+    assert far(found[0], found[1]) > 100 * TOLERANCE
+
+
 def add_lora(unet: UNet2DConditionModel, **options: Any) -> None:
     from peft import LoraConfig
 
@@ -320,6 +339,25 @@ def reference_with_lora(unet: UNet2DConditionModel, gates: Gates, scale: float) 
         return reference(unet, gates)
     finally:
         unet.unfuse_lora()
+
+
+def test_a_stage_that_has_ended_leaves_its_copies_before_the_next_are_made(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = (Stage(0.0, 0.25), Stage(0.5, None))
+    gates = replace(gates_of(pipe.unet, "mid"), stages=stages)
+    select, copies, found = CompactResBlock.__init__, WeakSet[Any](), []
+
+    def count(block: CompactResBlock, *given: Any) -> None:
+        found.append(len(copies))
+        select(block, *given)
+        copies.add(block)
+
+    monkeypatch.setattr(CompactResBlock, "__init__", count)
+    with pruned(pipe.unet, gates):
+        for timestep in (800, 200):
+            evaluated(pipe.unet, timestep)
+    assert found == [0, 1, 0, 1]
 
 
 def test_weights_that_are_moved_when_an_evaluation_begins_are_selected_where_they_went(
