@@ -179,7 +179,7 @@ class Pruning:
         """
         now = self._state()
         same = now == self._selected_from
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # for evaluations of any kind
             if self._run_begins or not same:
                 before, self._rows_then = self._rows_then, self._rows()
                 same = same and torch.equal(before, self._rows_then)

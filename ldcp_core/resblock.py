@@ -315,7 +315,8 @@ class CompactResBlock:
             return _taps_inside(size, like)
         key = size, like.dtype, like.device
         if key not in self._inside:
-            self._inside[key] = _taps_inside(size, like)
+            with torch.inference_mode(False):  # another evaluation may ask for derivatives
+                self._inside[key] = _taps_inside(size, like)
         return self._inside[key]
 
 

@@ -341,6 +341,24 @@ def reference_with_lora(unet: UNet2DConditionModel, gates: Gates, scale: float) 
         unet.unfuse_lora()
 
 
+def test_what_was_selected_in_inference_mode_has_derivatives_too(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet)
+    latents, context = torch.randn(2, 4, 16, 24, requires_grad=True), torch.randn(2, 7, 16)
+
+    def derivative() -> torch.Tensor:
+        found = unet(latents, 500, encoder_hidden_states=context).sample.square().sum()
+        return torch.autograd.grad(found, latents)[0]
+
+    with masked(unet, hard_gates(gates.pruned()), gates.padding):
+        expected = derivative()
+    with pruned(unet, gates):
+        with torch.inference_mode():
+            unet(latents, 500, encoder_hidden_states=context)
+        assert far(derivative(), expected) < 10 * TOLERANCE
+
+
 def test_a_stage_that_has_ended_leaves_its_copies_before_the_next_are_made(
     pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
