@@ -323,6 +323,7 @@ class DiffusersResBlock:
             and block.upsample is None
             and block.downsample is None
             and block.time_emb_proj is not None
+            and isinstance(block.nonlinearity, nn.SiLU)
             and block.output_scale_factor == 1.0
             and _base(block.conv2).padding_mode == "zeros"
         )

@@ -438,6 +438,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
         pruned(diffusers_unet(SMALL_XL), gates)
     with pytest.raises(UnsupportedModel, match="three or four levels"):
         pruned(levels, gates)
+    with pytest.raises(UnsupportedModel, match="ResnetBlock2D that Stable Diffusion does not have"):
+        pruned(UNet2DConditionModel(cross_attention_dim=16, act_fn="gelu", **sizes), gates)
     with pytest.raises(UnsupportedModel, match=r"pipe\.unet"):
         pruned(pipe, gates)
     with pytest.raises(ValueError, match=r"scheduler=pipe\.scheduler"):
