@@ -49,7 +49,7 @@ SCOPES: tuple[str, ...] = (
     "heads",
 )
 DEFAULT_SCOPE = "mid"
-LONGEST_SCOPE = 10_000  # characters: several times the names of all sites
+LONGEST_SCOPE = 20_000  # characters: the names of all sites of SDXL take 13,124
 _SEPARATORS = re.compile(r"[\s+,;\"'`\u2018\u2019\u201c\u201d]+")  # quotes come with a copied text
 _KINDS_OF_SCOPE = (
     f"a scope is {', '.join(AREAS)}, several of them joined by '+', '+ff' and '+heads' with them, "
@@ -312,21 +312,22 @@ class Topology:
         """
         if len(scope) > LONGEST_SCOPE:
             raise ValueError(f"a scope of {len(scope):,} characters is none; {_KINDS_OF_SCOPE}")
-        items = [item for item in _SEPARATORS.split(scope.lower()) if item] or [scope]
+        items = dict.fromkeys(filter(None, _SEPARATORS.split(scope.lower()))) or [scope]
         words = {item for item in items if item in AREAS or item in KINDS}
         parts = [AREAS[word] for word in words if word in AREAS] or [AREAS["all"]]
         prefixes = tuple(prefix for part in parts for prefix in part)
         kinds: set[type[Block]] = {KINDS[word] for word in words if word in KINDS}
         kinds |= {ResBlock} if words - set(KINDS) else set()
         wanted: set[str] = set()
+        sites = self.all_sites()
         for pattern in items:
-            found = {s.name for s in self.all_sites() if fnmatchcase(s.name, pattern)}
+            found = {site.name for site in sites if fnmatchcase(site.name, pattern)}
             if not found and pattern not in words:
                 raise ValueError(f"unknown scope or site {quoted(pattern)}; {_KINDS_OF_SCOPE}")
             wanted |= found
         return [
             site
-            for site in self.all_sites()
+            for site in sites
             if site.name in wanted or (type(site.block) in kinds and site.name.startswith(prefixes))
         ]
 

@@ -177,6 +177,12 @@ def test_a_scope_may_hold_parts_and_names() -> None:
     assert names == [*(s.name for s in SD15.sites("mid")), "up_blocks.0.resnets.0.conv1"]
 
 
+@every_family
+def test_all_names_of_a_family_are_a_scope(topology: Topology) -> None:
+    sites = topology.all_sites()
+    assert topology.sites(", ".join(site.name for site in sites)) == sites
+
+
 @pytest.mark.parametrize("scope", ["x" * 10**6, "x" * 9_000, "mid," * 10**6, "\x1b[2J"])
 def test_a_scope_is_not_echoed_at_length_nor_with_control_characters(scope: str) -> None:
     with pytest.raises(ValueError, match="a scope is mid, up") as error:
