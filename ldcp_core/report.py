@@ -71,10 +71,10 @@ class ReportLayer:
     schedule: Schedule | None = None
 
     @property
-    def corrections(self) -> int:
-        """How many of the gates' corrections hold for what is kept."""
+    def corrections(self) -> set[str]:
+        """The sites of which the gates have a correction that holds for what is kept."""
         pruned = self.gates.pruned(self.keep_sets)
-        return sum(site.correction is not None for site in pruned.values())
+        return {name for name, site in pruned.items() if site.correction is not None}
 
     def __str__(self) -> str:
         kept = sum(int(keep.sum()) for keep in self.keep_sets.values())
@@ -129,11 +129,12 @@ class Report:
             word = "stage" if staged else "gates"
             lines = [f"{word} {number}: {line}" for number, line in enumerate(lines, 1)]
             lines.append("where several gate the same site, the later ones are shown")
-        known = sum(len(layer.gates.corrections) for layer in self.layers)
+        found = [(id(layer.gates.corrections), layer) for layer in self.layers]  # stages share them
+        known = {(of, site) for of, layer in found for site in layer.gates.corrections}
         if known:
-            used = sum(layer.corrections for layer in self.layers)
+            used = {(of, site) for of, layer in found for site in layer.corrections}
             why = "" if used else ": they are for the channels that are kept as learned"
-            lines.append(f"corrections in use: {used} of {known}{why}")
+            lines.append(f"corrections in use: {len(used)} of {len(known)}{why}")
         if self.savings.kept == self.savings.channels:
             lines.append("nothing is pruned: all channels are kept")
         return lines

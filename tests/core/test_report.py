@@ -136,7 +136,9 @@ def test_corrections_are_counted_where_they_are_in_use():
     found = layer({CONV1: 64, CONV2: 64})
     correction = Correction(torch.ones(128, 1), torch.ones(1, 64 * 9), torch.ones(128))
     gates = replace(found.gates, corrections={CONV1: correction})
-    assert "corrections in use: 1 of 1" in gates_report(gates).gates_lines()
+    for stages in ((), (Stage(0.0, 0.25), Stage(0.5, None))):
+        lines = gates_report(replace(gates, stages=stages)).gates_lines()
+        assert "corrections in use: 1 of 1" in lines
     other = ReportLayer(gates, gates.keep_sets_at(0.25))
     lines = build_report([other], SMALL).gates_lines()
     assert "corrections in use: 0 of 1: they are for the channels that are kept as learned" in lines
