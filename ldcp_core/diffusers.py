@@ -565,11 +565,12 @@ def _state(layer: Any) -> tuple[Any, ...]:
         return (_version(base.weight),)
     if layer.merged and layer.disable_adapters:
         layer.unmerge()  # as its own next forward would
-    names, unlike = _loras(layer), getattr(layer, "lora_variant", {})
-    if any(name in unlike or layer.lora_B[name].bias is not None for name in names):
+    plain = layer.merged or layer.disable_adapters or hasattr(layer, "lora_A")
+    names, unlike = _loras(layer) if plain else [], getattr(layer, "lora_variant", {})
+    if not plain or any(name in unlike or layer.lora_B[name].bias is not None for name in names):
         raise UnsupportedModel(
-            f"a LoRA on a pruned {type(base).__name__} is not a plain one (DoRA, or with a bias); "
-            "leave it out, or fuse it with pipe.fuse_lora()"
+            f"a LoRA on a pruned {type(base).__name__} is not a plain one (DoRA, LoHa, LoKr, or "
+            "with a bias); leave it out, or fuse it with pipe.fuse_lora()"
         )
     parts = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
     scales = [layer.scaling[name] for name in names]

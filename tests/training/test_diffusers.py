@@ -398,11 +398,20 @@ def test_weights_that_are_moved_when_an_evaluation_begins_are_selected_where_the
 
 
 def test_a_lora_that_is_no_plain_one_is_refused(pipe: StableDiffusionPipeline) -> None:
-    with pruned(pipe.unet, gates_of(pipe.unet)):
-        add_lora(pipe.unet, use_dora=True)
+    from peft import LoHaConfig
+
+    unet, gates = pipe.unet, gates_of(pipe.unet)
+    with pruned(unet, gates):
+        add_lora(unet, use_dora=True)
         with pytest.raises(UnsupportedModel, match="DoRA"):
-            evaluated(pipe.unet)
-    evaluated(pipe.unet)
+            evaluated(unet)
+        unet.unload_lora()
+        unet.add_adapter(LoHaConfig(r=2, target_modules=["conv1"], init_weights=False))
+        with pytest.raises(UnsupportedModel, match="LoHa"):
+            evaluated(unet)
+        unet.fuse_lora()
+        found = evaluated(unet)
+    assert far(found, reference(unet, gates)) < TOLERANCE
 
 
 def test_of_two_prunings_the_later_counts_and_either_may_go_first(
