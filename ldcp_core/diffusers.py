@@ -214,7 +214,7 @@ class Pruning:
             asked = getattr(self._scheduler, "num_inference_steps", None)
             if asked and len(firsts) > asked:
                 firsts = list(dict.fromkeys(firsts))  # PNDM evaluates its second timestep twice
-            firsts.append(math.inf if firsts[0] < firsts[-1] else -1.0)  # an inversion rises
+            firsts.append(firsts[-1] + math.copysign(1, firsts[-1] - firsts[0]))  # the end
             self._firsts = firsts[step_index(t, firsts) :]  # image to image begins later
             steps = len(self._firsts) - 1
             for stretch in self._stages[0][0].beyond(steps):

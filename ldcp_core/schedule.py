@@ -171,7 +171,7 @@ def _parse_range(part: str) -> StepRange:
 def step_index(sigma: float, sigmas: Sequence[float]) -> int:
     """The 0-based step of ``sigmas`` (length steps + 1) that an evaluation at ``sigma`` belongs to.
 
-    For a descending schedule: the number of later entries v with v·(1 + 1e-4) >= sigma, at
+    For a descending schedule: the number of later entries v with v + 1e-4·|v| >= sigma, at
     most the last step; mirrored for an ascending one. The first evaluation of every step of every
     schedule-based sampler is counted right; a corrector that lands on the next sigma (heun,
     dpm_2_ancestral) counts as the next step. A sigma that is not in the schedule never raises.
@@ -181,7 +181,7 @@ def step_index(sigma: float, sigmas: Sequence[float]) -> int:
     """
     steps = max(len(sigmas) - 1, 1)
     if len(sigmas) > 1 and sigmas[0] < sigmas[-1]:
-        reached = sum(1 for v in sigmas[1:] if v <= sigma * (1 + 1e-4))
+        reached = sum(1 for v in sigmas[1:] if v <= sigma + 1e-4 * abs(sigma))
     else:
-        reached = sum(1 for v in sigmas[1:] if v * (1 + 1e-4) >= sigma)
+        reached = sum(1 for v in sigmas[1:] if v + 1e-4 * abs(v) >= sigma)
     return min(reached, steps - 1)

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMInverseScheduler,
     DDIMScheduler,
+    EDMEulerScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     PNDMScheduler,
@@ -241,6 +242,7 @@ def test_a_step_of_second_order_is_one_step(
     [
         (PNDMScheduler, {"skip_prk_steps": True}, [0, 1, 1, 2, 3, 4, 5]),  # SD1.5's own
         (DDIMInverseScheduler, {}, [0, 1, 2, 3, 4, 5]),
+        (EDMEulerScheduler, {}, [0, 1, 2, 3, 4, 5]),  # has timesteps below zero
     ],
 )
 def test_every_timestep_belongs_to_one_of_the_steps_asked_for(
