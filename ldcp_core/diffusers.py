@@ -555,9 +555,12 @@ def _state(layer: Any) -> tuple[Any, ...]:
     """Equal as long as a layer's weights are; raises UnsupportedModel where that can't be said."""
     base = _base(layer)
     plain = type(base).forward in (nn.Conv2d.forward, nn.Linear.forward)
-    if not plain or "forward" in vars(base):
+    unlike = "" if plain and "forward" not in vars(base) else "a forward of its own"
+    if type(base.weight) not in (nn.Parameter, Tensor):
+        unlike = f"a weight of the type {type(base.weight).__name__}"
+    if unlike:
         raise UnsupportedModel(
-            f"a pruned layer is a {type(base).__name__} whose forward is not that of a plain "
+            f"a pruned layer is a {type(base).__name__} with {unlike}, expected a plain "
             "convolution or linear layer; load the model without quantization, layerwise casting "
             "and sequential offloading, or remove the pruning"
         )
@@ -566,8 +569,8 @@ def _state(layer: Any) -> tuple[Any, ...]:
     if layer.merged and layer.disable_adapters:
         layer.unmerge()  # as its own next forward would
     plain = layer.merged or layer.disable_adapters or hasattr(layer, "lora_A")
-    names, unlike = _loras(layer) if plain else [], getattr(layer, "lora_variant", {})
-    if not plain or any(name in unlike or layer.lora_B[name].bias is not None for name in names):
+    names, variants = _loras(layer) if plain else [], getattr(layer, "lora_variant", {})
+    if not plain or any(name in variants or layer.lora_B[name].bias is not None for name in names):
         raise UnsupportedModel(
             f"a LoRA on a pruned {type(base).__name__} is not a plain one (DoRA, LoHa, LoKr, or "
             "with a bias); leave it out, or fuse it with pipe.fuse_lora()"

@@ -461,6 +461,10 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     with pytest.raises(UnsupportedModel, match="plain convolution"):
         pruned(unet, gates)
     del unet.mid_block.resnets[0].conv1.forward
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2]
+    layer.weight = type("Int8Tensor", (torch.nn.Parameter,), {})(layer.weight)  # as torchao does
+    with pytest.raises(UnsupportedModel, match="Linear with a weight of the type Int8Tensor"):
+        pruned(unet, gates)
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
