@@ -230,20 +230,21 @@ def _savings(topology: Topology, pruned: Pruned, latent: Latent) -> Savings:
 
 
 def _table(found: Savings) -> list[str]:
-    head = f"{'site':<32} {'kept':>11} {'pruned':>7} {'parameters':>12} {'MFLOP':>11}"
+    width = max([32, *(len(short_name(row.site)) for row in found.sites)])
+    head = f"{'site':<{width}} {'kept':>11} {'pruned':>7} {'parameters':>12} {'MFLOP':>11}"
     rule, saved = "-" * len(head), found.saved
     rows = [
-        f"{short_name(row.site):<32} {row.kept:>5}/{row.channels:<5} "
+        f"{short_name(row.site):<{width}} {row.kept:>5}/{row.channels:<5} "
         f"{1 - row.kept / row.channels:>7.1%} "
         f"{-row.saved.parameters:>12,} {-row.saved.flops / 1e6:>11,.1f}"
         for row in found.sites
     ]
     total = (
-        f"{'total':<32} {found.kept:>5}/{found.channels:<5} {found.sparsity:>7.1%} "
+        f"{'total':<{width}} {found.kept:>5}/{found.channels:<5} {found.sparsity:>7.1%} "
         f"{-saved.parameters:>12,} {-saved.flops / 1e6:>11,.1f}"
     )
     share = (
-        f"{'share of the whole U-Net':<52} {0 - found.parameter_share:>12.2%} "
+        f"{'share of the whole U-Net':<{width + 20}} {0 - found.parameter_share:>12.2%} "
         f"{0 - found.flop_share:>11.2%}"
     )
     return [head, rule, *rows, rule, total, share]

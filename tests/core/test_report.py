@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from families import SDXL
 from PIL import ImageFont
 
 from ldcp_core import (
@@ -122,6 +123,14 @@ def test_sites_stand_in_the_order_of_the_unet():
     first = "down_blocks.0.resnets.0.conv1"
     found = build_report([layer({CONV1: 64}), layer({first: 16}, "extend")], SMALL)
     assert [row.site for row in found.savings.sites] == list(found.scores) == [first, CONV1]
+
+
+def test_the_columns_of_the_longest_names_are_straight():
+    names = [f"down_blocks.2.attentions.1.transformer_blocks.{i}.attn1.to_v" for i in (0, 9)]
+    text = build_report([layer(dict.fromkeys(names, 640), topology=SDXL)], SDXL).text()
+    head, rule, *rows = text.splitlines()[2:8]
+    assert {len(line) for line in (head, rule, *rows)} == {79}
+    assert [row.find("/") for row in rows] == [40, 40, -1, 40]
 
 
 def test_a_keep_set_of_the_users_own_is_not_called_learned():
