@@ -209,7 +209,8 @@ def _gates(data: bytes, path: Path) -> Gates:
     end = 8 + int.from_bytes(data[:8], "little")
     if 8 + MAX_HEADER < end <= len(data):
         raise _damaged(path, f"its header of {end - 8:,} bytes is too large for a gate file")
-    if _brackets(data[8:end]) > 3 * MAX_TENSORS + 2:  # an object and two lists for each tensor
+    # an object and two lists for each tensor
+    if _brackets(data[8 : min(end, 8 + MAX_HEADER)]) > 3 * MAX_TENSORS + 2:
         raise _damaged(path, "its header holds more lists and objects than that of a gate file")
     try:
         tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
