@@ -184,6 +184,7 @@ def _built(config: Any, padding: Any, tensors: Mapping[str, Tensor]) -> Any:
         raise ValueError(f"padding rule {one_line(padding)}, expected one of {', '.join(PADDINGS)}")
     try:
         depths = [config["layers_per_block"], config["transformer_layers_per_block"]]
+        depths.append(config.get("reverse_transformer_layers_per_block"))
         deepest = max(map(int, re.findall(r"\d+", json.dumps(depths))))
         if len(config["down_block_types"]) > LEVELS or deepest > DEPTH:
             raise ValueError("more blocks than any has")  # before they are built

@@ -229,6 +229,7 @@ HEADS = "mid_block.attentions.0.transformer_blocks.0.attn1"
         (lambda t, m: m.update(config="[" * 10**5), "recursion|not that of a U-Net"),
         (reconfigured(layers_per_block=10**9), "more blocks than any has"),
         (reconfigured(transformer_layers_per_block=[[10**9]]), "more blocks than any has"),
+        (reconfigured(reverse_transformer_layers_per_block=[[99] * 3] * 4), "more blocks than any"),
         (reconfigured(down_block_types=["DownBlock2D"] * 10**5), "more blocks than any has"),
         (reconfigured(down_block_types=["os.system"] * 4), "not that of a U-Net"),
         (reconfigured(block_out_channels=[16, 16, 32, 64]), "keep-set|expected"),
