@@ -123,8 +123,6 @@ class Pruning:
         self._unet = unet
         self._forwards: dict[str, BlockForward] = {}
         self._selected_from: list[Any] = []
-        self._rows_then = torch.empty(0)
-        self._timestep, self._run_begins = -math.inf, True
         self._timesteps: Any = None
         self._firsts: list[float] = []
         less = [s for _, kept in stages for s, keep in kept.items() if not bool(keep.all())]
@@ -133,8 +131,10 @@ class Pruning:
         self._state()  # refuses what it does not understand before anything changes
         blocks = {name: unet.get_submodule(name) for name in names}
         switched = [(b, "forward", self._switched(name, b.forward)) for name, b in blocks.items()]
+        fusing = [name for name in ("fuse_lora", "unfuse_lora") if hasattr(unet, name)]
+        watched = [(unet, name, self._forgetting(getattr(unet, name))) for name in fusing]
         self._in_place = ExitStack()
-        self._in_place.enter_context(replaced(switched))
+        self._in_place.enter_context(replaced([*switched, *watched]))
         self._in_place.enter_context(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
 
     def __enter__(self) -> Pruning:
@@ -160,9 +160,11 @@ class Pruning:
         return forward
 
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._up_to_date = False
+        if self._stages[0][0] == ALWAYS:
+            self.active = True  # spares a copy from the device
+            return
         t = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).max())
-        self._up_to_date, self._run_begins = False, t >= self._timestep
-        self._timestep = t
         step = self._step(t)
         active = [
             number
@@ -178,29 +180,28 @@ class Pruning:
         Within the evaluation, since what offloads a model moves its weights when that begins.
         """
         now = self._state()
-        same = now == self._selected_from
-        with torch.inference_mode(False), torch.no_grad():  # for evaluations of any kind
-            if self._run_begins or not same:
-                before, self._rows_then = self._rows_then, self._rows()
-                same = same and torch.equal(before, self._rows_then)
-            if not same:
-                self._forwards, self._selected_from = {}, []
+        if now != self._selected_from:
+            self._forwards, self._selected_from = {}, []
+            with torch.inference_mode(False), torch.no_grad():  # for evaluations of any kind
                 keep_sets = self._stages[self._stage][1]
                 blocks = compact_blocks(self._unet, self._gates.pruned(keep_sets))
                 self._forwards = compact_forwards(self._unet, blocks)
-                self._selected_from = now
+            self._selected_from = now
         self._up_to_date = True
 
-    def _layers(self) -> list[nn.Module]:
-        return [layer for block in self._adapters for layer in block.layers()]
+    def _forgetting(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the U-Net that writes into weights where no version tells of it."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._selected_from = []
+            return method(*args, **kwargs)
+
+        return call
 
     def _state(self) -> list[Any]:
         """Equal for as long as the weights that were selected are the U-Net's, and the stage's."""
-        return [self._stage, *map(_state, self._layers())]
-
-    def _rows(self) -> Tensor:
-        """A row of every weight, since PEFT fuses through ``.data``, which no version tells of."""
-        return torch.cat([_base(layer).weight[0].flatten() for layer in self._layers()])
+        layers = [layer for block in self._adapters for layer in block.layers()]
+        return [self._stage, *map(_state, layers)]
 
     def _step(self, t: float) -> int:
         """The 0-based step of a timestep, counted from the first that the pipeline came to."""
@@ -603,10 +604,10 @@ def replaced(
     finally:
         for module, name, function, own in reversed(changes):
             if module.__dict__.get(name) is not function:
-                vars(function)["before"] = own
+                vars(function)["ldcp_before"] = own
                 continue
-            while hasattr(own, "before"):
-                own = own.before
+            while hasattr(own, "ldcp_before"):
+                own = own.ldcp_before
             if own is None:
                 del module.__dict__[name]
             else:
