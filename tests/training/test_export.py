@@ -162,7 +162,11 @@ def test_it_can_be_copied_cast_trained_and_run_at_another_size(
     found(torch.randn(1, 4, 24, 8), 3, torch.randn(1, 7, 16)).sample.square().mean().backward()
     weights = [p for name, p in found.named_parameters() if "resnets" in name]
     assert weights and all(p.grad is not None for p in weights)
-    assert far(evaluated(found.double().float()), expected) < TOLERANCE
+    given = torch.randn(1, 4, 24, 8), 3, torch.randn(1, 7, 16)
+    single = found(*given).sample
+    double = found.double()(given[0].double(), 3, given[2].double()).sample
+    assert double.dtype == torch.float64 and far(double, single) < TOLERANCE
+    assert far(evaluated(found.float()), expected) < TOLERANCE
 
 
 class Sample(nn.Module):
