@@ -75,8 +75,9 @@ def pruned(
     pipeline's ``scheduler``, whose timesteps tell which step an evaluation belongs to.
 
     Outside these steps and after the removal the U-Net computes the same bits as before. LoRA
-    loaded through PEFT, before or meanwhile, is pruned with the weights. The full weights stay in
-    memory. Of two prunings of one block the later counts, in the steps that it prunes.
+    loaded through PEFT, before or meanwhile, is pruned with the weights; what else writes through
+    a weight's ``.data`` meanwhile is not noticed. The full weights stay in memory. Of two prunings
+    of one block the later counts, in the steps that it prunes.
 
     Raises GateFileError for a file that holds no gates, ScheduleError for steps that can't be
     meant, UnsupportedModel where gates and U-Net don't fit, and ValueError for a sparsity outside
