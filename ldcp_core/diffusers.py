@@ -48,6 +48,8 @@ BlockForward = Callable[..., Tensor]
 LAST_TIMESTEP = 999
 #: attribute of a U-Net that `ldcp_core.export` loaded
 EXPORTED = "ldcp_exported"
+#: methods of a U-Net that write through ``.data``, so that no version tells of it
+WRITING = ("load_lora_adapter", "fuse_lora", "unfuse_lora")
 #: what diffusers' attention has where it computes something else; versions differ in which
 UNLIKE_PLAIN = ("norm_q", "norm_k", "group_norm", "residual_connection", "fused_projections")
 #: diffusers' classes that compute attention and nothing else
@@ -132,8 +134,8 @@ class Pruning:
         self._state()  # refuses what it does not understand before anything changes
         blocks = {name: unet.get_submodule(name) for name in names}
         switched = [(b, "forward", self._switched(name, b.forward)) for name, b in blocks.items()]
-        fusing = [name for name in ("fuse_lora", "unfuse_lora") if hasattr(unet, name)]
-        watched = [(unet, name, self._forgetting(getattr(unet, name))) for name in fusing]
+        writing = [name for name in WRITING if hasattr(unet, name)]
+        watched = [(unet, name, self._forgetting(getattr(unet, name))) for name in writing]
         self._in_place = ExitStack()
         self._in_place.enter_context(replaced([*switched, *watched]))
         self._in_place.enter_context(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -191,7 +193,7 @@ class Pruning:
         self._up_to_date = True
 
     def _forgetting(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A method of the U-Net that writes into weights where no version tells of it."""
+        """A method of the U-Net after which the kept rows and columns are selected anew."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._selected_from = []

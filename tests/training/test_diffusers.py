@@ -321,6 +321,25 @@ def test_a_lora_that_is_fused_between_two_evaluations_is_pruned_too(
     assert far(found[0], found[1]) > 100 * TOLERANCE
 
 
+def test_a_lora_that_is_swapped_in_place_is_pruned_too(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    unet, gates = pipe.unet, gates_of(pipe.unet)
+    unet._compiled_call_impl = unet._call_impl  # what tells PEFT to write into the same tensors
+    add_lora(unet)
+    with torch.no_grad():
+        swapped = {
+            name.replace(".one", ""): 2 * weight
+            for name, weight in unet.state_dict().items()
+            if "lora" in name
+        }
+    with pruned(unet, gates):
+        evaluated(unet)
+        unet.load_lora_adapter(swapped, prefix=None, adapter_name="one", hotswap=True)
+        found = evaluated(unet)
+    assert far(found, reference_with_lora(unet, gates, 1.0)) < TOLERANCE
+
+
 def add_lora(unet: UNet2DConditionModel, **options: Any) -> None:
     from peft import LoraConfig
 
