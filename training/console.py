@@ -93,7 +93,7 @@ def explaining(main: Callable[P, int]) -> Callable[P, int]:
     """``main`` that prints what a user can put right, and then returns the exit status 1.
 
     That is a UserError, a file that can't be had, and what `ldcp_core` says of a value or a gate
-    file.
+    file. After Ctrl-C it returns 130.
     """
 
     @wraps(main)
@@ -104,6 +104,9 @@ def explaining(main: Callable[P, int]) -> Callable[P, int]:
         except (UserError, ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt as stopped:
+            print(str(stopped) or "interrupted", file=sys.stderr)
+            return 130
 
     return explained
 

@@ -31,6 +31,8 @@ from training.criteria import CRITERIA
 from training.errors import UserError
 from training.evaluation.plots import Cell, heat_map
 from training.learning.budget import BudgetKind
+from training.learning.checkpoint import Checkpoints
+from training.learning.stopping import Stopped
 from training.model.precision import STORED
 from training.options import (
     DEMO_SETTINGS,
@@ -181,13 +183,20 @@ def config_of(plan: Plan, given: SweepOptions, demo: bool) -> FitConfig | ScoreC
 def make(
     config: FitConfig | ScoreConfig, measured: Callable[[ScoreConfig], Measurement] = measure
 ) -> None:
-    """The gate file of these settings, made now unless it is there."""
+    """The gate file of these settings, made now unless it is there.
+
+    Goes on with a fit that was stopped; raises Stopped when this one is.
+    """
     if _made_with(Path(config.output), config):
         log.info("%s is there", config.output)
         return
     log.info("making %s", config.output)
     if isinstance(config, FitConfig):
-        fit.fit(config)
+        unfinished = Checkpoints.beside(Path(config.output), config.run.keep_checkpoints).paths()
+        try:
+            fit.fit(replace(config, run=replace(config.run, resume=bool(unfinished))))
+        except Stopped as stopped:
+            raise Stopped(f"{stopped} The same command goes on.") from stopped
     else:
         score.score(config, measured(replace(config, **WITHOUT_CUT)))
 

@@ -31,6 +31,15 @@ def test_what_a_user_can_put_right_is_told(
     assert capsys.readouterr().err == "error: Nothing there.\n"
 
 
+def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    @explaining
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    assert main() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_defect_keeps_its_traceback() -> None:
     @explaining
     def main() -> int:

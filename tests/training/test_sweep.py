@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ldcp_core import load_gates, save_gates
 from training import recover, score, stages, sweep
 from training.config import FitConfig
 from training.evaluation.plots import Cell, heat_map
+from training.learning.loop import Learning
 from training.provenance import derived
 from training.score import ScoreConfig
 
@@ -58,6 +60,31 @@ def test_a_sweep_makes_what_is_missing_and_ends_in_one_table(
     options[options.index("0.3")] = "0.5"
     assert sweep.main([*source, *options]) == 0
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_a_sweep_stopped_within_a_fit_goes_on_with_it(
+    source: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps: list[int] = []
+    advance = Learning.advance
+
+    def stopped(self: Learning) -> None:
+        if not steps:
+            signal.raise_signal(signal.SIGINT)
+        steps.append(self.step)
+        advance(self)
+
+    monkeypatch.setattr(Learning, "advance", stopped)
+    monkeypatch.setattr(sweep.evaluate, "main", lambda _: 0)
+    options = [*source, "--max-steps", "3", "--output", str(tmp_path)]
+    assert sweep.main(options) == 130
+    error = capsys.readouterr().err.rstrip()
+    assert error.endswith("Stopped after step 1 of 3. The same command goes on.")
+    assert sweep.main(options) == 0
+    assert steps == [0, 1, 2] and (tmp_path / "learned_mid_30.safetensors").is_file()
 
 
 def test_all_of_a_sweep_runs_on_the_device_asked_for(

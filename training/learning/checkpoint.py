@@ -114,8 +114,8 @@ class Checkpoints:
         if self._saved is None:
             return "No checkpoint was written yet: start the same command again."
         return (
-            f"All up to step {self._saved} is safe in {self.folder}: the same command with "
-            "--resume goes on from there."
+            f"All up to step {self._saved} is safe in {self.folder}, from where training.fit "
+            "--resume goes on."
         )
 
 

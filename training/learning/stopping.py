@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """The user (or the machine's scheduler) asked the run to end, and it did, with all saved."""
 
 
