@@ -108,6 +108,13 @@ def test_processes_have_rows_of_their_own(faces: Path, model: DiffusionModel) ->
         assert [share.total for share in shares] == [4, 4]
 
 
+def test_every_epoch_holds_out_the_same_images(faces: Path, model: DiffusionModel) -> None:
+    data = streamed(faces, model, held_out=5)  # the first of three shards
+    batches = list(data.batches(data.split()[0], 9, epochs=4))
+    assert rows_of(batches) == [list(range(5, ROWS))] * 4
+    assert all(torch.equal(batch.latents, batches[0].latents) for batch in batches)
+
+
 @pytest.mark.parametrize("taken", range(1, 8))
 def test_a_position_leads_to_the_very_next_image(
     faces: Path, model: DiffusionModel, taken: int

@@ -422,10 +422,13 @@ class Stream:
     text: str | None
     folder: Path
 
-    def table_at(self, epoch: int, state: Mapping[str, Any] | None) -> Any:
-        """The table, to be read from where ``state`` was taken, or from its start."""
+    def table_at(self, state: Mapping[str, Any] | None) -> Any:
+        """The table, to be read from where ``state`` was taken, or from its start.
+
+        It is not told the epoch: in all but the first `datasets` would shuffle its files, and rows
+        that are held out would be learned from.
+        """
         table = copy.deepcopy(self.table)
-        table.set_epoch(epoch)
         if state is not None:
             table.load_state_dict(dict(state))
         return table

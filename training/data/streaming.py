@@ -127,7 +127,7 @@ class StreamedImages:
         self, indices: Sequence[int], batch_size: int, position: Position
     ) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
         """Numbered rows in batches; moves ``position`` behind each batch before it is yielded."""
-        table = self._stream.table_at(position.epoch, position.stream)
+        table = self._stream.table_at(position.stream)
         batch: list[tuple[int, Mapping[str, Any]]] = []
         for row in self._stream.rows(table):
             number, position.offset = position.offset, position.offset + 1
