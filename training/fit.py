@@ -141,6 +141,8 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     many = "a stream of" if config.streaming else str(len(train))
     log.info("%s: %s images to learn from, %d held out", data.source, many, len(held_out))
     images = _encoded(config, data, model, processes)
+    if held_out:  # where none can be read this raises UserError, now instead of after learning
+        any(batch.ids for batch in images.batches(held_out, 1))
     sheet = _sample_sheet(config, data, held_out or train, model) if processes.first else None
     empty_prompt = embed_prompts(model, [""]) if config.recover else None
     if isinstance(images, CachedImages):

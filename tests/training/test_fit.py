@@ -240,3 +240,23 @@ def test_a_broken_image_is_skipped_and_named(
     output = tmp_path / "gates.safetensors"
     assert main(arguments(pipeline, data, output, "--max-steps", "3")) == 0
     assert "1 of 9 images could not be read and were skipped" in capsys.readouterr().out
+
+
+def test_held_out_images_that_are_all_broken_are_answered_before_anything_is_learned(
+    pipeline: Path,
+    images: Path,
+    tmp_path: Path,
+    short_fits: None,
+    no_pictures: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, file in enumerate(sorted(images.rglob("*.png"))[:4]):
+        (data / f"{i}.png").write_bytes(file.read_bytes())
+    found = open_dataset(str(data))
+    (lost,) = found.split(0.1, 0)[1]
+    (data / found.records[lost].id).write_bytes(b"broken")
+    assert main(arguments(pipeline, data, tmp_path / "gates.safetensors", "--max-steps", "3")) == 1
+    assert "None of the 1 image(s) chosen from" in capsys.readouterr().err
+    assert not list(tmp_path.glob("gates*"))

@@ -195,6 +195,28 @@ def test_a_row_without_an_image_is_skipped_and_named(
     assert "row 0: the row has no image" in said and "row 9: the row has no image" in said
 
 
+def test_rows_that_are_batches_of_their_own_may_be_broken(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = fit.measure_start
+    monkeypatch.setattr(
+        fit,
+        "measure_start",
+        lambda config, *rest: measure(replace(config, calibration_batches=4), *rest),
+    )
+    broken = parquet(tmp_path / "some", broken=(1, 2))  # one held out, and the first to learn from
+    assert run("a.safetensors", "--data", str(broken), "--batch-size", "1") == 0
+
+
+def test_held_out_rows_without_an_image_are_answered_before_anything_is_learned(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = parquet(tmp_path / "some", broken=(0, 1))
+    assert run("a.safetensors", "--data", str(broken)) == 1
+    assert "None of the first 2 images" in capsys.readouterr().err
+    assert not list(tmp_path.glob("a.*"))
+
+
 @pytest.mark.parametrize("reuse", ["1", "2"])
 def test_a_streamed_fit_resumes_to_the_bit_and_keeps_no_cache(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reuse: str

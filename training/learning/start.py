@@ -75,8 +75,8 @@ def measure_start(
             "check that the model's weights are intact",
         )
     found = own_effect(denoising, problems, sites, constants, config.padding, processes.sum_)
-    # a mean over the outputs of the whole batch, of which this process may have a part
-    outputs = torch.tensor(float(problems[0].noisy.numel()), dtype=torch.float64)
+    # a mean over the outputs of all batches, of which this process may have a part
+    outputs = torch.tensor(float(sum(p.noisy.numel() for p in problems)), dtype=torch.float64)
     processes.sum_([outputs])
-    effects = {site: total / outputs.item() for site, total in found.items()}
+    effects = {site: total * len(problems) / outputs.item() for site, total in found.items()}
     return Start(constants, effect, effects)

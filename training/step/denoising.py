@@ -273,6 +273,8 @@ def _at_least(
     """Batches in a fixed order, going round until ``samples`` images have come."""
     seen = 0
     for batch in data.batches(indices, batch_size, epochs=None):
+        if not batch.ids:  # none of these rows of a stream can be read
+            continue
         yield batch
         seen += len(batch.ids)
         if seen >= samples:
