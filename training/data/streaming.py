@@ -8,7 +8,6 @@ the position, so that a run goes on with the very next image.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -19,10 +18,12 @@ import torch
 
 from training.data.encoding import Batch, Pair, embedded_prompt, encoded_image
 from training.data.images import (
+    DIGESTED,
     Broken,
     ImageData,
     Position,
     decode_image,
+    digest_of,
     reason_of,
     sizes,
     to_pixels,
@@ -32,8 +33,6 @@ from training.errors import UserError
 from training.model.encode import latent_shape
 from training.model.load import DiffusionModel
 
-#: rows whose bytes tell one stream from another
-DIGEST_ROWS = 8
 #: rows without an image after which no image is expected any more
 UNREADABLE = 64
 #: prompt embeddings kept in memory
@@ -65,14 +64,8 @@ class StreamedImages:
 
     def digest(self, indices: Iterable[int] = ()) -> str:
         """A short hash of the first rows' bytes and the number held out."""
-        found = hashlib.sha256(str(self._held_out).encode())
-        for row in islice(self._stream.rows(self._stream.table), DIGEST_ROWS):
-            try:
-                content = self._stream.read(row)
-            except (OSError, ValueError) as error:  # noted when its turn comes
-                content = reason_of(error).encode()
-            found.update(hashlib.sha256(content).digest())
-        return found.hexdigest()[:32]
+        rows = islice(self._stream.rows(self._stream.table), DIGESTED)
+        return digest_of(str(self._held_out), (partial(self._stream.read, row) for row in rows))
 
     def captions(self, indices: Sequence[int]) -> dict[int, str]:
         """Row number -> caption of the given rows among the first ones, of those that have one."""
