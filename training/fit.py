@@ -12,7 +12,6 @@ the MSE against the dense model's output and the L1 of the scores (see `training
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shlex
 import sys
@@ -23,12 +22,7 @@ from typing import Any
 
 import torch
 
-from ldcp_core import (
-    Latent,
-    Site,
-    fingerprint,
-    least_kept,
-)
+from ldcp_core import Latent, fingerprint
 from ldcp_core.diffusers import topology_of
 from training.config import FitConfig
 from training.console import explaining, log_progress
@@ -72,7 +66,7 @@ from training.output import (
     output_file,
     output_folder,
 )
-from training.session import fit_to, frozen_model, sites_in
+from training.session import check_target, fit_to, frozen_model, sites_in
 from training.step.denoising import Denoising
 
 __all__ = ["FitResult", "fit", "main", "parse_arguments"]
@@ -133,7 +127,8 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
     sites = sites_in(topology_of(model.unet), config.scope)
     budget = Budget(config.budget, sites, config.padding, Latent(side, side))
     learner = GateLearner(sites, config.seed, budget, config.floor).to(device)
-    _check_target(config, budget, sites)
+    if config.target_sparsity is not None:
+        check_target(config.target_sparsity, config.floor, budget, sites, config.scope)
     batch_size = config.batch_size * processes.world
     identity = _identity(config, batch_size, data, train, model.unet)
     if resumed is not None:
@@ -294,19 +289,6 @@ def _identity(
         "weights of --model": fingerprint(dict(unet.named_parameters())),
         "images of --data": data.digest(train),
     }
-
-
-def _check_target(config: FitConfig, budget: Budget, sites: list[Site]) -> None:
-    """The target must leave every site its floor (and rule ``zero`` its pruned columns)."""
-    least = {s.name: least_kept(s.channels, config.floor, s.multiple) for s in sites}
-    most = budget.most(least)
-    if config.target_sparsity is not None and config.target_sparsity > most:
-        raise UserError(
-            f"--target-sparsity is {config.target_sparsity:g}, but with --floor {config.floor:g} "
-            f"at most {most:.1%} of the {config.budget} of scope {config.scope!r} can be pruned.",
-            f"a target up to {math.floor(100 * most) / 100:g}",
-            "lower --target-sparsity or --floor",
-        )
 
 
 def _say_if_short(config: FitConfig, learning: Learning) -> None:

@@ -66,7 +66,7 @@ from training.options import (
 )
 from training.output import claimed, gate_output
 from training.provenance import provenance
-from training.session import fit_to, frozen_model, sites_in
+from training.session import check_target, fit_to, frozen_model, sites_in
 from training.step.denoising import Denoising
 
 log = logging.getLogger("training.score")
@@ -146,6 +146,7 @@ def _score(config: ScoreConfig, output: Path, found: Measurement) -> Gates:
     gates = Gates(scores, found.constants, config.padding, found.topology, floor=config.floor)
     info = {
         **provenance(config.criterion, asdict(config), gates, budget),
+        "target_sparsity": config.target_sparsity if config.threshold is None else None,
         "ranking": config.ranking,
         **found.facts,
     }
@@ -170,7 +171,10 @@ def measure(config: ScoreConfig) -> Measurement:
     model = frozen_model(config.model, config.precision, config.device)
     side = fit_to(model, data, config.resolution)
     topology = topology_of(model.unet)
-    sites = sites_in(topology, config.scope)
+    sites, latent = sites_in(topology, config.scope), Latent(side, side)
+    if config.threshold is None:
+        budget = Budget(config.budget, sites, config.padding, latent)
+        check_target(config.target_sparsity, config.floor, budget, sites, config.scope)
 
     denoising = Denoising(model, config.seed)
     ladders = _ladders(config, denoising, data)
@@ -189,7 +193,7 @@ def measure(config: ScoreConfig) -> Measurement:
         "held_out": Split().to_json(),
         "fingerprint": fingerprint(weights),
     }
-    return Measurement(sites, topology, importances, constants, Latent(side, side), ladders, facts)
+    return Measurement(sites, topology, importances, constants, latent, ladders, facts)
 
 
 def _ladders(config: ScoreConfig, denoising: Denoising, data: ImageData) -> list[Ladder]:

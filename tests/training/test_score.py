@@ -48,6 +48,7 @@ def test_a_threshold_decides_instead_of_a_target(source: list[str], tmp_path: Pa
         options = ["--criterion", criterion, "--threshold", threshold, "--output", str(output)]
         assert score.main([*source, *options, *QUICK]) == 0
         found.append(load_gates(output))
+        assert found[-1].info["target_sparsity"] is None
     assert all(int(keep.sum()) == 24 for keep in found[1].keep_sets().values())  # 32 channels
     wanted = sum(int((v >= 0.8).sum()) for v in found[0].importances.values())
     kept = sum(int(keep.sum()) for keep in found[0].keep_sets().values())
@@ -60,6 +61,7 @@ def test_a_threshold_decides_instead_of_a_target(source: list[str], tmp_path: Pa
         (["--criterion", "taylor", "--threshold", "1"], "only with criterion sensitivity"),
         (["--criterion", "taylor", "--scope", "sides"], "unknown scope or site 'sides'"),
         (["--criterion", "taylor", "--target-sparsity", "1.5"], "from 0 up to 1"),
+        (["--criterion", "taylor", "--floor", "0.8"], "but with --floor 0.8 at most 0.0%"),
         (["--criterion", "taylor", "--output", "gates.txt"], "ending in .safetensors"),
         (["--criterion", "taylor", "--timesteps", "9" * 30], "1 or more, below 2**31"),
         (["--criterion", "diversity", "--alpha", "nan"], "--alpha is nan"),
