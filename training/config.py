@@ -117,13 +117,15 @@ class FitConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, given, why in (
-            ("--epochs", self.epochs, "nobody knows how many images a stream has"),
-            ("--cache", self.run.cache, "a stream is encoded as it comes"),
+        cache, stream = self.run.cache, self.streaming and "--streaming"
+        for name, given, other, why in (
+            ("--epochs", self.epochs, stream, "nobody knows how many images a stream has"),
+            ("--cache", cache, stream, "a stream is encoded as it comes"),
+            ("--cache", cache, self.run.no_cache and "--no-cache", "that keeps none"),
         ):
-            if self.streaming and given is not None:
+            if other and given is not None:
                 raise UserError(
-                    f"{name} {given} and --streaming were given, but {why}.",
+                    f"{name} {given} and {other} were given, but {why}.",
                     "one of the two",
                     f"leave out {name}" + (" and use --max-steps" if name == "--epochs" else ""),
                 )

@@ -198,6 +198,7 @@ def test_a_word_for_a_number_is_told_in_words(
         (["--seed", str(2**70)], f"--seed is {2**70}"),
         (["--seed", "-1"], "--seed is -1"),
         (["--epochs", "inf"], "--epochs is inf"),
+        (["--no-cache", "--cache", "somewhere"], "--cache somewhere and --no-cache were given"),
         (["--learning-rate", "inf"], "--learning-rate is inf"),
         (["--sparsity-weight", "inf"], "--sparsity-weight is inf"),
     ],
