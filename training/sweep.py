@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = output_folder("--output", given.output, (given.model, given.data))
     options = ["--model", given.model, "--data", given.data, "--samples", str(given.samples)]
     options += ["--output", str(folder / "evaluation"), *others]
-    chosen = list(plans(given))
+    chosen = list(dict.fromkeys(plans(given)))
     configs = [
         config_of(plan, given, demo) for plan in chosen
     ]  # all that can fail before the long part
@@ -320,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         made: dict[Variant, Path | None] = {}
         for kind in variants if isinstance(config, FitConfig) else ():
             made[kind] = make_variant(kind, Path(config.output), made, given, wanted)
-        paths += [str(path) for kind in given.variants if (path := made.get(kind)) is not None]
+        asked_for = dict.fromkeys(given.variants)
+        paths += [str(path) for kind in asked_for if (path := made.get(kind)) is not None]
     status = evaluate.main([*paths, *options])
     learned = [plan for plan in chosen if plan.weight is not None]
     several = len({p.target for p in learned}) > 1 and len({p.weight for p in learned}) > 1

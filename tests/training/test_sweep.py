@@ -98,6 +98,20 @@ def test_all_of_a_sweep_runs_on_the_device_asked_for(
     assert [config.device for config in made] == ["cpu:0", "cpu:0"]
 
 
+def test_what_is_asked_for_twice_is_made_and_compared_once(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[list[str]] = []
+    monkeypatch.setattr(sweep, "make", lambda *_: None)
+    monkeypatch.setattr(sweep, "make_variant", lambda kind, of, *_: sweep.variant_of(kind, of))
+    monkeypatch.setattr(sweep.evaluate, "main", lambda argv: compared.append(argv) or 0)
+    options = ["--criteria", "learned", "learned", "--targets", "0.3", "0.30"]
+    options += ["--variants", "plain", "plain", "--output", str(tmp_path)]
+    assert sweep.main([*source, *options]) == 0
+    files = [Path(word).name for word in compared[0] if word.endswith(".safetensors")]
+    assert files == ["learned_mid_30.safetensors", "learned_mid_30_plain.safetensors"]
+
+
 def test_variants_of_learned_gates_stand_in_the_same_table(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
