@@ -213,11 +213,11 @@ def described(name: str, candidate: Candidate | Rival | Unstructured) -> dict[st
     if not isinstance(candidate, Candidate):
         return candidate.described()
     gates = candidate.gates
-    info = {} if gates is None else gates.info
+    info = {"criterion": DENSE, "scope": ""} if gates is None else gates.info
     return {
         "precision": candidate.precision,
-        "criterion": read(info, "criterion", DENSE, is_text, "a line of text", name),
-        "scope": read(info, "scope", "", is_text, "a line of text", name),
+        "criterion": read(info, "criterion", "unknown", is_text, "a line of text", name),
+        "scope": read(info, "scope", "unknown", is_text, "a line of text", name),
         "target": read(info, "target_sparsity", None, is_number, "a number", name),
         "channels_pruned": 0.0 if gates is None else mean_sparsity(gates),
         "zeroed": False,

@@ -30,7 +30,7 @@ from diffusers import (
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldcp_core import Gates, PercentRange, load_gates, one_line
+from ldcp_core import Gates, PercentRange, fingerprint, load_gates, one_line
 from ldcp_core.diffusers import compact_blocks, pruned, topology_of
 from training.console import explaining, log_progress, name_of, progress
 from training.data.cache import digest
@@ -243,11 +243,15 @@ def sample(
     from accelerate import PartialState
 
     pipe, state = pipeline_of(model), PartialState()
+    of_model = {
+        "model": name_of(model.source),
+        "weights": fingerprint(dict(model.unet.named_parameters())),
+    }
     paths = image_paths(output, chosen, shots)
     for candidate in chosen.values():
         check_fits(model, candidate.gates)
     for name, candidate in chosen.items():
-        facts = {"model": name_of(model.source), "gates": name, "candidate": candidate.stamp()}
+        facts = {**of_model, "gates": name, "candidate": candidate.stamp()}
         missing = [
             (path, shot)
             for path, shot in zip(paths[name], shots, strict=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from ldcp_core import SD15, Gates, Stage, load_gates, save_gates
@@ -188,6 +190,15 @@ def test_what_a_gate_file_says_and_is_called_forges_no_row_and_draws_no_formula(
     assert all(line.isprintable() and len(line) < 500 for line in said[-3:])
 
 
+def test_gates_that_say_nothing_of_themselves_are_evaluated(
+    source: list[str], half: Path, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "bare.safetensors", tmp_path / "found"
+    save_gates(replace(load_gates(half), info={}), path)
+    assert evaluate.main([str(path), *source, "--samples", "2", "--output", str(output)]) == 0
+    assert "| bare | fp32 | unknown | unknown |" in output.with_suffix(".md").read_text("utf-8")
+
+
 def test_panels_show_equal_sparsity_and_bytes() -> None:
     def row(criterion: str, scope: str, precision: str, zeroed: bool = False) -> dict[str, object]:
         words = {"criterion": criterion, "scope": scope, "precision": precision}
@@ -222,6 +233,23 @@ def test_images_of_other_gates_of_the_same_name_are_drawn_again(
     assert score.main([*source, *QUICK, *options]) == 0
     assert sample.main([*source[:2], "--gates", str(other), *drawing, "--precision", "fp8"]) == 0
     assert image.read_bytes() != second
+
+
+def test_images_of_another_model_of_the_same_name_are_drawn_again(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a face\n", encoding="utf-8")
+    drawing = ["--steps", "1", "--output", str(tmp_path), "--prompts", str(tmp_path / "p.txt")]
+    other = shutil.copytree(pipeline, tmp_path / pipeline.name)
+    unet = UNet2DConditionModel.from_pretrained(other / "unet")
+    with torch.no_grad():
+        unet.conv_out.bias += 1
+    unet.save_pretrained(other / "unet")
+    found = []
+    for model in (pipeline, other):
+        assert sample.main(["--model", str(model), *drawing]) == 0
+        found.append((tmp_path / "dense" / "000_42.png").read_bytes())
+    assert found[0] != found[1]
 
 
 def test_gates_of_another_model_are_refused(
