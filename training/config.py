@@ -19,6 +19,7 @@ from training.options import (
     Options,
     Precision,
     correction_rank,
+    device,
     option,
 )
 
@@ -105,7 +106,7 @@ class FitConfig(Options):
     streaming: bool = option(
         "read a hub data set, or tables, as they come, without keeping them or a cache", False
     )
-    device: str = option("auto, cpu, cuda, mps", "auto")
+    device: str = device()
     validation_fraction: float = option("share of images held out", 0.1, BELOW_ONE)
     #: held-out images × timesteps of one validation pass
     validation_samples: int = field(default=64, metadata={"bound": COUNT})

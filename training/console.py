@@ -15,10 +15,11 @@ from operator import length_hint
 from pathlib import Path
 from typing import Any, ParamSpec, TextIO
 
+import torch
 from tqdm import tqdm
 
 from ldcp_core import printable
-from training.errors import UserError
+from training.errors import UserError, first_line
 
 P = ParamSpec("P")
 #: libraries whose log says nothing that a user of a command could act on
@@ -103,6 +104,11 @@ def explaining(main: Callable[P, int]) -> Callable[P, int]:
             return main(*args, **kwargs)
         except (UserError, ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
+            return 1
+        except torch.OutOfMemoryError as error:
+            found, expected = first_line(error), "a device with enough memory"
+            told = UserError(found, expected, "take less at once, or --device cpu")
+            print(f"error: {told}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as stopped:
             print(str(stopped) or "interrupted", file=sys.stderr)

@@ -59,6 +59,7 @@ from training.options import (
     FINITE,
     SEED,
     Options,
+    device,
     option,
     parsed,
 )
@@ -297,7 +298,7 @@ class EvaluateOptions(Options):
         (),
         metavar="KIND[=AMOUNTS]",
     )
-    device: str = option("cpu, cuda, mps", "cpu")
+    device: str = device()
     output: str | None = option(
         "write PREFIX.md, .json, .png and .grid.png", None, metavar="PREFIX"
     )
@@ -348,9 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--{asked} was given without learned gates.",
                 "gates by training.fit, without stages",
             )
-    prompts = read_prompts(given.prompts)
+    prompts, where = read_prompts(given.prompts), usable_device(given.device)
     for precision in precisions:  # a missing package shows before anything is computed
-        storage_of(precision, torch.device(given.device))
+        storage_of(precision, where)
     folder = Path(given.cache or default_cache())
     networks = None
     if given.images is not None:  # what can't be drawn shows before anything is computed
@@ -359,9 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         image_paths(Path(given.images), candidates, shots_of(prompts, given.seeds))
         images = open_dataset(given.reference or given.data)
         networks = load_networks(
-            given.inception, given.vgg, given.clip, folder / "metrics", given.device
+            given.inception, given.vgg, given.clip, folder / "metrics", str(where)
         )
-    model = load_model(given.model, device=given.device)
+    model = load_model(given.model, device=where)
     for of in gates.values():
         check_fits(model, of)
     fit_to(model, data, given.resolution)

@@ -121,7 +121,7 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
         checkpoints.refuse_overwriting()
     resumed = checkpoints.load() if config.run.resume else None
     data, train, held_out = _opened(config)  # first: a wrong path shows before a model loads
-    device = processes.device or _device(config.device)
+    device = processes.device or usable_device(config.device)
     model = frozen_model(config.model, config.precision, device)
     side = fit_to(model, data, config.resolution)
     sites = sites_in(topology_of(model.unet), config.scope)
@@ -330,14 +330,6 @@ def checked_output(config: FitConfig) -> Path:
     if config.run.cache is not None:
         output_folder("--cache", config.run.cache, inputs)
     return output
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return usable_device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 @explaining

@@ -55,6 +55,11 @@ def option(help: str, default: Any = MISSING, bound: Bound | None = None, **pars
     return field(default=default, metadata={"help": help, "bound": bound, "parsing": parsing})
 
 
+def device() -> Any:
+    """The option of the commands that run the model (see `training.model.load.usable_device`)."""
+    return option("cpu, cuda, mps; auto: a GPU where there is one", "auto")
+
+
 def correction_rank() -> Any:
     """The option of the commands that write corrections."""
     help = "of the corrections of layers that read pruned channels; 0: none"

@@ -2,7 +2,7 @@
 
     python -m training.recover gates.safetensors --demo --output recovered.safetensors
     python -m training.recover gates.safetensors --model sd15.safetensors --data ffhq/ \\
-        --output recovered.safetensors --steps 1000 --device cuda
+        --output recovered.safetensors --steps 1000
 
 The channels that are kept, and all weights of the model, stay what they are. Corrections of the
 layers that read pruned channels, and the constants, are trained together so that the pruned model
@@ -29,7 +29,7 @@ from training.learning.corrections import corrections
 from training.learning.recovery import LEARNING_RATE, STEPS, recovered
 from training.model.encode import embed_prompts
 from training.model.gating import compacted
-from training.options import COUNT, POSITIVE, SEED, Bound, Options, option, parsed
+from training.options import COUNT, POSITIVE, SEED, Bound, Options, device, option, parsed
 from training.output import claimed, gate_output
 from training.provenance import derived
 from training.sample import check_fits
@@ -60,7 +60,7 @@ class RecoverConfig(Options):
     batch_size: int = option("images per step", 8, COUNT)
     samples: int = option("held-out samples (images × timesteps) to compare on", 64, COUNT)
     resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
-    device: str = option("cpu, cuda, mps", "cpu")
+    device: str = device()
     seed: int = option("of everything random", 0, SEED)
 
 

@@ -36,6 +36,7 @@ from training.console import explaining, log_progress, name_of, progress
 from training.data.cache import digest
 from training.data.images import open_image
 from training.errors import UserError
+from training.learning.processes import Processes
 from training.model.load import DiffusionModel, load_model
 from training.model.precision import PRECISIONS, STORED, in_precision
 from training.options import (
@@ -43,6 +44,7 @@ from training.options import (
     FINITE,
     SEED,
     Options,
+    device,
     option,
     parsed,
 )
@@ -97,7 +99,7 @@ class SampleOptions(Options):
     seeds: tuple[int, ...] = option("of the initial noise, each with every prompt", (42,), SEED)
     settings: Settings = field(default_factory=Settings)
     precision: str = option("of the U-Net", "fp32", choices=PRECISIONS)
-    device: str = option("cpu, cuda, mps", "cpu")
+    device: str = device()
 
 
 def pipeline_of(model: DiffusionModel) -> Pipeline:
@@ -338,7 +340,8 @@ def main(argv: list[str] | None = None) -> int:
     prompts, gates = read_prompts(given.prompts), named_gates(given.gates)
     shots = [Shot(prompt, seed) for prompt in prompts for seed in given.seeds]
     image_paths(output, (DENSE, *gates), shots)  # before the model loads
-    model = load_model(given.model, device=given.device)
+    processes = Processes.launched(cpu=given.device == "cpu" or not torch.cuda.is_available())
+    model = load_model(given.model, device=processes.device or given.device)
     chosen = {name: Candidate(of, given.precision) for name, of in {DENSE: None, **gates}.items()}
     for name, candidate in chosen.items():
         candidate.check_drawable(name)

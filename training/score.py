@@ -60,6 +60,7 @@ from training.options import (
     Options,
     Precision,
     correction_rank,
+    device,
     option,
     parsed,
     require,
@@ -103,7 +104,7 @@ class ScoreConfig(Options):
     resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
     batch_size: int = option("images encoded at once", 4, COUNT)
     precision: Precision = option("of the frozen U-Net", "fp32")
-    device: str = option("cpu, cuda, mps", "cpu")
+    device: str = device()
     seed: int = option("of everything random", 0, SEED)
     options: CriterionOptions = field(default_factory=CriterionOptions)
 

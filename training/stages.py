@@ -2,7 +2,7 @@
 
     python -m training.stages gates.safetensors --demo --output staged.safetensors
     python -m training.stages gates.safetensors --model sd15.safetensors --data ffhq/ \\
-        --prompts prompts.txt --output staged.safetensors --device cuda
+        --prompts prompts.txt --output staged.safetensors
 
 The denoising schedule is cut into equal stages, and sparsity is moved from one to another for as
 long as the pictures come nearer to the dense model's: same prompts, seeds and steps, compared by
@@ -31,7 +31,7 @@ from training.data.splits import Split, unseen
 from training.errors import UserError
 from training.evaluation.statistics import bootstrap
 from training.learning.corrections import corrections
-from training.options import COUNT, SEED, Bound, Options, correction_rank, option, parsed
+from training.options import COUNT, SEED, Bound, Options, correction_rank, device, option, parsed
 from training.output import claimed, gate_output
 from training.provenance import derived
 from training.sample import (
@@ -70,7 +70,7 @@ class StagesConfig(Options):
     settings: Settings = field(default_factory=Settings)
     correction_rank: int = correction_rank()
     resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
-    device: str = option("cpu, cuda, mps", "cpu")
+    device: str = device()
     seed: int = option("of the images that corrections are computed from", 0, SEED)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldcp_core import GateFileError
 from training import benchmark, console, evaluate, sample, score, sweep
@@ -29,6 +30,17 @@ def test_what_a_user_can_put_right_is_told(
 
     assert main([]) == 1
     assert capsys.readouterr().err == "error: Nothing there.\n"
+
+
+def test_too_little_memory_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    @explaining
+    def main() -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+
+    assert main() == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: CUDA out of memory. Tried to allocate 9 GiB\n")
+    assert "--device cpu" in told and "and more" not in told
 
 
 def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from ldcp_core import SD15, Gates, Stage, load_gates, save_gates
 from training import evaluate, fit, sample, score
 from training.data.images import open_dataset
+from training.errors import UserError
 from training.evaluation.plots import panels_of
 from training.evaluation.report import COLUMNS
 from training.evaluation.statistics import SECTIONS, bootstrap, by_timestep, ranks
@@ -250,6 +251,24 @@ def test_images_of_another_model_of_the_same_name_are_drawn_again(
         assert sample.main(["--model", str(model), *drawing]) == 0
         found.append((tmp_path / "dense" / "000_42.png").read_bytes())
     assert found[0] != found[1]
+
+
+def test_each_of_several_processes_draws_on_a_device_of_its_own(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    class Second:
+        device = torch.device("cuda", 1)
+
+    def load(model: str, device: object) -> None:
+        asked.append(device)
+        raise UserError("loaded")
+
+    monkeypatch.setattr(sample.Processes, "launched", classmethod(lambda cls, cpu: Second))
+    monkeypatch.setattr(sample, "load_model", load)
+    assert sample.main([*source[:2], "--output", str(tmp_path)]) == 1
+    assert asked == [Second.device]
 
 
 def test_gates_of_another_model_are_refused(

@@ -7,8 +7,14 @@ from typing import Literal
 
 import pytest
 
+from training.config import FitConfig
 from training.errors import UserError
+from training.evaluate import EvaluateOptions
 from training.options import BELOW_ONE, COUNT, Options, option, parsed
+from training.recover import RecoverConfig
+from training.sample import SampleOptions
+from training.score import ScoreConfig
+from training.stages import StagesConfig
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ def test_what_an_option_does_not_take_is_refused_however_it_is_given(
     assert message in str(refused.value)
     with pytest.raises(UserError, match="--steps is 0"):
         toy("--model", "m", "--steps", "0")
+
+
+def test_all_commands_choose_their_device_alike() -> None:
+    commands = (FitConfig, ScoreConfig, RecoverConfig, StagesConfig, SampleOptions, EvaluateOptions)
+    assert {command.device for command in commands} == {"auto"}
 
 
 def test_the_help_says_each_default_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ class ChannelMeans:
     def _adding(self, site: Site) -> Callable[[Tensor], None]:
         def add(output: Tensor) -> None:
             rows = output.detach().float().movedim(site.kind.axis, 0).flatten(1)
-            self._sums[site.name] += rows.sum(1).double().cpu()
+            self._sums[site.name] += rows.sum(1).cpu().double()  # mps knows no float64
             self._count[site.name] += rows.shape[1]
 
         return add

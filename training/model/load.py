@@ -156,14 +156,20 @@ def check_resolution(resolution: int, vae_scale_factor: int) -> None:
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device of this name; raises UserError where it computes nothing."""
+    """The device of this name, or for "auto" a GPU where there is one.
+
+    Raises UserError where it computes nothing.
+    """
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     try:
         found = torch.ones(1, device=name)
         found.item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {name} can't be used: {first_line(error)}",
-            "cpu, cuda or mps",
+            "auto, cpu, cuda or mps",
             "change --device",
         ) from error
     return found.device
