@@ -94,10 +94,10 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
         return without_prompts(denoising.problem(next(stream)), *unconditional, next(turn))
 
     before = _deviation(model.unet, heldout, gates, "as given")
-    needed = -(-CLOSED_FORM_SAMPLES // config.batch_size)
-    problems = [problem() for _ in range(max(needed, HELD_OUT_EVERY))]
     start = gates
     if not gates.corrections:
+        needed = -(-CLOSED_FORM_SAMPLES // config.batch_size)
+        problems = [problem() for _ in range(max(needed, HELD_OUT_EVERY))]
         start = replace(
             gates, corrections=corrections(denoising, problems, gates, config.correction_rank)
         )

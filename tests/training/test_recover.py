@@ -44,11 +44,17 @@ def test_the_same_channels_deviate_less_afterwards(
 
 
 def test_it_goes_on_from_corrections_that_are_there(
-    source: list[str], given: Path, tmp_path: Path
+    source: list[str], given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn: list[int] = []
+    draw = recover.without_prompts
+    monkeypatch.setattr(recover, "without_prompts", lambda *a: (drawn.append(a[-1]), draw(*a))[1])
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     assert recover.main([str(given), *source, *QUICK, "--output", str(first)]) == 0
+    assert len(drawn) > 8
+    drawn.clear()
     assert recover.main([str(first), *source, *QUICK, "--output", str(second)]) == 0
+    assert len(drawn) == 8  # one per step, and none for corrections that are there
     found = deviations(load_gates(second))
     assert found[0] == found[1] == pytest.approx(deviations(load_gates(first))[2], rel=0.02)
     assert found[2] < found[0]
