@@ -84,7 +84,8 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
     check_fits(model, gates)
     fit_to(model, data, config.resolution)
     denoising, images = Denoising(model, config.seed), FreshImages(data, model)
-    heldout = HeldOut(denoising, images, held_out, config.samples, config.batch_size, config.seed)
+    other = config.seed + 1  # as in a fit: not the noise that is learned from
+    heldout = HeldOut(denoising, images, held_out, config.samples, config.batch_size, other)
     stream = images.batches(seen, config.batch_size, seed=config.seed, epochs=None)
     unconditional = embed_prompts(model, [""])
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ldcp_core import Correction, Gates, load_gates, save_gates
 from training import recover
@@ -58,6 +61,23 @@ def test_it_goes_on_from_corrections_that_are_there(
     found = deviations(load_gates(second))
     assert found[0] == found[1] == pytest.approx(deviations(load_gates(first))[2], rel=0.02)
     assert found[2] < found[0]
+
+
+def test_held_out_images_meet_other_noise_than_those_learned_from(
+    source: list[str], given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[Tensor] = []
+    draw = Denoising.problem
+
+    def problem(self: Denoising, *of: Any) -> Problem:
+        found = draw(self, *of)
+        met.extend(found.noise)
+        return found
+
+    monkeypatch.setattr(Denoising, "problem", problem)
+    options = [*QUICK, "--output", str(tmp_path / "recovered.safetensors")]
+    assert recover.main([str(given), *source, *options]) == 0
+    assert not any(torch.equal(a, b) for a, b in combinations(met, 2))
 
 
 def test_what_does_not_help_is_not_written(
