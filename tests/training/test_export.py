@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ldcp_core.export import (
     save_exported,
 )
 from training import export
+from training.errors import UserError
 from training.model.gating import hard_gates, masked
 from training.model.load import load_model
 from training.options import DEMO
@@ -377,6 +379,15 @@ def test_one_file_holds_the_unet_alone_in_the_precision_asked_for(
     assert found.dtype == torch.float16 and [*tmp_path.iterdir()] == [file]
     keep = load_gates(gate_file).keep_sets_at(0.25)["mid_block.resnets.0.conv1"]
     assert torch.equal(found.mid_block.resnets[0].inner.keep, keep)
+
+
+def test_an_export_is_no_model_to_learn_on(written: bytes, path: Path, pipeline: Path) -> None:
+    path.write_bytes(written)
+    folder = shutil.copytree(pipeline, path.parent / "pruned")
+    (folder / "unet" / WEIGHTS).write_bytes(written)
+    for model in (path, folder):
+        with pytest.raises(UserError, match=r"a pruned U-Net by training.export(.|\n)*was made of"):
+            load_model(str(model))
 
 
 def test_a_folder_of_something_else_is_left_alone(

@@ -16,7 +16,7 @@ from typing import Any
 
 from training.errors import UserError
 from training.model.configs import NAMES
-from training.model.configs.single_file import FETCH_AGAIN, TAKE_ANOTHER, read_header
+from training.model.configs.single_file import FETCH_AGAIN, TAKE_ANOTHER, read_header, refuse_own
 
 EXPECTED = (
     "a diffusers folder of the topology of SD1.5, SD2 or SDXL with unet/, vae/, "
@@ -148,7 +148,8 @@ def find_weights(folder: Path, family: str) -> dict[str, str]:
             )
         chosen[part] = present[0]
         try:
-            read_header(folder / part / present[0])
+            file = folder / part / present[0]
+            refuse_own(file, read_header(file))
         except UserError as error:
             raise UserError(error.found, f"the {part} weights", error.next_step) from error
     return chosen

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ldcp_core import export, gatefile
 from training.errors import UserError, first_line
 
 EXPECTED = (
@@ -48,6 +49,11 @@ _WIDTHS = {
     2048: ("an SDXL", "sdxl"),
 }
 
+#: format in the metadata -> what it is, next step
+_OWN = {
+    gatefile.FORMAT: ("an LDCP gate file", "pass the checkpoint that the gates are for"),
+    export.FORMAT: ("a pruned U-Net by training.export", "pass the model that it was made of"),
+}
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 
 # (what it is, next step, fragments one of which occurs in some key); the first match wins.
@@ -221,6 +227,12 @@ def _named_code(error: pickle.UnpicklingError) -> str:
     return f" (it names {found[1]})" if found else ""
 
 
+def refuse_own(path: Path, header: Header) -> None:
+    """Raises UserError for what this project has written itself."""
+    if own := _OWN.get(header.metadata.get("format", "")):
+        raise UserError(f"{path} is {own[0]}.", EXPECTED, own[1])
+
+
 def check_single_file(path: Path, header: Header) -> str:
     """The family of a complete text-to-image checkpoint: "sd15", "sd2" or "sdxl".
 
@@ -232,9 +244,7 @@ def check_single_file(path: Path, header: Header) -> str:
         return UserError(f"{path} is {found}.", EXPECTED, next_step)
 
     keys = header.shapes.keys()
-    if header.metadata.get("format", "").startswith("ldcp"):
-        next_step = "pass the checkpoint the gates are for; gates are the output"
-        raise other("an LDCP gate file", next_step)
+    refuse_own(path, header)
     for name, next_step, fragments in _RELATIVES:
         if any(fragment in key for key in keys for fragment in fragments):
             raise other(name, next_step)
