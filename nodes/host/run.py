@@ -125,7 +125,7 @@ class Run:
         """Which layers prune the evaluation that is about to start."""
         self.record.evaluations += 1
         earlier, self._active = self._active, self._active_layers(model, t, options)
-        if self._active != earlier and not self._keeps_copies:
+        if self._active != earlier and self._compacts and not self._keeps_copies:
             if self._dynamic:
                 self.forget_weights()  # the full weights may need the room now
             else:

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.comfyui
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: what is imported -> what brings it
 PACKAGES = {"PIL": "pillow"}
-#: imported only where it is there
-OPTIONAL = {"triton"}
+#: imported only where it is there, and where an exported model is loaded outside ComfyUI
+OPTIONAL = {"triton", "diffusers"}
 OF_COMFYUI = {"comfy", "comfy_api", "folder_paths", "nodes"}
 
 
