@@ -351,8 +351,12 @@ class Browser:
 
     def open_template(self, name: str) -> None:
         """Click on a tile of the open templates menu."""
-        self.page.get_by_test_id(f"{TILE}{name}").click()
-        self.page.wait_for_timeout(2000)
+        tile = self.page.get_by_test_id(f"{TILE}{name}")
+        tile.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(500)  # the menu takes no click while it scrolls
+        tile.click()
+        self._tiles().first.wait_for(state="hidden", timeout=1000 * LOAD_SECONDS)
+        self.page.wait_for_timeout(500)
 
     def search(self, word: str) -> list[str]:
         """Type a word into the box that adds nodes: the names it offers, best first."""
