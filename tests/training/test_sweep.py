@@ -122,7 +122,7 @@ def test_variants_of_learned_gates_stand_in_the_same_table(
         found = stages.in_stages(load_gates(config.gates), (0.1, 0.5))
         save_gates(replace(found, info={**found.info, "stages": derived(config)}), config.output)
 
-    quickly = partial(recover.RecoverConfig, steps=2, samples=8)
+    quickly = partial(recover.RecoverConfig, steps=2, samples=32)
     monkeypatch.setattr(recover, "RecoverConfig", quickly)
     monkeypatch.setattr(recover, "CLOSED_FORM_SAMPLES", 20)
     monkeypatch.setattr(stages, "stage", in_two)
