@@ -225,6 +225,14 @@ def test_no_images_is_an_error_before_the_model_loads(tmp_path: Path) -> None:
         fit(config)
 
 
+def first_of(images: Path, count: int, folder: Path) -> Path:
+    """The first images, in a folder of their own."""
+    folder.mkdir()
+    for i, file in enumerate(sorted(images.rglob("*.png"))[:count]):
+        (folder / f"{i}.png").write_bytes(file.read_bytes())
+    return folder
+
+
 def test_a_broken_image_is_skipped_and_named(
     pipeline: Path,
     images: Path,
@@ -233,10 +241,7 @@ def test_a_broken_image_is_skipped_and_named(
     no_pictures: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for i, file in enumerate(sorted(images.rglob("*.png"))[:8]):
-        (data / f"{i}.png").write_bytes(file.read_bytes())
+    data = first_of(images, 8, tmp_path / "data")
     (data / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
     output = tmp_path / "gates.safetensors"
     assert main(arguments(pipeline, data, output, "--max-steps", "3")) == 0
@@ -251,10 +256,7 @@ def test_held_out_images_that_are_all_broken_are_answered_before_anything_is_lea
     no_pictures: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for i, file in enumerate(sorted(images.rglob("*.png"))[:4]):
-        (data / f"{i}.png").write_bytes(file.read_bytes())
+    data = first_of(images, 4, tmp_path / "data")
     found = open_dataset(str(data))
     (lost,) = found.split(0.1, 0)[1]
     (data / found.records[lost].id).write_bytes(b"broken")
