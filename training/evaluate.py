@@ -365,22 +365,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(given.model, device=where)
     for of in gates.values():
         check_fits(model, of)
-    fit_to(model, data, given.resolution)
+    side = fit_to(model, data, given.resolution)
     fresh = FreshImages(data, model)
     for name in learned if given.baselines else ():
         denoising = Denoising(model, given.seed)
         candidates |= baselines(name, pruned[name], denoising, fresh, seen, given.seed)
     for name in learned if given.rivals else ():
         given_to = Denoising(model, given.seed), fresh, seen, given.fine_tune_steps, given.seed
-        left = counted(pruned[name], 0, model.resolution // model.vae_scale_factor)
+        left = counted(pruned[name], 0, side)
         share = left["parameters_left"]
         candidates |= rivals(given.rivals, name, pruned[name], share, *given_to)
     result = evaluate(model, fresh, held_out, candidates, given.samples, given.seed)
     paths: dict[str, list[Path]] = {}
     if networks is not None and given.images is not None:
-        images.resolution = model.resolution
+        images.resolution = data.resolution
         shots = shots_of(prompts, given.seeds)
-        settings = Settings(given.steps, given.guidance)
+        settings = Settings(given.steps, given.guidance, resolution=given.resolution)
         paths = sample(model, candidates, shots, settings, Path(given.images))
         found = compare_images(paths, prompts, networks, Reference(images, folder), model.vae)
         result |= {"images": found.single, "sets": found.sets}
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["reference"] = {
             "source": name_of(images.source),
             "images": len(images) - len(images.broken),
-            "resolution": model.resolution,
+            "resolution": images.resolution,
         }
     print(render(result))
     if given.output is not None:

@@ -37,7 +37,7 @@ from training.data.cache import digest
 from training.data.images import open_image
 from training.errors import UserError
 from training.learning.processes import Processes
-from training.model.load import DiffusionModel, load_model
+from training.model.load import DiffusionModel, check_resolution, load_model
 from training.model.precision import PRECISIONS, STORED, in_precision
 from training.options import (
     COUNT,
@@ -86,6 +86,7 @@ class Settings(Options):
     steps: int = option("of DDIM", 30, COUNT)
     guidance: float = option("classifier-free", 7.5, FINITE)
     batch_size: int = option("images drawn at once", 4, COUNT)
+    resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,8 @@ def draw(
             guidance_scale=settings.guidance,
             generator=generators,
             output_type=output_type,
+            height=settings.resolution,
+            width=settings.resolution,
         ).images
 
 
@@ -240,12 +243,15 @@ def sample(
     """Draw what is missing of every candidate's images; name -> the paths of all of them.
 
     Under accelerate every process draws its part. Raises UserError for gates of another
-    architecture.
+    architecture, and for a resolution that the model can't take.
     """
     from accelerate import PartialState
 
     pipe, state = pipeline_of(model), PartialState()
+    resolution = settings.resolution or model.resolution
+    check_resolution(resolution, model.vae_scale_factor)
     of_model = {
+        "resolution": str(resolution),
         "model": name_of(model.source),
         "weights": fingerprint(dict(model.unet.named_parameters())),
     }

@@ -31,7 +31,7 @@ from training.data.splits import Split, unseen
 from training.errors import UserError
 from training.evaluation.statistics import bootstrap
 from training.learning.corrections import corrections
-from training.options import COUNT, SEED, Bound, Options, correction_rank, device, option, parsed
+from training.options import SEED, Bound, Options, correction_rank, device, option, parsed
 from training.output import claimed, gate_output
 from training.provenance import derived
 from training.sample import (
@@ -69,7 +69,6 @@ class StagesConfig(Options):
     seeds: tuple[int, ...] = option("of the initial noise, each with every prompt", (1, 2), SEED)
     settings: Settings = field(default_factory=Settings)
     correction_rank: int = correction_rank()
-    resolution: int | None = option("pixels (default: the model's own)", None, COUNT)
     device: str = device()
     seed: int = option("of the images that corrections are computed from", 0, SEED)
 
@@ -152,7 +151,7 @@ def _stage(config: StagesConfig, output: Path) -> Gates:
     seen, _ = unseen(data, [Split.of_file(gates.info, config.gates)])
     model = frozen_model(config.model, "fp32", config.device)
     check_fits(model, gates)
-    fit_to(model, data, config.resolution)
+    fit_to(model, data, config.settings.resolution)
     shots = [Shot(prompt, seed) for prompt in prompts for seed in config.seeds]
     pictures = Pictures(pipeline_of(model), shots, config.settings)
 

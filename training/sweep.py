@@ -60,7 +60,10 @@ WITHOUT_CUT["output"] = ""
 
 @dataclass(frozen=True)
 class SweepOptions(Options):
-    """What to combine. All other options are those of `training.evaluate`; --device is for all."""
+    """What to combine.
+
+    All other options are those of `training.evaluate`; --device and --resolution are for all.
+    """
 
     model: str = option("checkpoint file, diffusers folder or hub id")
     data: str = option("folder of images in any of FFHQ's layouts, or a data set")
@@ -226,7 +229,7 @@ def make_variant(
     settings: dict[str, Any] = dict(gates=str(source), model=given.model, data=given.data)
     settings |= dict(output=str(path), device=options.device, seed=given.seed)
     if kind == "stages":  # found by pictures of other seeds than the evaluation draws
-        drawn = Settings(options.steps, options.guidance)
+        drawn = Settings(options.steps, options.guidance, resolution=options.resolution)
         config: stages.StagesConfig | recover.RecoverConfig = stages.StagesConfig(
             **settings,
             prompts=options.prompts,
@@ -235,7 +238,8 @@ def make_variant(
         )
     else:
         rank = given.correction_rank or RANK
-        config = recover.RecoverConfig(**settings, correction_rank=rank)
+        settings |= dict(correction_rank=rank, resolution=options.resolution)
+        config = recover.RecoverConfig(**settings)
     recorded = (found or {}).get("stages" if kind == "stages" else "recovered", {})
     if derived(config).items() <= recorded.items():
         log.info("%s is there", path)
@@ -294,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # all that can fail before the long part
     paths = [config.output for config in configs]
     wanted = evaluate.parse_arguments([*paths, *options])
-    configs = [replace(config, device=wanted.device) for config in configs]
+    device, resolution = wanted.device, wanted.resolution
+    configs = [replace(config, device=device, resolution=resolution) for config in configs]
     asked = {*given.variants} | ({"stages"} if "stages-recovered" in given.variants else set())
     variants = [kind for kind in get_args(Variant) if kind in asked]  # one rests on another
     stored = [precision for precision in wanted.precision if precision in STORED]

@@ -253,6 +253,25 @@ def test_images_of_another_model_of_the_same_name_are_drawn_again(
     assert found[0] != found[1]
 
 
+def test_images_are_drawn_and_compared_at_the_resolution_asked_for(
+    source: list[str], half: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a face\n", encoding="utf-8")
+    drawing = ["--steps", "1", "--prompts", str(tmp_path / "p.txt")]
+    options = [*drawing, "--images", str(tmp_path / "i"), "--samples", "2"]
+    options += ["--output", str(tmp_path / "e")]
+    image = tmp_path / "i" / "half" / "000_42.png"
+    for asked, side in (([], 16), (["--resolution", "32"], 32)):
+        assert evaluate.main([str(half), *source, *options, *asked]) == 0
+        found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+        assert Image.open(image).size == (side, side)
+        assert found["reference"]["resolution"] == side
+    there = ["--gates", str(half), *drawing, "--output", str(tmp_path / "i")]
+    assert sample.main([*source[:2], *there, "--resolution", "33"]) == 1
+    assert sample.main([*source[:2], *there]) == 0  # not those of another size
+    assert Image.open(image).size == (16, 16)
+
+
 def test_each_of_several_processes_draws_on_a_device_of_its_own(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,15 +87,21 @@ def test_a_sweep_stopped_within_a_fit_goes_on_with_it(
     assert steps == [0, 1, 2] and (tmp_path / "learned_mid_30.safetensors").is_file()
 
 
-def test_all_of_a_sweep_runs_on_the_device_asked_for(
+def test_all_of_a_sweep_has_the_device_and_resolution_asked_for(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Config] = []
+    made: list[Any] = []
     monkeypatch.setattr(sweep, "make", lambda config, _: made.append(config))
     monkeypatch.setattr(sweep.evaluate, "main", lambda _: 0)
-    options = ["--criteria", "learned", "random", "--output", str(tmp_path), "--device", "cpu:0"]
+    monkeypatch.setattr(recover, "recover", made.append)
+    monkeypatch.setattr(stages, "stage", made.append)
+    options = ["--criteria", "learned", "random", "--variants", "recovered", "stages"]
+    options += ["--output", str(tmp_path), "--device", "cpu:0", "--resolution", "64"]
     assert sweep.main([*source, *options]) == 0
-    assert [config.device for config in made] == ["cpu:0", "cpu:0"]
+    fitted, scored, recovered, staged = made
+    assert [config.device for config in made] == ["cpu:0"] * 4
+    sizes = [config.resolution for config in (fitted, scored, recovered, staged.settings)]
+    assert sizes == [64] * 4
 
 
 def test_what_is_asked_for_twice_is_made_and_compared_once(
