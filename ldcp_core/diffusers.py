@@ -84,7 +84,8 @@ def pruned(
     Raises GateFileError for a file that holds no gates, ScheduleError for steps that can't be
     meant, UnsupportedModel where gates and U-Net don't fit, and ValueError for a sparsity outside
     [0, 1] or step ranges without a scheduler. An evaluation raises UnsupportedModel when a layer
-    has become one that pruning does not understand.
+    has become one that pruning does not understand. Entering the context of a pruning that was
+    removed raises RuntimeError.
     """
     schedule = Schedule.steps(steps) if isinstance(steps, str) else steps or ALWAYS
     if schedule != ALWAYS and scheduler is None:
@@ -120,7 +121,7 @@ class Pruning:
         stages: Sequence[tuple[Schedule, Mapping[str, Tensor]]],
         scheduler: Any,
     ) -> None:
-        self.active = self._up_to_date = False
+        self.active = self._up_to_date = self._removed = False
         self._gates, self._stages, self._scheduler = gates, stages, scheduler
         self._stage = 0
         self._unet = unet
@@ -141,6 +142,8 @@ class Pruning:
         self._in_place.enter_context(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
 
     def __enter__(self) -> Pruning:
+        if self._removed:
+            raise RuntimeError("this pruning was removed; make another with pruned(...)")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -148,7 +151,7 @@ class Pruning:
 
     def remove(self) -> None:
         """Take the pruning out of the U-Net, whatever was put in after it; once is enough."""
-        self.active = False
+        self.active, self._removed = False, True
         self._forwards.clear()
         self._in_place.close()
 

@@ -449,6 +449,8 @@ def test_of_two_prunings_the_later_counts_and_either_may_go_first(
     inner.remove()
     assert torch.equal(evaluated(unet), dense)
     assert not any("forward" in vars(module) for module in unet.modules())
+    with pytest.raises(RuntimeError, match="was removed; make another"), inner:
+        pass
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes(
