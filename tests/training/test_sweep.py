@@ -231,6 +231,13 @@ def test_a_heat_map_of_several_scopes_is_one_picture() -> None:
         assert picture.width > picture.height
 
 
+@pytest.mark.parametrize("deviation", [0.0, 1e-5])
+def test_gates_that_prune_nothing_have_a_place_in_the_heat_map(deviation: float) -> None:
+    cells = [Cell("mid", 0.0, 0.01, 0.0, 0.0), Cell("mid", 0.3, 0.01, deviation, 0.3)]
+    with Image.open(io.BytesIO(heat_map(cells))) as picture:
+        assert picture.width > 100
+
+
 def test_thresholds_stand_in_for_targets(
     source: list[str], tmp_path: Path, made: list[Config]
 ) -> None:

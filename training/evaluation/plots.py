@@ -118,8 +118,8 @@ def heat_map(cells: Sequence[Cell]) -> bytes:
 
     scopes = list(dict.fromkeys(cell.scope for cell in cells))
     targets, weights = (sorted({getattr(c, of) for c in cells}) for of in ("target", "weight"))
-    values = [cell.deviation for cell in cells]
-    norm = LogNorm(min(values), max(values) * (1 + 1e-9))
+    values = [cell.deviation for cell in cells if cell.deviation > 0] or [1.0]
+    norm = LogNorm(min(values), max(values) * (1 + 1e-9), clip=True)  # 0: nothing was pruned
     size = (2 + 1.4 * len(targets) * len(scopes), 1.5 + 0.9 * len(weights))
     figure, axes = plt.subplots(1, len(scopes), figsize=size, squeeze=False, layout="constrained")
     for axis, scope in zip(axes[0], scopes, strict=True):
