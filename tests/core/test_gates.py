@@ -344,6 +344,15 @@ def test_aligned_counts_hold_a_weighted_total() -> None:
     assert counts == [24, 32] and 24 + 3 * 32 == 120
 
 
+def test_aligned_counts_take_the_steps_that_cost_least_for_what_they_bring() -> None:
+    def cost(site: int, count: int) -> float:
+        return (8 - count) * (1.5 if site else 1.0)
+
+    # of 40 to 16: a step of the second costs 1.5 times as much, and brings twice as much
+    counts = aligned_counts([8, 8], [8, 8], 16, [8, 8], weights=[1, 4], cost=cost)
+    assert counts == [8, 0]
+
+
 def test_aligned_counts_never_fall_below_the_least() -> None:
     assert aligned_counts([3, 61], [64, 64], 64, [8, 8], least=[8, 8]) == [8, 56]
 

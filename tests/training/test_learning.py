@@ -211,6 +211,13 @@ class TestAlignment:
             assert (aligned[:-1] >= aligned[1:]).all()
             assert (scores[site] - aligned).abs().max() < 0.05
 
+    def test_channels_above_the_threshold_go_less_readily_than_those_below_it_stay(self) -> None:
+        scores = self.scores([80, 80, 80, 80])
+        logits = torch.tensor([3.0] * 152 + [0.4] * 4 + [-0.45] * 4)
+        scores[SITES[0].name] = torch.sigmoid(logits)
+        found, moved = aligned_scores(scores, None, Budget("channels", SITES), SITES)
+        assert int((found[SITES[0].name] > THRESHOLD).sum()) == 160 and moved == 4
+
     def test_without_a_target_the_learned_sparsity_is_held(self) -> None:
         scores = self.scores([150, 150, 150, 150])
         found, _ = aligned_scores(scores, None, Budget("channels", SITES), SITES)

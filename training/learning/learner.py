@@ -286,7 +286,9 @@ def aligned_scores(
 
     Returns the scores and how many channels changed sides. Counts are balanced over the ``sites``,
     those of the scores, so that the target (without one: the learned sparsity) holds in the unit of
-    the budget. The order of the scores within a site does not change.
+    the budget. The order of the scores within a site does not change. A channel's effect is taken
+    for its weight in the budget times the odds of its score, score / (1 − score): those above the
+    threshold are pruned less readily than as many below it are kept.
     """
     wanted = {site: int((score > THRESHOLD).sum()) for site, score in scores.items()}
     widths = [score.numel() for score in scores.values()]
@@ -296,6 +298,7 @@ def aligned_scores(
     total = sum(w * c for w, c in zip(weights, wanted.values(), strict=True))
     if target is not None:
         total += learned - target
+    odds = moving_cost([torch.logit(score, eps=1e-6).exp() for score in scores.values()], 1.0)
     counts = aligned_counts(
         list(wanted.values()),
         widths,
@@ -304,7 +307,7 @@ def aligned_scores(
         least=None if least is None else [least[site] for site in scores],
         weights=weights,
         slack=ALIGNMENT_SLACK,
-        cost=moving_cost([torch.logit(score, eps=1e-6) for score in scores.values()], 0.0),
+        cost=lambda site, count: weights[site] * odds(site, count),
     )
     aligned: dict[str, Tensor] = {}
     moved = 0
