@@ -239,9 +239,9 @@ def aligned_counts(
     A site may also keep all of its channels, or as few as ``least`` says (default: none; a
     multiple). ``weights`` says what a channel of each site counts (default: 1, then ``total`` is
     in channels), ``cost(site, count)`` how bad a count is (default: how far from ``wanted``; see
-    `moving_cost`). Starting from the cheaper neighbour of every count, steps are taken that cost
-    least for what they bring the sum nearer, until it is within ``slack`` of ``total``, or as near
-    as it gets: no single step brings it closer.
+    `moving_cost`). Starting from the cheaper neighbour of every count, the cheapest steps are taken
+    (with weights those that cost least for what they bring) until the sum is within ``slack`` of
+    ``total``, or as near as it gets: no single step brings it closer.
 
     >>> aligned_counts([451, 445, 450, 446], [640] * 4, 1792, [8] * 4)
     [448, 448, 448, 448]
@@ -271,9 +271,10 @@ def aligned_counts(
         ]
         if not useful or abs(gap) <= slack:
             return counts
-        nearer = {i: abs(gap) - abs(gap - moves[i] * shares[i]) for i in useful}
         worse = {i: bad(i, counts[i] + moves[i]) - bad(i, counts[i]) for i in useful}
-        best = min(useful, key=lambda i: (worse[i] / nearer[i], i))
+        if weights is not None:
+            worse = {i: w / (abs(gap) - abs(gap - moves[i] * shares[i])) for i, w in worse.items()}
+        best = min(useful, key=lambda i: (worse[i], i))
         counts[best] += moves[best]
 
 
