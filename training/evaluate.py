@@ -77,7 +77,7 @@ from training.sample import (
     sample,
 )
 from training.session import fit_to
-from training.step.denoising import Denoising, HeldOut
+from training.step.denoising import Denoising, FixedProblems
 
 log = logging.getLogger("training.evaluate")
 
@@ -118,7 +118,8 @@ def evaluate(
     resolution = images.data.resolution
     assert resolution is not None
     reference = next(iter(candidates.values()))
-    heldout = HeldOut(Denoising(model, 0), images, held_out, samples, 8, seed)
+    batches = images.batches(held_out, 8, epochs=None)
+    heldout = FixedProblems(Denoising(model, 0), batches, samples, seed)
     rounding: dict[str, float] = {}  # precision -> what it does to the dense model by itself
     if reference.precision != Candidate.precision:
         with reference.running(model.unet):
@@ -173,7 +174,7 @@ def measured(
     name: str,
     candidate: Candidate | Rival | Unstructured,
     model: DiffusionModel,
-    heldout: HeldOut,
+    heldout: FixedProblems,
     inputs: Inputs,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Deviations from dense and denoising losses, float64 [N] each, and bytes and seconds.

@@ -186,7 +186,7 @@ def _fit(config: FitConfig, output: Path, processes: Processes) -> FitResult | N
         if not processes.first:
             return None
         result = finish(
-            config, learning, denoising, data, images, held_out, output, sheet, empty_prompt
+            config, learning, denoising, data, images, train, held_out, output, sheet, empty_prompt
         )
     except BaseException:
         log.warning("%s", checkpoints.advice())

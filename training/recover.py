@@ -34,7 +34,7 @@ from training.output import claimed, gate_output
 from training.provenance import derived
 from training.sample import check_fits
 from training.session import fit_to, frozen_model
-from training.step.denoising import Denoising, HeldOut, Problem, without_prompts
+from training.step.denoising import Denoising, FixedProblems, Problem, without_prompts
 
 log = logging.getLogger("training.recover")
 
@@ -85,7 +85,8 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
     fit_to(model, data, config.resolution)
     denoising, images = Denoising(model, config.seed), FreshImages(data, model)
     other = config.seed + 1  # as in a fit: not the noise that is learned from
-    heldout = HeldOut(denoising, images, held_out, config.samples, config.batch_size, other)
+    aside = images.batches(held_out, config.batch_size, epochs=None)
+    heldout = FixedProblems(denoising, aside, config.samples, other)
     stream = images.batches(seen, config.batch_size, seed=config.seed, epochs=None)
     unconditional = embed_prompts(model, [""])
 
@@ -129,7 +130,7 @@ def _recover(config: RecoverConfig, output: Path) -> Gates:
     return found
 
 
-def _deviation(unet: Any, heldout: HeldOut, gates: Gates, label: str) -> float:
+def _deviation(unet: Any, heldout: FixedProblems, gates: Gates, label: str) -> float:
     with compacted(unet, gates.pruned()):
         return heldout.as_it_is(f"held-out images, {label}")[0].mean().item()
 

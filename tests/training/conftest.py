@@ -69,12 +69,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few samples to calibrate and validate with: they are not what is tested."""
+    """Few samples to calibrate, align and validate with: they are not what is tested."""
 
     def shortened(part: Callable[..., Any]) -> Callable[..., Any]:
         short = {"calibration_batches": 1, "validation_samples": 2, "correction_samples": 10}
         return lambda config, *others: part(replace(config, **short), *others)
 
+    monkeypatch.setattr(outcome, "ALIGNING_SAMPLES", 2)
     monkeypatch.setattr(fit, "measure_start", shortened(fit.measure_start))
     monkeypatch.setattr(outcome, "_corrected", shortened(outcome._corrected))
     monkeypatch.setattr(outcome, "_validated", shortened(outcome._validated))

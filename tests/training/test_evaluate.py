@@ -17,12 +17,12 @@ from PIL import Image
 
 from ldcp_core import SD15, Gates, Stage, load_gates, save_gates
 from training import evaluate, fit, sample, score
+from training.data.encoding import FreshImages
 from training.data.images import open_dataset
 from training.errors import UserError
 from training.evaluation.plots import panels_of
 from training.evaluation.report import COLUMNS
 from training.evaluation.statistics import SECTIONS, bootstrap, by_timestep, ranks
-from training.step.denoising import HeldOut
 
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
 
@@ -331,11 +331,11 @@ def held_out(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Which images evaluations take; without evaluating anything."""
     found: list[list[int]] = []
 
-    def see(self: HeldOut, denoising: object, data: object, indices: list[int], *_: object) -> None:
+    def see(self: FreshImages, indices: list[int], *_: object, **options: object) -> None:
         found.append(list(indices))
         raise ValueError("seen")
 
-    monkeypatch.setattr(HeldOut, "__init__", see)
+    monkeypatch.setattr(FreshImages, "batches", see)
     return found
 
 

@@ -28,7 +28,7 @@ from training.learning.sample_sheet import SampleSheet
 from training.model.encode import embed_prompts
 from training.model.load import DiffusionModel
 from training.sample import pipeline_of
-from training.step.denoising import Denoising, HeldOut, Problem
+from training.step.denoising import Denoising, FixedProblems, Problem
 
 QUICK = ["--samples", "2", "--timesteps", "2", "--batch-size", "2"]
 
@@ -306,9 +306,13 @@ def test_the_losses_are_those_against_the_target(
     predicting: Denoising, photos: Path, model_xl: DiffusionModel
 ) -> None:
     images = FreshImages(open_dataset(str(photos), resolution=16), model_xl)
-    held_out = HeldOut(predicting, images, range(3), 3, 3, seed=0)
+    held_out = FixedProblems(predicting, images.batches(range(3), 3), 3, seed=0)
     (problem,) = held_out._problems
     expected = (predicting.dense(problem) - problem.target).square().mean((1, 2, 3))
     assert torch.allclose(held_out.dense_losses, expected)
     assert torch.allclose(held_out.as_it_is("dense")[1], expected)
+    in_parts = FixedProblems(predicting, images.batches(range(3), 3), 3, seed=0, at_once=2)
+    assert [len(part) for part in in_parts._problems] == [2, 1]
+    assert torch.equal(in_parts.timesteps, held_out.timesteps)
+    assert torch.allclose(in_parts.dense_losses, expected)
     assert float(noise_loss(problem)(problem.target)) == 0.0

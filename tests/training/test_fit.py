@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ldcp_core import Gates, load_gates
 from ldcp_core.diffusers import topology_of
-from training.data.encoding import FreshImages
+from training.data.encoding import Batch, FreshImages, Images
 from training.data.images import open_dataset
 from training.errors import UserError
 from training.fit import fit, main, parse_arguments
 from training.learning import result as outcome
+from training.learning.learner import GateLearner
 from training.model.load import DiffusionModel, load_model
 from training.step.denoising import Denoising
 
@@ -58,7 +61,13 @@ def test_a_fit_meets_its_target_and_says_how_far_it_is_and_what_it_did(
     assert "mid_block.resnets.1.conv2" in said and "share of the whole U-Net" in said
     assert "of 128 channels changed state through learning since the start" in said
     assert "bring the sparsity to between" not in caplog.text  # 30 steps are not too short
-    for what in ("calibrating", "own effect", "learning gates: 30/30", "held-out images, pruned"):
+    for what in (
+        "calibrating",
+        "own effect",
+        "learning gates: 30/30",
+        "aligning: counts tried",
+        "held-out images, pruned",
+    ):
         assert what in progress  # whatever lasts shows how far it is
     assert len(progress) < 4000 and "\r" not in progress  # a bar would take more
 
@@ -99,6 +108,51 @@ def test_held_out_problems_meet_the_gated_model_once(model: DiffusionModel, imag
     finally:
         hook.remove()
     assert len(seen) == 2 * 2  # two batches, dense and pruned
+
+
+@pytest.mark.parametrize("idle", [0, 1])
+def test_counts_are_aligned_where_that_moves_the_output_least(
+    pipeline: Path, images: Path, idle: int
+) -> None:
+    model = load_model(str(pipeline), dtype=torch.bfloat16)
+    torch.nn.init.zeros_(model.unet.mid_block.resnets[idle].conv2.weight)  # conv1 does nothing
+    topology = topology_of(model.unet)
+    sites = [site for site in topology.sites("mid") if site.name.endswith("conv1")]
+    learner = GateLearner(sites, 0)
+    for gate in learner.gate_of.values():
+        gate.logits.data = 19.5 - torch.arange(32.0)  # 20 kept
+    gates = Gates(learner.scores(), topology=topology)
+    config = parse_arguments(
+        ["--model", "m", "--data", "d", "--output", "o.safetensors", "--target-sparsity", "none"]
+    )
+    data = FreshImages(open_dataset(str(images), resolution=16), model)
+    found, moved = outcome._aligned(config, learner, gates, Denoising(model, 0), data, range(8))
+    counts = [int(keep.sum()) for keep in found.keep_sets().values()]
+    assert counts == ([16, 24] if idle == 0 else [24, 16])
+    assert moved == 8
+
+
+def test_nothing_is_chosen_by_held_out_images(
+    pipeline: Path,
+    images: Path,
+    tmp_path: Path,
+    short_fits: None,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[set[int]] = []
+    batches = Images.batches
+
+    def see(self: Images, indices: list[int], *others: Any, **options: Any) -> Iterator[Batch]:
+        taken.append(set(indices))
+        return batches(self, indices, *others, **options)
+
+    monkeypatch.setattr(Images, "batches", see)
+    assert main(arguments(pipeline, images, tmp_path / "gates.safetensors")) == 0
+    held_out = set(open_dataset(str(images)).split(0.1, 0)[1])
+    looked_at, learned_from, aligned_by, validated_by = taken
+    assert looked_at == validated_by == held_out
+    assert learned_from == aligned_by and not aligned_by & held_out
 
 
 def test_the_same_seed_gives_the_same_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -187,42 +188,48 @@ def test_the_course_of_noise_and_learning_rate() -> None:
 
 class TestAlignment:
     def scores(self, kept: list[int]) -> dict[str, torch.Tensor]:
-        """Sites of 160 channels of which so many are kept; distances from 0.5 are all distinct."""
-        found = {}
-        for site, count in zip(SITES, kept, strict=True):
-            order = torch.arange(160) - count + 0.5  # negative: kept
-            found[site.name] = torch.sigmoid(-order / 40)
-        return found
+        """Sites of 160 channels of which so many are kept."""
+        order = {site.name: torch.arange(160) - k for site, k in zip(SITES, kept, strict=True)}
+        return {site: torch.sigmoid(-(rank + 0.5) / 40) for site, rank in order.items()}
+
+    def aligned(
+        self,
+        kept: list[int],
+        effects: list[float],
+        target: float | None = None,
+    ) -> tuple[list[int], list[int], int]:
+        """Kept counts, how many channels moved, and how often the deviation was asked for.
+
+        A pruned channel adds to the deviation, the more the better its rank, at each site by
+        another factor.
+        """
+        scores, asked, by_rank = self.scores(kept), [], torch.arange(160, 0, -1)
+
+        def deviation(keep: Mapping[str, torch.Tensor]) -> float:
+            asked.append(tuple(int(k.sum()) for k in keep.values()))
+            parts = zip(effects, keep.values(), strict=True)
+            return sum(effect * float(by_rank[~kept].sum()) for effect, kept in parts)
+
+        found, moved = aligned_scores(scores, target, Budget("channels", SITES), SITES, deviation)
+        assert len(set(asked)) == len(asked)  # none twice
+        for site, aligned in found.items():
+            assert (aligned[:-1] >= aligned[1:]).all()  # the order within a site stays
+            assert (scores[site] - aligned).abs().max() < 0.1
+        return [int((score > THRESHOLD).sum()) for score in found.values()], moved, len(asked)
 
     def test_counts_become_multiples_of_8_with_the_target_held(self) -> None:
-        scores = self.scores([113, 110, 115, 109])  # 447 of 640 kept: 30.2% pruned
-        found, moved = aligned_scores(scores, 0.3, Budget("channels", SITES), SITES)
-        counts = [int((s > THRESHOLD).sum()) for s in found.values()]
-        assert all(count % 8 == 0 for count in counts)
-        assert sum(counts) == 448  # 70% of 640
-        # from 113, 110, 115, 109: down to 112 (1), up to 112 (2), 112 (3), 112 (3)
+        # 447 of 640 kept, 30.2% pruned; 448 are 30%
+        counts, moved, _ = self.aligned([113, 110, 115, 109], [1.0, 1.0, 1.0, 1.0], 0.3)
         assert counts == [112, 112, 112, 112]
-        assert moved == 9
+        assert moved == 1 + 2 + 3 + 3
 
-    def test_the_order_within_a_site_stays(self) -> None:
-        scores = self.scores([113, 110, 115, 109])
-        found, _ = aligned_scores(scores, 0.3, Budget("channels", SITES), SITES)
-        for site, aligned in found.items():
-            assert (aligned[:-1] >= aligned[1:]).all()
-            assert (scores[site] - aligned).abs().max() < 0.05
+    def test_the_sites_whose_channels_do_least_give_them(self) -> None:
+        kept = [100, 100, 100, 100]
+        assert self.aligned(kept, [1.0, 1.0, 4.0, 4.0])[0] == [96, 96, 104, 104]
+        assert self.aligned(kept, [4.0, 1.0, 4.0, 1.0])[0] == [104, 96, 104, 96]
 
-    def test_channels_above_the_threshold_go_less_readily_than_those_below_it_stay(self) -> None:
-        scores = self.scores([80, 80, 80, 80])
-        logits = torch.tensor([3.0] * 152 + [0.4] * 4 + [-0.45] * 4)
-        scores[SITES[0].name] = torch.sigmoid(logits)
-        found, moved = aligned_scores(scores, None, Budget("channels", SITES), SITES)
-        assert int((found[SITES[0].name] > THRESHOLD).sum()) == 160 and moved == 4
-
-    def test_without_a_target_the_learned_sparsity_is_held(self) -> None:
-        scores = self.scores([150, 150, 150, 150])
-        found, _ = aligned_scores(scores, None, Budget("channels", SITES), SITES)
-        kept = sum(int((s > THRESHOLD).sum()) for s in found.values())
-        assert abs(kept - 600) <= 8
+    def test_counts_that_fit_as_they_are_ask_for_nothing(self) -> None:
+        assert self.aligned([80, 160, 96, 8], [1.0, 1.0, 1.0, 1.0]) == ([80, 160, 96, 8], 0, 0)
 
 
 def test_a_start_at_what_channels_do_keeps_all_and_puts_the_cheapest_nearest() -> None:

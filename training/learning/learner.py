@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from ldcp_core import (
     Site,
     aligned_counts,
     least_kept,
-    moving_cost,
     top_channels,
 )
 from training.learning.budget import Budget
@@ -276,29 +276,38 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def aligned_scores(
-    scores: dict[str, Tensor],
+    scores: Mapping[str, Tensor],
     target: float | None,
     budget: Budget,
     sites: Sequence[Site],
+    deviation: Callable[[Mapping[str, Tensor]], float],
     least: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Move the channels nearest to the threshold across it until every kept count is aligned.
+    """Move channels across the threshold until every kept count is aligned.
 
     Returns the scores and how many channels changed sides. Counts are balanced over the ``sites``,
     those of the scores, so that the target (without one: the learned sparsity) holds in the unit of
-    the budget. The order of the scores within a site does not change. A channel's effect is taken
-    for its weight in the budget times the odds of its score, score / (1 − score): those above the
-    threshold are pruned less readily than as many below it are kept.
+    the budget. The order of the scores within a site does not change. What another count costs is
+    measured: the ``deviation`` of the learned keep-sets (site name -> bool [C]) with that of this
+    site alone changed.
     """
-    wanted = {site: int((score > THRESHOLD).sum()) for site, score in scores.items()}
-    widths = [score.numel() for score in scores.values()]
-    learned = 1.0 - budget.remaining(wanted)
+    learned = {site: score > THRESHOLD for site, score in scores.items()}
+    wanted = {site: int(keep.sum()) for site, keep in learned.items()}
+    names, widths = list(scores), [score.numel() for score in scores.values()]
     weights = budget.weights(wanted)
     # the budget seen from the learned counts, where it is straight over a few channels
     total = sum(w * c for w, c in zip(weights, wanted.values(), strict=True))
     if target is not None:
-        total += learned - target
-    odds = moving_cost([torch.logit(score, eps=1e-6).exp() for score in scores.values()], 1.0)
+        total += 1.0 - budget.remaining(wanted) - target
+    as_learned = cache(lambda: deviation(learned))
+
+    @cache
+    def cost(site: int, count: int) -> float:
+        name = names[site]
+        if count == wanted[name]:
+            return as_learned()
+        return deviation({**learned, name: top_channels(scores[name], count)})
+
     counts = aligned_counts(
         list(wanted.values()),
         widths,
@@ -307,13 +316,13 @@ def aligned_scores(
         least=None if least is None else [least[site] for site in scores],
         weights=weights,
         slack=ALIGNMENT_SLACK,
-        cost=lambda site, count: weights[site] * odds(site, count),
+        cost=cost,
     )
     aligned: dict[str, Tensor] = {}
     moved = 0
     for (site, score), count in zip(scores.items(), counts, strict=True):
         keep = top_channels(score, count)
-        moved += int((keep != (score > THRESHOLD)).sum())
+        moved += int((keep != learned[site]).sum())
         aligned[site] = _with_keep_set(score, keep)
     return aligned, moved
 

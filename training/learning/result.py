@@ -22,7 +22,7 @@ from ldcp_core import (
 )
 from ldcp_core.diffusers import compact_blocks, topology_of
 from training.config import FitConfig
-from training.console import name_of
+from training.console import name_of, progress
 from training.data.encoding import Images
 from training.data.splits import Split
 from training.data.streaming import Data, StreamedImages
@@ -30,7 +30,7 @@ from training.errors import UserError
 from training.learning.budget import Budget
 from training.learning.corrections import corrections
 from training.learning.curves import History, curves_png, scores_png
-from training.learning.learner import TARGET_TOLERANCE, aligned_scores
+from training.learning.learner import TARGET_TOLERANCE, GateLearner, aligned_scores
 from training.learning.loop import Learning
 from training.learning.page import html_report
 from training.learning.recovery import recovered
@@ -38,12 +38,14 @@ from training.learning.sample_sheet import SampleSheet
 from training.model.precision import in_precision
 from training.output import write
 from training.provenance import provenance
-from training.step.denoising import Denoising, HeldOut, Problem, without_prompts
+from training.step.denoising import Denoising, FixedProblems, Problem, without_prompts
 
 log = logging.getLogger("training.fit")
 
 #: images that a step of recovering sees, at least
 RECOVERY_SAMPLES = 8
+#: samples that deviations are measured on where kept counts are aligned
+ALIGNING_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def finish(
     denoising: Denoising,
     data: Data,
     images: Images | StreamedImages,
+    train: Sequence[int],
     held_out: Sequence[int],
     output: Path,
     sheet: SampleSheet | None,
@@ -73,16 +76,14 @@ def finish(
     learning.finish()
     history, learner, unet = learning.history, learning.learner, denoising.model.unet
     budget = learner.budget
-    scores, moved = aligned_scores(
-        learner.scores(), config.target_sparsity, budget, learner.sites, learner.least
-    )
     gates = Gates(
-        scores,
+        learner.scores(),
         learning.start.constants if config.constant == "mean" else {},
         config.padding,
         topology_of(unet),
         floor=config.floor,
     )
+    gates, moved = _aligned(config, learner, gates, denoising, images, train)
     gates = replace(gates, info=_info(config, data, history, unet, budget, gates))
     variants = {"pruned": gates}
     if config.correction_rank:
@@ -111,6 +112,48 @@ def finish(
         ) from error
     _say_result(config, gates, history, moved, budget, output, data)
     return FitResult(gates, history, heldout)
+
+
+def _aligned(
+    config: FitConfig,
+    learner: GateLearner,
+    gates: Gates,
+    denoising: Denoising,
+    data: Images | StreamedImages,
+    indices: Sequence[int],
+) -> tuple[Gates, int]:
+    """The gates with kept counts aligned where that costs least, and how many channels moved.
+
+    Measured on images that were learned from, in float32 as `_validated` does.
+    """
+    unet = denoising.model.unet
+    with in_precision(unet, "fp32", {}):
+        problems = FixedProblems(
+            denoising,
+            data.batches(indices, ALIGNING_SAMPLES, seed=config.seed, epochs=None),
+            ALIGNING_SAMPLES,
+            config.seed + 2,
+            at_once=config.batch_size,
+            label="aligning",
+        )
+    with progress(None, "aligning: counts tried", unit="count") as bar:
+
+        def deviation(keep: Mapping[str, Tensor]) -> float:
+            blocks = compact_blocks(unet, gates.pruned(keep), torch.float32)
+            with in_precision(unet, "fp32", blocks):
+                deviations, _ = problems.as_it_is(None)
+            bar.update()
+            return deviations.mean().item()
+
+        scores, moved = aligned_scores(
+            gates.scores,
+            config.target_sparsity,
+            learner.budget,
+            learner.sites,
+            deviation,
+            learner.least,
+        )
+    return replace(gates, scores=scores), moved
 
 
 def _corrected(config: FitConfig, learning: Learning, denoising: Denoising, gates: Gates) -> Gates:
@@ -151,12 +194,10 @@ def _validated(
     """
     unet = denoising.model.unet
     with in_precision(unet, "fp32", {}):
-        heldout = HeldOut(
+        heldout = FixedProblems(
             denoising,
-            data,
-            indices,
+            data.batches(indices, config.batch_size, epochs=None),
             config.validation_samples,
-            config.batch_size,
             config.seed + 1,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from ldcp_core import Padding, SoftGate, blocks_of
 from training.console import progress
-from training.data.encoding import Batch, Images
-from training.data.streaming import StreamedImages
+from training.data.encoding import Batch
 from training.model.gating import masked
 from training.model.load import DiffusionModel
 from training.step.frozen import frozen_layers
@@ -40,6 +39,10 @@ class Problem:
 
     def __len__(self) -> int:
         return self.noisy.shape[0]
+
+    def part(self, rows: slice) -> Problem:
+        """Some of its samples."""
+        return Problem(**tree_map_only(Tensor, lambda tensor: tensor[rows], vars(self)))
 
 
 @dataclass(frozen=True)
@@ -174,31 +177,35 @@ class Denoising:
         return result
 
 
-class HeldOut:
-    """Fixed held-out problems in float32 and their dense answers: all gates meet the same noise.
+class FixedProblems:
+    """Problems in float32 and their dense answers: all gates meet the same images and noise.
 
-    The answers are those of the U-Net as it runs now.
+    Of ``samples`` images or more, those of the first ``batches``. The answers are those of the
+    U-Net as it runs now, to ``at_once`` of them (default: to a batch).
     """
 
     def __init__(
         self,
         denoising: Denoising,
-        data: Images | StreamedImages,
-        indices: Sequence[int],
+        batches: Iterator[Batch],
         samples: int,
-        batch_size: int,
         seed: int,
+        at_once: int | None = None,
+        label: str = "held-out images",
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._denoising = denoising
         self._problems: list[Problem] = []
         self._dense: list[Tensor] = []
-        with progress(None, "held-out images, dense", samples, unit="sample") as bar:
-            for batch in _at_least(data, indices, batch_size, samples):
+        with progress(None, f"{label}, dense", samples, unit="sample") as bar:
+            for batch in _at_least(batches, samples):
                 problem = denoising.problem(batch, generator, torch.float32)
-                self._problems.append(problem)
-                self._dense.append(self._answer(problem))
-                bar.update(len(problem))
+                size = at_once or len(problem)
+                for first in range(0, len(problem), size):
+                    part = problem.part(slice(first, first + size))
+                    self._problems.append(part)
+                    self._dense.append(self._answer(part))
+                    bar.update(len(part))
 
     def refer_to_this(self) -> Tensor:
         """Take the answers of the U-Net as it runs now for what deviations are from.
@@ -210,15 +217,16 @@ class HeldOut:
         pairs = zip(self._dense, before, strict=True)
         return torch.cat([_distance(after, earlier) for after, earlier in pairs]).cpu()
 
-    def as_it_is(self, label: str) -> tuple[Tensor, Tensor]:
+    def as_it_is(self, label: str | None) -> tuple[Tensor, Tensor]:
         """Deviations from dense and denoising losses of the U-Net as it runs now, float32 [N] each.
 
         Within a context that prunes or quantizes it, that is. A deviation is the mean squared
         distance from the dense output, a loss (the usual one) that from the true answer; ``label``
-        says in the progress what it is.
+        says in the progress what it is, None shows none.
         """
         deviations, losses = [], []
-        for index, problem in enumerate(progress(self._problems, label, unit="batch")):
+        problems = progress(self._problems, label, unit="batch") if label else self._problems
+        for index, problem in enumerate(problems):
             output = self._answer(problem)
             deviations.append(_distance(output, self._dense[index]))
             losses.append(_distance(output, problem.target))
@@ -267,15 +275,11 @@ def _distance(output: Tensor, target: Tensor) -> Tensor:
     return (output.float() - target.float()).square().mean((1, 2, 3))
 
 
-def _at_least(
-    data: Images | StreamedImages, indices: Sequence[int], batch_size: int, samples: int
-) -> Iterator[Batch]:
-    """Batches in a fixed order, going round until ``samples`` images have come."""
+def _at_least(batches: Iterator[Batch], samples: int) -> Iterator[Batch]:
+    """As many of the batches as have ``samples`` images."""
     seen = 0
-    for batch in data.batches(indices, batch_size, epochs=None):
-        if not batch.ids:  # none of these rows of a stream can be read
-            continue
-        yield batch
-        seen += len(batch.ids)
-        if seen >= samples:
-            return
+    while seen < samples:
+        batch = next(batches)
+        if batch.ids:  # else none of these rows of a stream can be read
+            seen += len(batch.ids)
+            yield batch
