@@ -44,8 +44,9 @@ log = logging.getLogger("training.fit")
 
 #: images that a step of recovering sees, at least
 RECOVERY_SAMPLES = 8
-#: samples that deviations are measured on where kept counts are aligned
-ALIGNING_SAMPLES = 32
+#: samples that the deviation of a count is measured on, at most, and times the number of sites: all
+#: sites are tried once or twice
+ALIGNING_SAMPLES, MOST_ALIGNING_SAMPLES = 64, 2000
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,12 @@ def _aligned(
     Measured on images that were learned from, in float32 as `_validated` does.
     """
     unet = denoising.model.unet
+    samples = min(ALIGNING_SAMPLES, MOST_ALIGNING_SAMPLES // len(learner.sites))
     with in_precision(unet, "fp32", {}):
         problems = FixedProblems(
             denoising,
-            data.batches(indices, ALIGNING_SAMPLES, seed=config.seed, epochs=None),
-            ALIGNING_SAMPLES,
+            data.batches(indices, samples, seed=config.seed, epochs=None),
+            samples,
             config.seed + 2,
             at_once=config.batch_size,
             label="aligning",
