@@ -210,7 +210,8 @@ class TestAlignment:
             parts = zip(effects, keep.values(), strict=True)
             return sum(effect * float(by_rank[~kept].sum()) for effect, kept in parts)
 
-        found, moved = aligned_scores(scores, target, Budget("channels", SITES), SITES, deviation)
+        budget = Budget("channels", SITES)
+        found, moved = aligned_scores(scores, target, budget, SITES, deviation=deviation)
         assert len(set(asked)) == len(asked)  # none twice
         for site, aligned in found.items():
             assert (aligned[:-1] >= aligned[1:]).all()  # the order within a site stays
@@ -227,6 +228,21 @@ class TestAlignment:
         kept = [100, 100, 100, 100]
         assert self.aligned(kept, [1.0, 1.0, 4.0, 4.0])[0] == [96, 96, 104, 104]
         assert self.aligned(kept, [4.0, 1.0, 4.0, 1.0])[0] == [104, 96, 104, 96]
+
+    def test_without_a_measure_channels_above_the_threshold_go_less_readily_than_those_below_stay(
+        self,
+    ) -> None:
+        scores = self.scores([80, 80, 80, 80])
+        logits = torch.tensor([3.0] * 152 + [0.4] * 4 + [-0.45] * 4)
+        scores[SITES[0].name] = torch.sigmoid(logits)
+        found, moved = aligned_scores(scores, None, Budget("channels", SITES), SITES)
+        assert int((found[SITES[0].name] > THRESHOLD).sum()) == 160 and moved == 4
+
+    def test_without_a_target_the_learned_sparsity_is_held(self) -> None:
+        scores = self.scores([150, 150, 150, 150])
+        found, _ = aligned_scores(scores, None, Budget("channels", SITES), SITES)
+        kept = sum(int((s > THRESHOLD).sum()) for s in found.values())
+        assert abs(kept - 600) <= 8
 
     def test_counts_that_fit_as_they_are_ask_for_nothing(self) -> None:
         assert self.aligned([80, 160, 96, 8], [1.0, 1.0, 1.0, 1.0]) == ([80, 160, 96, 8], 0, 0)

@@ -27,6 +27,7 @@ from ldcp_core import (
     Site,
     aligned_counts,
     least_kept,
+    moving_cost,
     top_channels,
 )
 from training.learning.budget import Budget
@@ -280,34 +281,28 @@ def aligned_scores(
     target: float | None,
     budget: Budget,
     sites: Sequence[Site],
-    deviation: Callable[[Mapping[str, Tensor]], float],
     least: Mapping[str, int] | None = None,
+    deviation: Callable[[Mapping[str, Tensor]], float] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """Move channels across the threshold until every kept count is aligned.
 
     Returns the scores and how many channels changed sides. Counts are balanced over the ``sites``,
     those of the scores, so that the target (without one: the learned sparsity) holds in the unit of
-    the budget. The order of the scores within a site does not change. What another count costs is
-    measured: the ``deviation`` of the learned keep-sets (site name -> bool [C]) with that of this
-    site alone changed.
+    the budget. The order of the scores within a site does not change.
+
+    What another count costs is the ``deviation`` of the learned keep-sets (site name -> bool [C])
+    with that of this site alone changed. Without it a channel's effect is taken for its weight in
+    the budget times the odds of its score, score / (1 − score): those above the threshold are
+    pruned less readily than as many below it are kept.
     """
     learned = {site: score > THRESHOLD for site, score in scores.items()}
     wanted = {site: int(keep.sum()) for site, keep in learned.items()}
-    names, widths = list(scores), [score.numel() for score in scores.values()]
+    widths = [score.numel() for score in scores.values()]
     weights = budget.weights(wanted)
     # the budget seen from the learned counts, where it is straight over a few channels
     total = sum(w * c for w, c in zip(weights, wanted.values(), strict=True))
     if target is not None:
         total += 1.0 - budget.remaining(wanted) - target
-    as_learned = cache(lambda: deviation(learned))
-
-    @cache
-    def cost(site: int, count: int) -> float:
-        name = names[site]
-        if count == wanted[name]:
-            return as_learned()
-        return deviation({**learned, name: top_channels(scores[name], count)})
-
     counts = aligned_counts(
         list(wanted.values()),
         widths,
@@ -316,7 +311,7 @@ def aligned_scores(
         least=None if least is None else [least[site] for site in scores],
         weights=weights,
         slack=ALIGNMENT_SLACK,
-        cost=cost,
+        cost=_odds(scores, weights) if deviation is None else _measured(scores, deviation),
     )
     aligned: dict[str, Tensor] = {}
     moved = 0
@@ -325,6 +320,29 @@ def aligned_scores(
         moved += int((keep != learned[site]).sum())
         aligned[site] = _with_keep_set(score, keep)
     return aligned, moved
+
+
+def _odds(scores: Mapping[str, Tensor], weights: Sequence[float]) -> Callable[[int, int], float]:
+    moving = moving_cost([torch.logit(score, eps=1e-6).exp() for score in scores.values()], 1.0)
+    return lambda site, count: weights[site] * moving(site, count)
+
+
+def _measured(
+    scores: Mapping[str, Tensor], deviation: Callable[[Mapping[str, Tensor]], float]
+) -> Callable[[int, int], float]:
+    """The deviation by site and count, each measured once."""
+    learned = {site: score > THRESHOLD for site, score in scores.items()}
+    names = list(scores)
+    as_learned = cache(lambda: deviation(learned))
+
+    @cache
+    def cost(site: int, count: int) -> float:
+        name = names[site]
+        if count == int(learned[name].sum()):
+            return as_learned()
+        return deviation({**learned, name: top_channels(scores[name], count)})
+
+    return cost
 
 
 def _with_keep_set(score: Tensor, keep: Tensor) -> Tensor:

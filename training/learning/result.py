@@ -44,9 +44,9 @@ log = logging.getLogger("training.fit")
 
 #: images that a step of recovering sees, at least
 RECOVERY_SAMPLES = 8
-#: samples that the deviation of a count is measured on, at most, and times the number of sites: all
-#: sites are tried once or twice
-ALIGNING_SAMPLES, MOST_ALIGNING_SAMPLES = 64, 2000
+#: up to so many sites, counts are aligned by the scores alone; with more, deviations are measured
+#: on so many samples (so many in all, over the sites, each of which is tried once or twice)
+FEW_SITES, ALIGNING_SAMPLES, MOST_ALIGNING_SAMPLES = 8, 32, 2000
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,17 @@ def _aligned(
     data: Images | StreamedImages,
     indices: Sequence[int],
 ) -> tuple[Gates, int]:
-    """The gates with kept counts aligned where that costs least, and how many channels moved.
+    """The gates with aligned kept counts, and how many channels moved.
 
-    Measured on images that were learned from, in float32 as `_validated` does.
+    Where many sites are gated, counts are tried on images that were learned from, in float32 as
+    `_validated` does. With few of them there is little to choose from, and chance would decide.
     """
+    sites, target = learner.sites, config.target_sparsity
+    if len(sites) <= FEW_SITES:
+        scores, moved = aligned_scores(gates.scores, target, learner.budget, sites, learner.least)
+        return replace(gates, scores=scores), moved
     unet = denoising.model.unet
-    samples = min(ALIGNING_SAMPLES, MOST_ALIGNING_SAMPLES // len(learner.sites))
+    samples = min(ALIGNING_SAMPLES, MOST_ALIGNING_SAMPLES // len(sites))
     with in_precision(unet, "fp32", {}):
         problems = FixedProblems(
             denoising,
@@ -148,12 +153,7 @@ def _aligned(
             return deviations.mean().item()
 
         scores, moved = aligned_scores(
-            gates.scores,
-            config.target_sparsity,
-            learner.budget,
-            learner.sites,
-            deviation,
-            learner.least,
+            gates.scores, target, learner.budget, sites, learner.least, deviation
         )
     return replace(gates, scores=scores), moved
 
