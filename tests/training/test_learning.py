@@ -197,7 +197,7 @@ class TestAlignment:
         kept: list[int],
         effects: list[float],
         target: float | None = None,
-    ) -> tuple[list[int], list[int], int]:
+    ) -> tuple[list[int], int, int]:
         """Kept counts, how many channels moved, and how often the deviation was asked for.
 
         A pruned channel adds to the deviation, the more the better its rank, at each site by
