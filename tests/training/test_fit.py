@@ -153,7 +153,7 @@ def test_nothing_is_chosen_by_held_out_images(
     monkeypatch.setattr(Images, "batches", see)
     output = tmp_path / "gates.safetensors"
     assert main(arguments(pipeline, images, output, "--scope", "all", "--max-steps", "1")) == 0
-    assert "aligning: counts tried" in capsys.readouterr().err
+    assert "aligning: trying counts" in capsys.readouterr().err
     held_out = set(open_dataset(str(images)).split(0.1, 0)[1])
     looked_at, learned_from, aligned_by, validated_by = taken
     assert looked_at == validated_by == held_out

@@ -143,13 +143,12 @@ def _aligned(
             at_once=config.batch_size,
             label="aligning",
         )
-    with progress(None, "aligning: counts tried", unit="count") as bar:
+    with progress(None, "aligning: trying counts", unit="batch") as bar:
 
         def deviation(keep: Mapping[str, Tensor]) -> float:
             blocks = compact_blocks(unet, gates.pruned(keep), torch.float32)
             with in_precision(unet, "fp32", blocks):
-                deviations, _ = problems.as_it_is(None)
-            bar.update()
+                deviations, _ = problems.as_it_is(bar)
             return deviations.mean().item()
 
         scores, moved = aligned_scores(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 from ldcp_core import Padding, SoftGate, blocks_of
 from training.console import progress
@@ -217,19 +218,22 @@ class FixedProblems:
         pairs = zip(self._dense, before, strict=True)
         return torch.cat([_distance(after, earlier) for after, earlier in pairs]).cpu()
 
-    def as_it_is(self, label: str | None) -> tuple[Tensor, Tensor]:
+    def as_it_is(self, label: str | tqdm[Any]) -> tuple[Tensor, Tensor]:
         """Deviations from dense and denoising losses of the U-Net as it runs now, float32 [N] each.
 
         Within a context that prunes or quantizes it, that is. A deviation is the mean squared
         distance from the dense output, a loss (the usual one) that from the true answer; ``label``
-        says in the progress what it is, None shows none.
+        says in the progress what it is, or is the caller's own bar, which then counts the batches.
         """
+        if isinstance(label, str):
+            with progress(None, label, len(self._problems), unit="batch") as bar:
+                return self.as_it_is(bar)
         deviations, losses = [], []
-        problems = progress(self._problems, label, unit="batch") if label else self._problems
-        for index, problem in enumerate(problems):
+        for problem, dense in zip(self._problems, self._dense, strict=True):
             output = self._answer(problem)
-            deviations.append(_distance(output, self._dense[index]))
+            deviations.append(_distance(output, dense))
             losses.append(_distance(output, problem.target))
+            label.update()
         return torch.cat(deviations).cpu(), torch.cat(losses).cpu()
 
     @property
